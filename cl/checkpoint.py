@@ -1,0 +1,48 @@
+"""Checkpoints of a run: everything in one state dict, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl.errors import InputError
+from cl.learner import Learner
+
+
+def save(learner: Learner, folder: Path) -> Path:
+    """Write `after_task_<k>.ckpt` for the k tasks learned, to a temporary name first, then renamed.
+
+    Args:
+        learner: Its state dict holds the memories, generators, anchors and R as well as the weights.
+        folder: Made where it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
+    temporary = path.with_suffix(".tmp")
+    torch.save({"state_dict": learner.state_dict()}, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a folder, or None."""
+    return max(folder.glob("after_task_*.ckpt"), default=None)
+
+
+def load(learner: Learner, path: Path) -> None:
+    """Load a checkpoint strictly, with `weights_only=True`, into a learner built from the same configuration.
+
+    Raises:
+        InputError: If the file is unreadable or belongs to another configuration.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        learner.load_state_dict(content["state_dict"], strict=True)
+    except (RuntimeError, KeyError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"Checkpoint {path} does not fit this configuration ({reason}): use the one it was made with."
+        ) from error

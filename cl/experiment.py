@@ -1,0 +1,180 @@
+"""The protocol: evaluate row 0; then for each task fit, consolidate, evaluate a row, report, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
+
+from cl import checkpoint
+from cl.errors import InputError
+from cl.learner import Learner
+from cl.loader import Columns, EvalLoader
+from cl.report import Report, Run
+from cl.task import Stream, Task, TaskData
+
+TrainerFactory = Callable[..., pl.Trainer]
+
+# Advice that does not apply: data are on the device already, and one Trainer learns one task.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*in eval mode at the start of training.*",
+    ".*number of training batches.*logging interval.*",
+    ".*`training_step` returned `None`.*",
+    ".*GPU available but not used.*",
+    ".*Starting from v1.9.0, `tensorboardX`.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*total length of `?DataLoader.* is zero.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Lightning says of every Trainer, of which there are two a task."""
+    talker = logging.getLogger("pytorch_lightning")
+    level = talker.level
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message)
+        talker.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            talker.setLevel(level)
+
+
+class Experiment:
+    """One learner on one stream, from the untrained row of R to the last.
+
+    Args:
+        learner: What learns.
+        stream: What is learned; checked before any training.
+        trainer: Builds a Lightning Trainer, called anew for every stage of every task.
+        epochs: Passes over a task's training data.
+        directory: Where checkpoints go; None keeps nothing.
+        reports: Told of every row of R.
+        logger: Lightning loggers for the training curves.
+        callbacks: Lightning callbacks, the same objects in every task.
+        config: Resolved configuration, for reports.
+
+    Example:
+        >>> from functools import partial
+        >>> from cl.testing import toy_learner
+        >>> learner, stream = toy_learner(num_tasks=2)
+        >>> run = Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1).run()
+        >>> run.matrices["class"].R.shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        stream: Stream,
+        trainer: TrainerFactory,
+        *,
+        epochs: int = 1,
+        directory: Path | None = None,
+        reports: Sequence[Report] = (),
+        logger: Sequence[Logger] = (),
+        callbacks: Sequence[pl.Callback] = (),
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        stream.check()
+        self.learner, self.stream, self.epochs = learner, stream, epochs
+        self._trainer, self._logger, self._callbacks = trainer, list(logger), list(callbacks)
+        self.checkpoints = directory / "checkpoints" if directory is not None else None
+        self.reports = list(reports)
+        self.run_view = Run(
+            directory=directory or Path(),
+            config=config or {},
+            task_names=stream.task_names,
+            scenario=stream.scenario,
+            matrices=dict(learner.matrices.items()),  # type: ignore[arg-type]
+            notes=[],
+        )
+        self._test: Columns | None = None
+
+    def run(self) -> Run:
+        """Learn the stream, or the rest of it where the directory holds checkpoints.
+
+        Raises:
+            InputError: If the stream, or a checkpoint found, does not fit.
+            DivergenceError: If a loss is NaN or infinite.
+        """
+        with _quiet():
+            self._start()
+            for task in self.stream[self.learner.tasks_learned :]:
+                self._fit(task)
+                self.evaluate()
+                self._save()
+            for report in self.reports:
+                report.finish(self.run_view)
+        return self.run_view
+
+    def learn(self, task: Task) -> None:
+        """Fit one task and consolidate, with no row measured."""
+        with _quiet():
+            self._fit(task)
+
+    def _start(self) -> None:
+        found = checkpoint.latest(self.checkpoints) if self.checkpoints is not None else None
+        if found is not None:
+            checkpoint.load(self.learner, found)
+        for report in self.reports:
+            report.start(self.run_view, self.learner.tasks_learned if found is not None else -1)
+        if found is None:
+            self.evaluate()
+            self._save()
+
+    def _make_trainer(self, **options: Any) -> pl.Trainer:
+        trainer = self._trainer(
+            logger=self._logger,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **options,
+        )
+        if trainer.num_devices != 1:
+            raise InputError(f"trainer.devices={trainer.num_devices}: a learner trains on one device; set it to 1.")
+        return trainer
+
+    def _fit(self, task: Task) -> None:
+        trainer = self._make_trainer(
+            max_epochs=self.epochs, callbacks=self._callbacks, limit_val_batches=None if task.val else 0
+        )
+        # Lightning hands the module back on the CPU after each stage; hooks run where training does.
+        self.learner.to(trainer.strategy.root_device)
+        self.learner.before_task(task)
+        if self.learner.has_training:
+            trainer.fit(self.learner)
+            if trainer.interrupted:
+                raise KeyboardInterrupt
+        self.learner.to(trainer.strategy.root_device)
+        self.learner.after_task(task)
+
+    def evaluate(self) -> None:
+        """Measure the row of R after the tasks learned so far, on every task at once, and report it."""
+        with _quiet():
+            self._evaluate()
+        for report in self.reports:
+            report.row(self.run_view, self.learner.tasks_learned)
+
+    def _evaluate(self) -> None:
+        trainer = self._make_trainer()
+        if self._test is None:
+            columns = TaskData.concat([task.test for task in self.stream]).tensors()
+            x, y, label = (column.to(trainer.strategy.root_device) for column in columns)
+            self._test = x, y, label
+        trainer.test(self.learner, EvalLoader(self._test, self.learner.eval_batch_size), verbose=False)
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            checkpoint.save(self.learner, self.checkpoints)

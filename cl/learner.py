@@ -1,0 +1,383 @@
+"""`Learner`: backbone, head and strategies as one Lightning module; maps Lightning's hooks to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.plugins.precision import MixedPrecision, Precision
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from cl.errors import DivergenceError, InputError
+from cl.head import Head, Mask, competing
+from cl.loader import EvalLoader, TrainLoader
+from cl.random import Random, derive
+from cl.strategy import Batch, Composition, OptimizerFactory, Strategy
+from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
+from cl.transfer import TransferMatrix
+
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+_STEP_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+
+
+class Learner(pl.LightningModule):
+    """A backbone and a head over all classes that learn a stream under some strategies.
+
+    Args:
+        stream: What will be learned; tells every shape before training.
+        backbone: (B, *input) -> (B, num_features), with the attribute `num_features`.
+        strategies: By name, in the order in which batches and gradients chain; empty means fine-tuning.
+        optimizer: Parameters to optimizer; called anew for every task.
+        scheduler: Optimizer to learning-rate schedule, stepped once an epoch, or None.
+        head: Features to logits (B, C); by default `Head`.
+        batch_size: Incoming rows a step.
+        eval_batch_size: Rows of an evaluation batch.
+        chunk_size: Steps that Lightning sees as one batch; results do not depend on it.
+        gradient_clip: Largest norm of the gradient, or None.
+        train_mask: Classes that compete in the loss: "class" (all seen), "task" (those of the row's task), "domain"
+            (all there are); None means as at test.
+        log_every: Steps between two points of the training curves, each the mean since the last.
+        seed: Seed of every draw.
+
+    Raises:
+        InputError: If two strategies own one hook, or a strategy refuses the combination.
+
+    Example:
+        >>> from functools import partial
+        >>> from cl.task import Task, TaskData
+        >>> data = TaskData(torch.randn(8, 3), torch.arange(8) % 2)
+        >>> class Identity(nn.Module):
+        ...     num_features = 3
+        ...     def forward(self, x):
+        ...         return x
+        >>> stream = Stream([Task(0, data, data)], num_classes=2)
+        >>> learner = Learner(stream, Identity(), {}, partial(torch.optim.SGD, lr=0.1))
+        >>> learner(torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+
+    seen: Tensor
+    membership: Tensor
+
+    def __init__(
+        self,
+        stream: Stream,
+        backbone: nn.Module,
+        strategies: Mapping[str, Strategy],
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        *,
+        head: nn.Module | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int = 1024,
+        chunk_size: int = 64,
+        gradient_clip: float | None = None,
+        train_mask: Scenario | None = None,
+        log_every: int = 50,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.head = head or Head(int(backbone.num_features), stream.num_classes)  # type: ignore[arg-type]
+        self.strategies = Composition(strategies)
+        self._chains, self._owners = self.strategies.chains, self.strategies.owners
+        # Under __dict__, so that the parameters are not registered twice.
+        self.__dict__["_trunk"] = nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+        self.scenario: Scenario = stream.scenario
+        self.num_tasks, self.num_classes, self.seed = len(stream), stream.num_classes, seed
+        self.batch_size, self.eval_batch_size, self.chunk_size = batch_size, eval_batch_size, chunk_size
+        self.gradient_clip, self.log_every = gradient_clip, log_every
+        if train_mask not in (None, *SCENARIOS):
+            raise InputError(f"train_mask={train_mask!r} is unknown: use one of {', '.join(SCENARIOS)}, or null.")
+        self.train_mask = train_mask or stream.scenario
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.augment, self.normalize = stream.augment, stream.normalize
+        self.augment_random = Random()
+
+        membership = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool)
+        for task in stream:
+            membership[task.index, list(task.classes)] = True
+        self.register_buffer("membership", membership, persistent=False)
+        self.register_buffer("seen", torch.zeros(stream.num_classes, dtype=torch.bool))
+        others: list[Scenario] = [s for s in SCENARIOS if s != "domain" and s != stream.scenario]
+        scored = [stream.scenario, *(others if stream.scenario != "domain" else [])]
+        self.masks = nn.ModuleDict({name: Mask(len(stream), stream.num_classes) for name in SCENARIOS})
+        self.matrices = nn.ModuleDict({name: TransferMatrix(len(stream), name) for name in scored})
+        self._update_masks()
+
+        self.task: Task = stream[0]
+        self.tasks_learned = 0
+        self.total_steps = 0  # over the stream
+        self.step = 0  # within the task
+        self.last_loss: Tensor | None = None
+        self._columns: tuple[Tensor, Tensor, Tensor] | None = None
+        self._curves: dict[str, list[Tensor]] = {}
+        self._plain = False
+        for name, strategy in self.strategies.items():
+            strategy.setup(self, stream)  # type: ignore[operator]
+            for path, module in strategy.named_modules():
+                if isinstance(module, Random):
+                    module.seed(derive(seed, name, path))
+
+    # ---- what strategies use ------------------------------------------------------------------------------------
+
+    @property
+    def task_index(self) -> int:
+        """Position of the present task."""
+        return self.task.index
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the present task takes in all."""
+        rows = 0 if self._columns is None else len(self._columns[1])
+        return -(-rows // self.batch_size) * (self.trainer.max_epochs or 0)
+
+    def trunk(self) -> nn.ModuleDict:
+        """Return backbone and head, without the strategies' own parameters."""
+        trunk: nn.ModuleDict = self.__dict__["_trunk"]
+        return trunk
+
+    def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Build the configured optimizer over some parameters."""
+        return self._optimizer(parameters)
+
+    def competing(self, task: Task) -> Tensor:
+        """Return the classes that compete on an example of a task, (K,), in the run's scenario."""
+        return competing(self.scenario, self.seen, self.membership)[task.index].nonzero().flatten()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put backbone and head in evaluation mode for a while, and back as they were."""
+        modes = [(module, module.training) for module in self.trunk().modules()]
+        self.trunk().eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def prepare(self, x: Tensor, augment: bool = False) -> Tensor:
+        """Map raw inputs to what the backbone receives, augmented or not."""
+        if augment and self.augment is not None:
+            x = self.augment(x, self.augment_random.generator)
+        if self.normalize is not None:
+            x = self.normalize(x)
+        elif not x.is_floating_point():
+            x = x.to(torch.float32).div_(255.0)
+        return x.to(self.dtype)
+
+    def forward(self, view: Tensor) -> Tensor:
+        """Map prepared inputs (B, *input) to logits (B, C)."""
+        logits: Tensor = self.head(self._owners["encode"](self, view))
+        return logits
+
+    def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:
+        """Send the logits of classes that do not compete to minus infinity; by default in the run's scenario."""
+        masked: Tensor = self.masks[scenario or self.scenario](logits, task)
+        return masked
+
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over the classes that compete in training."""
+        return F.cross_entropy(self.mask(logits, batch.task, self.train_mask), batch.y)
+
+    # ---- a task, called by cl.experiment ------------------------------------------------------------------------
+
+    def before_task(self, task: Task) -> None:
+        """Begin a task on the training device: data in place, masks, every strategy's hook."""
+        self.task, self.step = task, 0
+        torch.manual_seed(derive(self.seed, "torch", task.index))
+        self.augment_random.seed(derive(self.seed, "augment", task.index))
+        for _, hook in self._chains["before_task"]:
+            hook(self, task)
+        data: TaskData = self._owners["training_data"](self, task)
+        self.seen |= self.membership[task.index]
+        if len(data):
+            x, y, label = (column.to(self.device) for column in data.tensors())
+            self._columns = (x.contiguous(), y, label)
+            self.seen[torch.unique(y)] = True
+        else:
+            self._columns = None
+        self._update_masks()
+
+    @property
+    def has_training(self) -> bool:
+        """Whether there is anything to train in the present task."""
+        return self._columns is not None and any(p.requires_grad for p in self.parameters())
+
+    def after_task(self, task: Task) -> None:
+        """End a task on the training device: every strategy's hook."""
+        for _, hook in self._chains["after_task"]:
+            hook(self, task)
+        self._columns = None
+        self.tasks_learned = task.index + 1
+
+    def _update_masks(self) -> None:
+        for name, mask in self.masks.items():
+            mask.set(competing(name, self.seen, self.membership))  # type: ignore[operator, arg-type]
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build this task's optimizer, and its schedule."""
+        optimizer: Optimizer = self._owners["configure_optimizer"](self, self._optimizer)
+        self._schedule = self._scheduler(optimizer) if self._scheduler is not None else None
+        return optimizer
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return the present task's minibatches."""
+        assert self._columns is not None
+        seed = derive(self.seed, "task", self.task.index)
+        return TrainLoader(self._columns, self.batch_size, self.chunk_size, seed, lambda: self.current_epoch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch where it is: the columns were moved once."""
+        return batch
+
+    def on_train_start(self) -> None:
+        """Find out whether anyone listens between backward and step; if not, Lightning's wrappers are skipped."""
+        precision = self.trainer.precision_plugin
+        unscaled = type(precision) is Precision or (isinstance(precision, MixedPrecision) and precision.scaler is None)
+        listened = any(
+            getattr(type(callback), hook) is not getattr(pl.Callback, hook)
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            for hook in _STEP_HOOKS
+        )
+        self._plain = unscaled and not listened and type(self.trainer.strategy) is SingleDeviceStrategy
+
+    def on_train_epoch_start(self) -> None:
+        """Make the epoch's draws (dropout) a function of seed, task and epoch."""
+        torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch))
+
+    def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
+        """Take one optimizer step a minibatch, then look at the losses of the chunk."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=not self._plain)
+        losses = [self._train_on(batch, optimizer) for batch in chunk]
+        self._look_at(torch.stack(losses).float())
+
+    def _train_on(self, batch: Batch, optimizer: Any) -> Tensor:
+        for _, extend in self._chains["extend_batch"]:
+            batch = extend(self, batch)
+        batch.view = self.prepare(batch.x, augment=True)
+        logits = self(batch.view)
+        loss: Tensor = self._owners["criterion"](self, batch, logits)
+        for name, term in self._chains["loss"]:
+            value = term(self, batch, logits)
+            if value is not None:
+                loss = loss + value
+                self._curves.setdefault(name, []).append(value.detach())
+        self._update(loss, optimizer)
+        if self._chains["after_step"]:
+            incoming = batch.incoming()
+            stale = logits.detach()[: len(incoming)]
+            for _, hook in self._chains["after_step"]:
+                hook(self, incoming, stale)
+        return loss.detach()
+
+    def _update(self, loss: Tensor, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        if not self._plain:
+            self.manual_backward(loss)
+            optimizer.step()
+            return
+        loss.backward()
+        self.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let strategies project the unscaled gradients, then clip."""
+        for _, project in self._chains["project_gradients"]:
+            project(self)
+        if self.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+
+    def _look_at(self, losses: Tensor) -> None:
+        if not bool(torch.isfinite(losses).all()):  # the one synchronisation of the chunk
+            first = int((~torch.isfinite(losses)).nonzero()[0])
+            raise DivergenceError(
+                f"The loss is {float(losses[first])} in task {self.task.index + 1} of {self.num_tasks}, epoch "
+                f"{self.current_epoch + 1}, step {self.step + first + 1} of the task: lower the learning rate or the "
+                "strategy's weight. The checkpoint of the last finished task is kept."
+            )
+        self.step += len(losses)
+        self.total_steps += len(losses)
+        self.last_loss = losses[-1]
+        self._curves.setdefault("loss", []).extend(losses.unbind())
+        if len(self._curves["loss"]) >= self.log_every:
+            self._flush_curves()
+
+    def _flush_curves(self) -> None:
+        means = {f"train/{name}": float(torch.stack(v).mean()) for name, v in self._curves.items() if v}
+        self._curves = {}
+        if self.logger is not None and means:
+            self.logger.log_metrics({**means, "train/task": self.task.index + 1}, step=self.total_steps)
+
+    def on_train_epoch_end(self) -> None:
+        """Run the strategies' hook, then the schedule."""
+        for _, hook in self._chains["after_epoch"]:
+            hook(self, self.task, self.current_epoch)
+        if isinstance(self._schedule, ReduceLROnPlateau):
+            self._schedule.step(self.trainer.callback_metrics["val/loss"])
+        elif self._schedule is not None:
+            self._schedule.step()
+
+    def on_train_end(self) -> None:
+        """Write the rest of the curves."""
+        self._flush_curves()
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    def val_dataloader(self) -> Iterable[Batch]:
+        """Return the present task's validation examples, never augmented."""
+        if self.task.val is None:
+            return []
+        return EvalLoader(tuple(c.to(self.device) for c in self.task.val.tensors()), self.eval_batch_size)  # type: ignore[arg-type]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy on the present task, weighted by rows."""
+        logits = self.mask(self._predict(batch), batch.task)
+        loss, accuracy = F.cross_entropy(logits, batch.y), (logits.argmax(1) == batch.y).float().mean()
+        self.log_dict({"val/loss": loss, "val/accuracy": accuracy}, batch_size=len(batch), on_epoch=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Start the counts of a row of R."""
+        self._correct = {name: torch.zeros(self.num_tasks, device=self.device) for name in self.matrices}
+        self._total = torch.zeros(self.num_tasks, device=self.device)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count the right answers of each task, under every mask."""
+        logits = self._predict(batch)
+        self._total.index_add_(0, batch.task, torch.ones_like(batch.y, dtype=self._total.dtype))
+        for name, correct in self._correct.items():
+            right = self.mask(logits, batch.task, name).argmax(1) == batch.y
+            correct.index_add_(0, batch.task, right.to(correct.dtype))
+
+    def on_test_epoch_end(self) -> None:
+        """Write the row of R; a task without test rows divides 0 by 0 and stays NaN."""
+        for name, matrix in self.matrices.items():
+            matrix.record(self.tasks_learned, self._correct[name] / self._total)  # type: ignore[operator]
+
+    def _predict(self, batch: Batch) -> Tensor:
+        logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
+        return logits
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return the counters that a buffer on the device would have to be read for."""
+        return {"tasks_learned": self.tasks_learned, "total_steps": self.total_steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Restore what `get_extra_state` returned."""
+        self.tasks_learned, self.total_steps = state["tasks_learned"], state["total_steps"]
+        self._update_masks()

@@ -1,0 +1,74 @@
+"""Batches on the training device: one index, one gather, and slices of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl.random import derive
+from cl.strategy import Batch
+
+Columns = tuple[Tensor, Tensor, Tensor]
+
+
+class TrainLoader:
+    """Shuffled minibatches in chunks of K, as lists of `Batch`.
+
+    A Lightning "batch" is a chunk, so that its cost a step is paid once in K steps. The order of the examples is a
+    function of (seed, task, epoch) alone, and the minibatches are the same for every K.
+
+    Args:
+        columns: Inputs (N, *input), labels (N,) and task labels (N,) on the training device.
+        batch_size: Rows of a minibatch; the last one of an epoch may be smaller.
+        chunk_size: Minibatches a chunk, K.
+        seed: Seed of the task's order.
+        epoch: Tells the present epoch.
+
+    Example:
+        >>> y = torch.arange(10)
+        >>> loader = TrainLoader((y.float(), y, y), batch_size=4, chunk_size=2, seed=0, epoch=lambda: 0)
+        >>> [[len(batch) for batch in chunk] for chunk in loader]
+        [[4, 4], [2]]
+    """
+
+    def __init__(self, columns: Columns, batch_size: int, chunk_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.columns, self.batch_size, self.chunk_size = columns, batch_size, chunk_size
+        self.seed, self.epoch = seed, epoch
+
+    @property
+    def num_steps(self) -> int:
+        """Minibatches an epoch."""
+        return -(-len(self.columns[1]) // self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-self.num_steps // self.chunk_size)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        draw = np.random.default_rng(derive(self.seed, "order", self.epoch()))
+        y = self.columns[1]
+        order = torch.from_numpy(draw.permutation(len(y))).to(y.device)
+        for index in order.split(self.batch_size * self.chunk_size):
+            columns = (column[index].split(self.batch_size) for column in self.columns)
+            yield [Batch(*rows) for rows in zip(*columns, strict=True)]
+
+
+class EvalLoader:
+    """Large minibatches in order, each one `Batch`; all tasks' test sets stand here as one.
+
+    Example:
+        >>> y = torch.arange(10)
+        >>> [len(batch) for batch in EvalLoader((y.float(), y, y), batch_size=8)]
+        [8, 2]
+    """
+
+    def __init__(self, columns: Columns, batch_size: int) -> None:
+        self.columns, self.batch_size = columns, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.columns[1]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (Batch(*rows) for rows in zip(*(c.split(self.batch_size) for c in self.columns), strict=True))

@@ -1,0 +1,206 @@
+"""The one plug-in contract: `Batch` and `Strategy`. Read this page first; it is the whole training protocol.
+
+A run, with each hook marked where it is called (`cl/experiment.py` and `cl/learner.py` do just this)::
+
+    strategy.setup(learner, stream)                        # once: allocate every tensor, refuse what cannot work
+    measure row 0 of R                                     # the untrained learner, on every task
+    for task in stream:
+        strategy.before_task(learner, task)                # teacher copy, masks
+        data = strategy.training_data(learner, task)       # one owner; default: task.train
+        optimizer = strategy.configure_optimizer(learner, factory)       # one owner; default: factory(parameters)
+        for epoch in range(epochs):
+            for batch in shuffled(data):                   # raw rows on the device: a function of (seed, task, epoch)
+                batch = strategy.extend_batch(learner, batch)            # may only append rows: replay
+                batch.view = normalize(augment(batch.x))                 # once, after the replayed rows are in
+                features = strategy.encode(learner, batch.view)          # one owner; default: learner.backbone
+                logits = learner.head(features)                          # (B, C), full width
+                loss = strategy.criterion(learner, batch, logits)        # one owner; default: masked cross-entropy
+                loss += strategy.loss(learner, batch, logits)            # every strategy; None adds nothing
+                loss.backward()
+                strategy.project_gradients(learner)                      # in place on .grad, before clipping
+                optimizer.step()
+                strategy.after_step(learner, incoming_rows, their_logits)    # fill a memory, path integrals
+            strategy.after_epoch(learner, task, epoch)     # phases inside a task
+        strategy.after_task(learner, task)                 # Fisher, bases, class means
+        measure row i of R with strategy.predict(learner, view)          # one owner; default: learner(view)
+        report, checkpoint
+
+Every hook is optional, and one that no strategy overrides costs nothing in the loop. Loss terms add; batches and
+gradients chain in the order of the configuration; a hook with one owner refuses two and names both. The engine alone
+calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The learner is
+passed in and never stored. All state is a registered buffer, parameter or sub-module of final shape after `setup`, so
+a strategy has no checkpoint code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl.errors import InputError
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task, TaskData
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass
+class Batch:
+    """Rows of a stream as stored, with what rides along.
+
+    Args:
+        x: Raw inputs (B, *input), uint8 where the data are images.
+        y: Stream-wide labels, int64 (B,).
+        task: Task labels, int64 (B,).
+        extras: Named tensors with one row an example, such as stored logits (B, C).
+        num_incoming: The first rows that come from the stream; the others were appended by `extend_batch`.
+        view: The augmented, normalised inputs that the backbone saw; set by the learner.
+    """
+
+    x: Tensor
+    y: Tensor
+    task: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    num_incoming: int = -1
+    view: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_incoming < 0:
+            self.num_incoming = len(self.y)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def append(self, other: Batch) -> Batch:
+        """Return this batch with another's rows behind its own.
+
+        Example:
+            >>> one = Batch(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
+            >>> both = one.append(one)
+            >>> len(both), both.num_incoming
+            (4, 2)
+        """
+        pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
+        x, y, task = (torch.cat(pair) for pair in pairs)
+        return Batch(x, y, task, num_incoming=self.num_incoming)
+
+    def incoming(self) -> Batch:
+        """Return the rows that came from the stream."""
+        n = self.num_incoming
+        if n == len(self):
+            return self
+        view = None if self.view is None else self.view[:n]
+        return Batch(self.x[:n], self.y[:n], self.task[:n], view=view)
+
+
+class Strategy(nn.Module):
+    """A method of continual learning; see the module's docstring for when each hook is called.
+
+    Example:
+        A method that shrinks the weights a little, in full:
+
+        >>> class Shrink(Strategy):
+        ...     def loss(self, learner, batch, logits):
+        ...         return 1e-3 * sum(p.pow(2).sum() for p in learner.trunk().parameters())
+        >>> overrides(Shrink(), "loss"), overrides(Shrink(), "after_step")
+        (True, False)
+    """
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate every tensor at its final shape and refuse what cannot work."""
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Act before the first batch of a task, on the training device."""
+
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Act after the last batch of a task, on the training device."""
+
+    def training_data(self, learner: Learner, task: Task) -> TaskData:
+        """Return what is trained on in this task; one owner."""
+        return task.train
+
+    def configure_optimizer(self, learner: Learner, factory: OptimizerFactory) -> Optimizer:
+        """Return the optimizer of this task; one owner."""
+        return factory(p for p in learner.parameters() if p.requires_grad)
+
+    def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+        """Return the batch with rows appended."""
+        return batch
+
+    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+        """Map prepared inputs (B, *input) to features (B, D); one owner."""
+        features: Tensor = learner.backbone(view)
+        return features
+
+    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+        """Return the classification loss in place of the default; one owner."""
+        return learner.cross_entropy(logits, batch)
+
+    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+        """Return a scalar, already weighted, to be added; None where there is nothing to add yet."""
+        return None
+
+    def project_gradients(self, learner: Learner) -> None:
+        """Change `.grad` in place, once per optimizer step, after unscaling and before clipping."""
+
+    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+        """Act after a step; sees the rows that came from the stream and their logits before the step, detached."""
+
+    def after_epoch(self, learner: Learner, task: Task, epoch: int) -> None:
+        """Act after an epoch."""
+
+    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+        """Map prepared inputs to logits (B, C) at test; one owner."""
+        logits: Tensor = learner(view)
+        return logits
+
+
+CHAINED = ("before_task", "after_task", "extend_batch", "loss", "project_gradients", "after_step", "after_epoch")
+ONE_OWNER = ("training_data", "configure_optimizer", "encode", "criterion", "predict")
+
+
+def overrides(strategy: Strategy, hook: str) -> bool:
+    """Say whether a strategy's class defines a hook itself."""
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
+
+
+class Composition(nn.ModuleDict):
+    """Strategies by name, and for each hook the methods to call, found once.
+
+    Attributes:
+        chains: Hook to the (name, method) pairs of the strategies that define it, in order.
+        owners: Hook with one owner to its method, which is the default where nobody defines it.
+
+    Raises:
+        InputError: If two strategies own one hook.
+
+    Example:
+        >>> Composition({"plain": Strategy()}).chains["loss"]
+        []
+    """
+
+    def __init__(self, strategies: Mapping[str, Strategy]) -> None:
+        super().__init__(dict(strategies))
+        self.chains = {h: [(n, getattr(s, h)) for n, s in strategies.items() if overrides(s, h)] for h in CHAINED}
+        self.owners = {h: self._owner(h, strategies) for h in ONE_OWNER}
+
+    @staticmethod
+    def _owner(hook: str, strategies: Mapping[str, Strategy]) -> Callable[..., Any]:
+        names = [name for name, strategy in strategies.items() if overrides(strategy, hook)]
+        if len(names) > 1:
+            raise InputError(
+                f"Strategies {names[0]!r} and {names[1]!r} both define {hook}, which has one owner: drop one of them."
+            )
+        owner: Callable[..., Any] = getattr(strategies[names[0]] if names else Strategy(), hook)
+        return owner
+
+    def owned(self, hook: str) -> bool:
+        """Say whether a strategy defines a hook with one owner."""
+        return any(overrides(s, hook) for s in self.values())  # type: ignore[arg-type]

@@ -1,0 +1,767 @@
+"""The transfer matrix of a continual learner, and every scalar that papers and libraries read from it.
+
+`R` has shape (T + 1, T). Its row index counts the tasks learned so far (row 0: the untrained learner), its column
+names a task, NaN means unmeasured, and a higher entry is better. Formulas number the tasks from 1, as the papers do:
+`R[i,j]` in a formula is the metric on the j-th task after i tasks, stored in `R[i, j - 1]`. Names carry their source
+(`bwt_gem`, `bwt_diaz`) because many different quantities share one name in the field.
+
+Every function is pure and computes in float64 on the CPU. It returns NaN, never 0, when the quantity is undefined
+(backward transfer of a single task) or when a cell that it reads is unmeasured; cells that it does not read are free.
+Ranges hold for metrics in [0, 1], such as accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cl.errors import InputError, unknown
+
+# --------------------------------------------------------------------------- helpers
+
+
+def worked_example() -> Tensor:
+    """Return the (4, 3) matrix of every example below, on which bwt_gem and bwt_diaz differ in sign.
+
+    Example:
+        >>> worked_example().shape
+        torch.Size([4, 3])
+    """
+    rows = [[0.10, 0.20, 0.25], [0.90, 0.40, 0.30], [0.94, 0.85, 0.45], [0.84, 0.88, 0.80]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _matrix(R: Tensor) -> Tensor:
+    """Return R as float64 on the CPU (not every accelerator has float64), refusing a wrong shape."""
+    if R.ndim != 2 or R.shape[1] < 1 or R.shape[0] != R.shape[1] + 1:
+        raise InputError(
+            f"A transfer matrix over T tasks has shape (T + 1, T), got {tuple(R.shape)}: "
+            "row 0 is the untrained learner, a row of NaN where it was not measured."
+        )
+    return R.detach().cpu().double()
+
+
+def _learned(R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows 1..T as a (T, T) matrix, and its diagonal R[j,j]."""
+    rows = _matrix(R)[1:]
+    return rows, rows.diagonal()
+
+
+def _lower(square: Tensor, offset: int = 0) -> Tensor:
+    """Return the entries on and below the diagonal with this offset, as a vector."""
+    i, j = torch.tril_indices(len(square), len(square), offset)
+    return square[i, j]
+
+
+def _keep(square: Tensor, mask: Tensor, fill: float = math.nan) -> Tensor:
+    """Return the entries where the mask holds and `fill` elsewhere."""
+    return square.where(mask, torch.tensor(fill, dtype=square.dtype))
+
+
+def _vector(name: str, values: Tensor | Sequence[float], length: int | None = None, low: float = 0.0) -> Tensor:
+    """Return the values as a float64 vector, refusing a wrong length, an empty one, or an entry below `low`."""
+    host = values.detach().cpu() if isinstance(values, Tensor) else values
+    vector = torch.as_tensor(host, dtype=torch.float64)
+    if vector.ndim != 1 or len(vector) == 0 or (length is not None and len(vector) != length):
+        expected = "at least one entry" if length is None else f"{length} entries"
+        raise InputError(f"{name} must be a vector with {expected}, got shape {tuple(vector.shape)}.")
+    if (vector < low).any():
+        raise InputError(f"{name} must not hold an entry below {low:g}, got {vector.min().item():g}.")
+    return vector
+
+
+# --------------------------------------------------------------------------- Lopez-Paz & Ranzato 2017
+
+
+def average_accuracy(R: Tensor, num_samples: Tensor | Sequence[float] | None = None) -> Tensor:
+    """Average accuracy: the mean over all tasks after the last one.
+
+    ACC = 1/T sum_j R[T,j], in [0, 1], higher is better (also called last, final or retained accuracy).
+    Source: Lopez-Paz & Ranzato 2017 (GEM), section 2. With `num_samples` (T,), the size of each test set, the mean
+    is weighted by it, which is the accuracy over the union of the test sets.
+
+    Example:
+        >>> f"{average_accuracy(worked_example()):.6f}"
+        '0.840000'
+    """
+    last = _matrix(R)[-1]
+    if num_samples is None:
+        return last.mean()
+    weights = _vector("num_samples", num_samples, len(last), low=1)
+    return (last * weights).sum() / weights.sum()
+
+
+def bwt_gem(R: Tensor) -> Tensor:
+    """Backward transfer of GEM: how far the earlier tasks moved from just learned to the end.
+
+    BWT = 1/(T-1) sum_{j<T} (R[T,j] - R[j,j]), in [-1, 1], higher is better, NaN for T = 1.
+    Source: Lopez-Paz & Ranzato 2017 (GEM), section 2.
+
+    Example:
+        >>> f"{bwt_gem(worked_example()):.6f}"
+        '-0.015000'
+    """
+    rows, diagonal = _learned(R)
+    return (rows[-1] - diagonal)[:-1].mean()
+
+
+def fwt_gem(R: Tensor) -> Tensor:
+    """Forward transfer of GEM: zero-shot metric just before a task is learned, above the untrained learner.
+
+    FWT = 1/(T-1) sum_{j>=2} (R[j-1,j] - R[0,j]), in [-1, 1], higher is better, NaN for T = 1 or without row 0.
+    Source: Lopez-Paz & Ranzato 2017 (GEM), section 2.
+
+    Example:
+        >>> f"{fwt_gem(worked_example()):.6f}"
+        '0.200000'
+    """
+    R = _matrix(R)
+    return (R[1:].diagonal(1) - R[0, 1:]).mean()
+
+
+# --------------------------------------------------------------------------- Diaz-Rodriguez et al. 2018
+
+
+def accuracy_diaz(R: Tensor) -> Tensor:
+    """Accuracy over time: the mean over every task at every moment since it was learned.
+
+    A = 2/(T(T+1)) sum_{i>=j} R[i,j], in [0, 1], higher is better.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+
+    Example:
+        >>> f"{accuracy_diaz(worked_example()):.6f}"
+        '0.868333'
+    """
+    return _lower(_learned(R)[0]).mean()
+
+
+def bwt_diaz(R: Tensor) -> Tensor:
+    """Backward transfer over time: bwt_gem taken after every later task, not after the last one alone.
+
+    BWT = 2/(T(T-1)) sum_{i>j} (R[i,j] - R[j,j]), in [-1, 1], higher is better, NaN for T = 1.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+
+    Example:
+        >>> f"{bwt_diaz(worked_example()):.6f}"
+        '0.003333'
+    """
+    rows, diagonal = _learned(R)
+    return _lower(rows - diagonal, -1).mean()
+
+
+def bwt_plus_diaz(R: Tensor) -> Tensor:
+    """Positive backward transfer: the improving half of bwt_diaz.
+
+    BWT+ = max(0, bwt_diaz), in [0, 1], higher is better, NaN for T = 1.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+
+    Example:
+        >>> f"{bwt_plus_diaz(worked_example()):.6f}"
+        '0.003333'
+    """
+    return bwt_diaz(R).clamp(min=0)
+
+
+def rem_diaz(R: Tensor) -> Tensor:
+    """Remembering: the forgetting half of bwt_diaz, 1 when nothing was forgotten on average.
+
+    REM = 1 - |min(0, bwt_diaz)|, in [0, 1], higher is better, NaN for T = 1.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+
+    Example:
+        >>> f"{rem_diaz(worked_example()):.6f}"
+        '1.000000'
+    """
+    return 1 - bwt_diaz(R).clamp(max=0).abs()
+
+
+def fwt_diaz(R: Tensor) -> Tensor:
+    """Forward transfer over time: the mean zero-shot metric on all future tasks, no baseline subtracted.
+
+    FWT = 2/(T(T-1)) sum_{1<=i<j} R[i,j], in [0, 1], higher is better, NaN for T = 1.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+
+    Example:
+        >>> f"{fwt_diaz(worked_example()):.6f}"
+        '0.383333'
+    """
+    return _lower(_learned(R)[0].T, -1).mean()
+
+
+def fwt_continuum(R: Tensor) -> Tensor:
+    """Forward transfer as the library continuum computes it: fwt_gem without its baseline.
+
+    FWT = 1/(T-1) sum_{j>=2} R[j-1,j], in [0, 1], higher is better, NaN for T = 1.
+    Source: continuum's repository since 2023 (its last release, 1.2.7, averages the cells below the diagonal instead).
+
+    Example:
+        >>> f"{fwt_continuum(worked_example()):.6f}"
+        '0.425000'
+    """
+    return _learned(R)[0].diagonal(1).mean()
+
+
+def model_size_efficiency_diaz(params: Tensor | Sequence[float]) -> Tensor:
+    """Model size efficiency: how little the model grew; `params` (T,) are its sizes after each task.
+
+    MS = min(1, 1/T sum_i params[1] / params[i]), in [0, 1], higher is better.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+
+    Example:
+        >>> f"{model_size_efficiency_diaz([10, 12, 15]):.6f}"
+        '0.833333'
+    """
+    sizes = _vector("params", params, low=1)
+    return (sizes[0] / sizes).mean().clamp(max=1)
+
+
+def sample_storage_efficiency_diaz(stored: Tensor | Sequence[float], lifetime: float) -> Tensor:
+    """Sample storage efficiency: how few of all `lifetime` samples were kept; `stored` (T,) counts them per task.
+
+    SSS = 1 - min(1, 1/T sum_i stored[i] / lifetime), in [0, 1], higher is better (one unit for both: samples or bytes).
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+
+    Example:
+        >>> f"{sample_storage_efficiency_diaz([100, 200, 300], 3000):.6f}"
+        '0.933333'
+    """
+    total = _vector("lifetime", [lifetime], low=1)[0]
+    return 1 - (_vector("stored", stored) / total).mean().clamp(max=1)
+
+
+def computational_efficiency_diaz(
+    pass_ops: Tensor | Sequence[float], ops: Tensor | Sequence[float], scale: float = 1.0
+) -> Tensor:
+    """Computational efficiency: the cost of one pass over each task's data over all that was spent on the task.
+
+    CE = min(1, 1/T sum_i scale * pass_ops[i] / (1 + ops[i])), in [0, 1], higher is better. `pass_ops` (T,) are the
+    operations of one forward and backward pass over task i, `ops` (T,) all operations spent learning it.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166); the constant 1 and `scale` (their epsilon, at least 1) are
+    from a secondary account and were not checked against the paper.
+
+    Example:
+        >>> f"{computational_efficiency_diaz([1e9] * 3, [5e9, 10e9, 4e9]):.6f}"
+        '0.183333'
+    """
+    spent = _vector("ops", ops)
+    one_pass = _vector("pass_ops", pass_ops, len(spent))
+    factor = _vector("scale", [scale], low=1)[0]
+    return (factor * one_pass / (1 + spent)).mean().clamp(max=1)
+
+
+def _criteria(name: str, values: Tensor | Sequence[float], weights: Tensor | Sequence[float] | None) -> Tensor:
+    """Return sum_m weights[m] * values[m]; equal weights where none are given."""
+    vector = _vector(name, values)
+    if weights is None:
+        return vector.mean()
+    shares = _vector("weights", weights, len(vector))
+    if not math.isclose(float(shares.sum()), 1.0, abs_tol=1e-6):
+        raise InputError(f"weights must sum to 1, got {shares.sum().item():g}: divide them by their sum.")
+    return (shares * vector).sum()
+
+
+def cl_score_diaz(criteria: Tensor | Sequence[float], weights: Tensor | Sequence[float] | None = None) -> Tensor:
+    """CL score: the weighted mean of chosen criteria (M,), each in [0, 1] and higher better.
+
+    CL_score = sum_m weights[m] * criteria[m], sum(weights) = 1 (equal by default), in [0, 1], higher is better.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166), from a secondary account, not checked against the paper.
+
+    Example:
+        >>> f"{cl_score_diaz([0.9, 0.5], [0.75, 0.25]):.6f}"
+        '0.800000'
+    """
+    return _criteria("criteria", criteria, weights)
+
+
+def cl_stability_diaz(stds: Tensor | Sequence[float], weights: Tensor | Sequence[float] | None = None) -> Tensor:
+    """CL stability: one minus the weighted mean standard deviation of the criteria over runs; `stds` is (M,).
+
+    CL_stability = 1 - sum_m weights[m] * stds[m], sum(weights) = 1 (equal by default), higher is better.
+    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166), from a secondary account, not checked against the paper.
+
+    Example:
+        >>> f"{cl_stability_diaz([0.04, 0.08], [0.75, 0.25]):.6f}"
+        '0.950000'
+    """
+    return 1 - _criteria("stds", stds, weights)
+
+
+# --------------------------------------------------------------------------- Chaudhry et al. 2018
+
+
+def _best(R: Tensor, zero_shot: bool, final: bool) -> Tensor:
+    """Return per task max_l R[l,j], l from j (or from 1 if zero_shot) to T - 1 (or T if final); needs T > 1."""
+    rows, _ = _learned(R)
+    if not zero_shot:
+        rows = _keep(rows, torch.ones_like(rows, dtype=torch.bool).tril(), -math.inf)
+    return (rows if final else rows[:-1]).amax(0)
+
+
+def forgetting_chaudhry(R: Tensor, zero_shot: bool = False) -> Tensor:
+    """Forgetting: how far each earlier task ended below its best earlier moment.
+
+    F = 1/(T-1) sum_{j<T} (max_{j<=l<T} R[l,j] - R[T,j]), in [-1, 1], lower is better (negative: improved), NaN for
+    T = 1. Source: Chaudhry et al. 2018 (RWalk, arXiv 1801.10112), eq. 3, where l starts at 1 (`zero_shot=True`): the
+    moments before task j was learned count too, which differs only where zero-shot beats trained.
+
+    Example:
+        >>> f"{forgetting_chaudhry(worked_example()):.6f}"
+        '0.035000'
+    """
+    last = _matrix(R)[-1]
+    if len(last) == 1:
+        return torch.full_like(last[0], math.nan)
+    return (_best(R, zero_shot, final=False) - last)[:-1].mean()
+
+
+def intransigence_chaudhry(R: Tensor, joint: Tensor | Sequence[float]) -> Tensor:
+    """Intransigence: how far each task, just learned, is below a joint learner of tasks 1..k; mean over k.
+
+    I = 1/T sum_k (joint[k] - R[k,k]), in [-1, 1], lower is better; `joint` (T,) is on task k, trained on tasks 1..k.
+    Source: Chaudhry et al. 2018 (RWalk, arXiv 1801.10112).
+
+    Example:
+        >>> f"{intransigence_chaudhry(worked_example(), [0.92, 0.89, 0.86]):.6f}"
+        '0.040000'
+    """
+    _, diagonal = _learned(R)
+    return (_vector("joint", joint, len(diagonal), low=-math.inf) - diagonal).mean()
+
+
+# --------------------------------------------------------------------------- Riemer et al. 2019
+
+
+def learning_accuracy_riemer(R: Tensor) -> Tensor:
+    """Learning accuracy: the mean over tasks, each right after it was learned.
+
+    LA = 1/T sum_j R[j,j], in [0, 1], higher is better. Source: Riemer et al. 2019 (MER, arXiv 1810.11910).
+
+    Example:
+        >>> f"{learning_accuracy_riemer(worked_example()):.6f}"
+        '0.850000'
+    """
+    return _learned(R)[1].mean()
+
+
+def bti_riemer(R: Tensor) -> Tensor:
+    """Backward transfer and interference: retained minus learning accuracy, (T-1)/T of bwt_gem.
+
+    BTI = 1/T sum_j (R[T,j] - R[j,j]), in [-1, 1], higher is better, NaN for T = 1 (nothing could be interfered with).
+    Source: Riemer et al. 2019 (MER, arXiv 1810.11910).
+
+    Example:
+        >>> f"{bti_riemer(worked_example()):.6f}"
+        '-0.010000'
+    """
+    return _over_all_tasks(R, bwt_gem(R))
+
+
+def _over_all_tasks(R: Tensor, mean: Tensor) -> Tensor:
+    """Return a mean over T - 1 tasks as the mean over T whose missing term is 0."""
+    return mean * (R.shape[1] - 1) / R.shape[1]
+
+
+# --------------------------------------------------------------------------- incremental and anytime accuracy
+
+
+def average_incremental_accuracy(R: Tensor, num_samples: Tensor | Sequence[float] | None = None) -> Tensor:
+    """Average incremental accuracy: the mean over k of the average accuracy on the first k tasks after task k.
+
+    AIA = 1/T sum_k A_k with A_k = 1/k sum_{j<=k} R[k,j], in [0, 1], higher is better.
+    Source: class-incremental papers since iCaRL (Rebuffi et al. 2017, arXiv 1611.07725). They usually weight A_k by
+    the size of each test set: give `num_samples` (T,) for that.
+
+    Example:
+        >>> f"{average_incremental_accuracy(worked_example()):.6f}"
+        '0.878333'
+    """
+    rows, _ = _learned(R)
+    sizes = torch.ones(len(rows)) if num_samples is None else num_samples
+    weights = _vector("num_samples", sizes, len(rows), low=1)
+    seen = _keep(rows, torch.ones_like(rows, dtype=torch.bool).tril(), 0.0)
+    return ((seen * weights).sum(1) / weights.cumsum(0)).mean()
+
+
+def average_anytime_accuracy(curves: Tensor, num_seen: Tensor | Sequence[int] | None = None) -> Tensor:
+    """Average anytime accuracy: the mean over all evaluations of the mean over the tasks seen by then.
+
+    AAA = 1/N sum_n mean_{j seen at n} curves[n,j], in [0, 1], higher is better; `curves` (N, T) has one row per
+    evaluation. The first num_seen[n] tasks are seen at n, the current one included; without `num_seen`, a task is
+    seen from its first number on, and a NaN after that is an unmeasured cell. Source: Caccia et al. 2020 (OSAKA,
+    arXiv 2003.05856).
+
+    Example:
+        >>> nan = float("nan")
+        >>> f"{average_anytime_accuracy(torch.tensor([[0.9, nan], [0.6, 0.4]])):.6f}"
+        '0.700000'
+    """
+    if curves.ndim != 2 or 0 in curves.shape:
+        raise InputError(f"curves must have shape (evaluations, tasks), got {tuple(curves.shape)}.")
+    curves = curves.detach().cpu().double()
+    if num_seen is None:
+        seen = curves.isnan().logical_not().cumsum(0) > 0
+    else:
+        counts = _vector("num_seen", num_seen, len(curves), low=1)
+        if (counts > curves.shape[1]).any():
+            raise InputError(f"num_seen holds {counts.max().item():g}, but curves has {curves.shape[1]} tasks.")
+        seen = torch.arange(curves.shape[1]) < counts[:, None]
+    return (_keep(curves, seen, 0.0).sum(1) / seen.sum(1)).mean()
+
+
+# --------------------------------------------------------------------------- what released code computes
+
+
+def fwt_gem_code(R: Tensor) -> Tensor:
+    """Forward transfer as GEM's released code averages it: over T tasks, so (T-1)/T of fwt_gem.
+
+    Example:
+        >>> f"{fwt_gem_code(worked_example()):.6f}"
+        '0.133333'
+    """
+    return _over_all_tasks(R, fwt_gem(R))
+
+
+def forgetting_avalanche(R: Tensor) -> Tensor:
+    """Forgetting as Avalanche computes it: from the moment of learning, not from the best one, so -bwt_gem.
+
+    Example:
+        >>> f"{forgetting_avalanche(worked_example()):.6f}"
+        '0.015000'
+    """
+    return -bwt_gem(R)
+
+
+def forgetting_mammoth(R: Tensor) -> Tensor:
+    """Forgetting as mammoth, PyCIL and LAMDA-PILOT compute it: the best includes the last row, so never negative.
+
+    Example:
+        >>> f"{forgetting_mammoth(worked_example()):.6f}"
+        '0.050000'
+    """
+    return (_best(R, zero_shot=False, final=True) - _matrix(R)[-1])[:-1].mean()
+
+
+def forgetting_online_cl(R: Tensor) -> Tensor:
+    """Forgetting as the online-CL code base (PCR, HPCR) computes it: forgetting_mammoth averaged over T tasks.
+
+    Example:
+        >>> f"{forgetting_online_cl(worked_example()):.6f}"
+        '0.033333'
+    """
+    return _over_all_tasks(R, forgetting_mammoth(R))
+
+
+def forgetting_libcontinual(R: Tensor) -> Tensor:
+    """Forgetting as LibContinual computes it: tasks 1..T-2 alone, still divided by T - 1; NaN for T < 3.
+
+    Example:
+        >>> f"{forgetting_libcontinual(worked_example()):.6f}"
+        '0.030000'
+    """
+    rows, diagonal = _learned(R)
+    drops = (diagonal - rows[-1])[:-2]
+    return drops.mean() * len(drops) / max(1, len(rows) - 1)
+
+
+def bwt_libcontinual(R: Tensor) -> Tensor:
+    """Backward transfer as LibContinual computes it: bwt_diaz without its pairs (i, i-1), divisor kept; NaN for T < 3.
+
+    Example:
+        >>> f"{bwt_libcontinual(worked_example()):.6f}"
+        '-0.020000'
+    """
+    rows, diagonal = _learned(R)
+    gains = _lower(rows - diagonal, -2)
+    return gains.mean() * len(gains) / max(1, len(rows) * (len(rows) - 1) // 2)
+
+
+# --------------------------------------------------------------------------- matrices
+
+
+def backward_transfer(R: Tensor) -> Tensor:
+    """Backward transfer matrix (T, T): what all learning since task j did to task j.
+
+    B[i,j] = R[i,j] - R[j,j] for i > j, NaN elsewhere, in [-1, 1], higher is better; row i - 1 is after task i.
+    Its last row averages to bwt_gem, its whole triangle to bwt_diaz.
+
+    Example:
+        >>> print(backward_transfer(worked_example()))
+        tensor([[    nan,     nan,     nan],
+                [ 0.0400,     nan,     nan],
+                [-0.0600,  0.0300,     nan]], dtype=torch.float64)
+    """
+    rows, diagonal = _learned(R)
+    return _keep(rows - diagonal, torch.ones_like(rows, dtype=torch.bool).tril(-1))
+
+
+def forward_transfer(R: Tensor) -> Tensor:
+    """Forward transfer matrix (T, T): what learning tasks 1..i did to a task j that is still to come.
+
+    F[i,j] = R[i,j] - R[0,j] for 1 <= i < j, NaN elsewhere, in [-1, 1], higher is better; row i - 1 is after task i.
+    Its superdiagonal averages to fwt_gem.
+
+    Example:
+        >>> print(forward_transfer(worked_example()))
+        tensor([[   nan, 0.2000, 0.0500],
+                [   nan,    nan, 0.2000],
+                [   nan,    nan,    nan]], dtype=torch.float64)
+    """
+    R = _matrix(R)
+    return _keep(R[1:] - R[0], torch.ones_like(R[1:], dtype=torch.bool).triu(1))
+
+
+def step_effect(R: Tensor) -> Tensor:
+    """Step effect matrix (T, T): what learning task i alone did to every task j, old, current or to come.
+
+    E[i,j] = R[i,j] - R[i-1,j], in [-1, 1], higher is better; row i - 1 is the step of task i. Below the diagonal a
+    negative entry is interference, on it is what was learned, above it is what the step gave to the future.
+
+    Example:
+        >>> print(step_effect(worked_example()))
+        tensor([[ 0.8000,  0.2000,  0.0500],
+                [ 0.0400,  0.4500,  0.1500],
+                [-0.1000,  0.0300,  0.3500]], dtype=torch.float64)
+    """
+    return _matrix(R).diff(dim=0)
+
+
+def to_records(R: Tensor) -> list[tuple[int, int, float]]:
+    """Return every cell as (after_task, task, value): after_task 0..T, task 1..T, NaN kept, row by row.
+
+    Example:
+        >>> to_records(torch.tensor([[0.5], [0.75]]))
+        [(0, 1, 0.5), (1, 1, 0.75)]
+    """
+    rows: list[list[float]] = _matrix(R).tolist()
+    return [(i, j, value) for i, row in enumerate(rows) for j, value in enumerate(row, start=1)]
+
+
+# --------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One scalar of the transfer matrix, and what must be said next to its number.
+
+    Attributes:
+        function: R of shape (T + 1, T) to a 0-d tensor.
+        formula: One line, tasks numbered from 1.
+        source: The paper or the library that the definition is from.
+        scale: Unit and range, for a metric in [0, 1].
+        divisor: What the sum is divided by; the libraries differ here most.
+        higher_is_better: The sign.
+        weighting: What counts once in the mean.
+
+    Example:
+        >>> SCALARS["bwt_gem"].divisor
+        'T - 1'
+    """
+
+    function: Callable[[Tensor], Tensor]
+    formula: str
+    source: str
+    scale: str
+    divisor: str
+    higher_is_better: bool = True
+    weighting: str = "task mean"
+
+
+_UNIT, _SIGNED = "fraction, [0, 1]", "fraction, [-1, 1]"
+_PAIRS, _CELLS = "T (T - 1) / 2", "T (T + 1) / 2"
+_GEM, _DIAZ = "Lopez-Paz & Ranzato 2017 (GEM)", "Diaz-Rodriguez et al. 2018"
+_RWALK, _MER = "Chaudhry et al. 2018 (RWalk)", "Riemer et al. 2019 (MER)"
+_AIA = "mean_k mean_{j<=k} R[k,j]"
+_BEST = "sum_{j<T} (max_{j<=l<T} R[l,j] - R[T,j])"
+_PEAK = "sum_{j<T} (max_{j<=l<=T} R[l,j] - R[T,j])"
+
+# The scalars of R alone, as written to transfer.json.
+SCALARS: dict[str, Scalar] = {
+    "average_accuracy": Scalar(average_accuracy, "sum_j R[T,j]", _GEM, _UNIT, "T"),
+    "bwt_gem": Scalar(bwt_gem, "sum_{j<T} (R[T,j] - R[j,j])", _GEM, _SIGNED, "T - 1"),
+    "fwt_gem": Scalar(fwt_gem, "sum_{j>=2} (R[j-1,j] - R[0,j])", _GEM, _SIGNED, "T - 1"),
+    "accuracy_diaz": Scalar(accuracy_diaz, "sum_{i>=j} R[i,j]", _DIAZ, _UNIT, _CELLS),
+    "bwt_diaz": Scalar(bwt_diaz, "sum_{i>j} (R[i,j] - R[j,j])", _DIAZ, _SIGNED, _PAIRS),
+    "bwt_plus_diaz": Scalar(bwt_plus_diaz, "max(0, bwt_diaz)", _DIAZ, _UNIT, _PAIRS),
+    "rem_diaz": Scalar(rem_diaz, "1 - |min(0, bwt_diaz)|", _DIAZ, _UNIT, _PAIRS),
+    "fwt_diaz": Scalar(fwt_diaz, "sum_{1<=i<j} R[i,j]", _DIAZ, _UNIT, _PAIRS),
+    "fwt_continuum": Scalar(fwt_continuum, "sum_{j>=2} R[j-1,j]", "continuum (code)", _UNIT, "T - 1"),
+    "forgetting_chaudhry": Scalar(forgetting_chaudhry, _BEST, _RWALK, _SIGNED, "T - 1", higher_is_better=False),
+    "learning_accuracy_riemer": Scalar(learning_accuracy_riemer, "sum_j R[j,j]", _MER, _UNIT, "T"),
+    "bti_riemer": Scalar(bti_riemer, "sum_j (R[T,j] - R[j,j])", _MER, _SIGNED, "T"),
+    "average_incremental_accuracy": Scalar(
+        average_incremental_accuracy, _AIA, "Rebuffi et al. 2017 (iCaRL) and later", _UNIT, "T, k inside"
+    ),
+}
+
+# What libraries call backward transfer, forward transfer and forgetting: to compare numbers, not to report.
+LIBRARY_VARIANTS: dict[str, Scalar] = {
+    "bwt_gem_code": Scalar(bti_riemer, "sum_{j<T} (R[T,j] - R[j,j])", "GEM (code)", _SIGNED, "T"),
+    "fwt_gem_code": Scalar(fwt_gem_code, "sum_{j>=2} (R[j-1,j] - R[0,j])", "GEM (code)", _SIGNED, "T"),
+    "bwt_libcontinual": Scalar(
+        bwt_libcontinual, "sum_{i>=j+2} (R[i,j] - R[j,j])", "LibContinual (code)", _SIGNED, _PAIRS
+    ),
+    "forgetting_avalanche": Scalar(
+        forgetting_avalanche, "sum_{j<T} (R[j,j] - R[T,j])", "Avalanche (code)", _SIGNED, "T - 1", False
+    ),
+    "forgetting_mammoth": Scalar(
+        forgetting_mammoth, _PEAK, "mammoth, PyCIL, LAMDA-PILOT (code)", _UNIT, "T - 1", False
+    ),
+    "forgetting_online_cl": Scalar(forgetting_online_cl, _PEAK, "PCR, HPCR (code)", _UNIT, "T", False),
+    "forgetting_libcontinual": Scalar(
+        forgetting_libcontinual, "sum_{j<=T-2} (R[j,j] - R[T,j])", "LibContinual (code)", _SIGNED, "T - 1", False
+    ),
+}
+
+# What reads R[i,j] with 1 <= i < j: the metric on a task that has not been learned yet.
+_MATRICES = {"backward_transfer": False, "forward_transfer": True, "step_effect": True}
+_READS_UNSEEN = {"fwt_gem", "fwt_diaz", "fwt_continuum", "fwt_gem_code"}
+
+
+def caveat(name: str, mask: str) -> str | None:
+    """Return what must be said next to the scalar or matrix `name` measured under `mask`, or None.
+
+    Under the mask "class" a task to come is scored by outputs that no example has trained yet, so what reads those
+    cells (`fwt_*`, forward_transfer, step_effect) is not zero-shot knowledge.
+
+    Raises:
+        InputError: if no scalar and no matrix has that name.
+
+    Example:
+        >>> caveat("fwt_gem", mask="task") is None, caveat("bwt_gem", mask="class") is None
+        (True, True)
+        >>> caveat("fwt_gem", mask="class")[:57]
+        'class-incremental: the classes of a task to come have no '
+    """
+    known = SCALARS.keys() | LIBRARY_VARIANTS.keys() | _MATRICES.keys()
+    if name not in known:
+        raise unknown("transfer metric", name, known)
+    if mask != "class" or not (name in _READS_UNSEEN or _MATRICES.get(name, False)):
+        return None
+    return (
+        "class-incremental: the classes of a task to come have no trained output, "
+        "so the cells before a task is learned are no transfer; read this under the mask 'task' or 'domain'"
+    )
+
+
+# --------------------------------------------------------------------------- module
+
+
+class TransferMatrix(nn.Module):
+    """The transfer matrix of one run: a float32 buffer `R` (T + 1, T), NaN where unmeasured, and its scalars.
+
+    R[i, j] is the metric on the task of index j after i tasks; row 0 is the untrained learner. The buffer is the whole
+    state: it moves with its parent and loads strictly with `weights_only=True`.
+
+    Args:
+        num_tasks: T.
+        mask: Which classes competed: "class", "task" or "domain".
+        metric: What an entry is; higher is better.
+
+    Raises:
+        InputError: if num_tasks is below 1.
+
+    Example:
+        >>> matrix = TransferMatrix(num_tasks=3)
+        >>> for i, row in enumerate(worked_example()):
+        ...     matrix.record(i, row)
+        >>> round(matrix.scalars()["bwt_gem"], 6), round(matrix.scalars(after_task=2)["forgetting_chaudhry"], 6)
+        (-0.015, -0.04)
+    """
+
+    R: Tensor
+
+    def __init__(self, num_tasks: int, mask: str = "class", metric: str = "accuracy") -> None:
+        super().__init__()
+        if num_tasks < 1:
+            raise InputError(f"A transfer matrix needs at least one task, got num_tasks={num_tasks}.")
+        self.num_tasks = num_tasks
+        self.mask = mask
+        self.metric = metric
+        self.register_buffer("R", torch.full((num_tasks + 1, num_tasks), math.nan, dtype=torch.float32))
+        # Known on the host, so that record() refuses a second write without reading the device.
+        self._rows: set[int] = set()
+        self.register_load_state_dict_post_hook(_find_rows)  # type: ignore[no-untyped-call]
+
+    @property
+    def measured_rows(self) -> tuple[int, ...]:
+        """The rows recorded so far, ascending; 0 is the untrained learner."""
+        return tuple(sorted(self._rows))
+
+    @property
+    def num_measured(self) -> int:
+        """How many of the T + 1 rows are recorded."""
+        return len(self._rows)
+
+    @torch.no_grad()
+    def record(self, after_task: int, values: Tensor) -> None:
+        """Write row `after_task` (0 before the first task), once; no host synchronisation if `values` is on R's device.
+
+        Args:
+            after_task: How many tasks have been learned, 0..T.
+            values: (T,) the metric on every task, NaN where it was not measured.
+
+        Raises:
+            InputError: if there is no such row, it is already recorded, or the shape is not (T,).
+        """
+        self._check_row(after_task)
+        if after_task in self._rows:
+            raise InputError(f"Row {after_task} of the transfer matrix is already recorded: reset({after_task}) first.")
+        if values.shape != (self.num_tasks,):
+            raise InputError(
+                f"Row {after_task} of the transfer matrix takes one value per task, shape ({self.num_tasks},), "
+                f"got {tuple(values.shape)}: put NaN where a task was not measured."
+            )
+        self.R[after_task].copy_(values)
+        self._rows.add(after_task)
+
+    @torch.no_grad()
+    def reset(self, after_task: int | None = None) -> None:
+        """Make one row unmeasured, or all of them; the only way to record a row again.
+
+        Raises:
+            InputError: if there is no such row.
+        """
+        if after_task is None:
+            self.R.fill_(math.nan)
+            self._rows.clear()
+            return
+        self._check_row(after_task)
+        self.R[after_task].fill_(math.nan)
+        self._rows.discard(after_task)
+
+    def scalars(self, after_task: int | None = None) -> dict[str, float]:
+        """Return every entry of `SCALARS` for the stream cut to its first `after_task` tasks (default: all).
+
+        Raises:
+            InputError: if after_task is not in 1..T.
+        """
+        k = self.num_tasks if after_task is None else after_task
+        if not 1 <= k <= self.num_tasks:
+            raise InputError(f"Scalars exist after 1 to {self.num_tasks} tasks, got after_task={k}.")
+        cut = _matrix(self.R[: k + 1, :k])  # one read of the device for all scalars
+        return {name: scalar.function(cut).item() for name, scalar in SCALARS.items()}
+
+    def extra_repr(self) -> str:
+        """Return what the module prints between its brackets."""
+        return f"num_tasks={self.num_tasks}, mask={self.mask!r}, metric={self.metric!r}, measured={self.num_measured}"
+
+    def _check_row(self, after_task: int) -> None:
+        if not 0 <= after_task <= self.num_tasks:
+            raise InputError(f"The transfer matrix has rows 0 to {self.num_tasks}, got after_task={after_task}.")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransferMatrix:
+        kept = self.R
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.R.dtype != kept.dtype:  # .bfloat16() on the parent would leave three digits of an accuracy
+            self.R = kept.to(self.R.device)
+        return self
+
+
+def _find_rows(module: nn.Module, _: object) -> None:
+    """Read from a loaded buffer which rows it holds, those with a number (one synchronisation a load)."""
+    assert isinstance(module, TransferMatrix)
+    module._rows = set(module.R.isnan().all(1).logical_not().nonzero().flatten().tolist())

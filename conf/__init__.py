@@ -1,0 +1,1 @@
+"""Hydra configuration: one group for each thing that a user swaps."""

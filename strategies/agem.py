@@ -1,0 +1,86 @@
+r"""Averaged Gradient Episodic Memory (Chaudhry et al. 2019, equation 11).
+
+The gradient g of the incoming batch may not raise the loss of a batch drawn from the memory of earlier tasks, whose
+gradient is :math:`g_{ref}`:
+
+.. math:: \tilde g = g - \frac{\min(g^\top g_{ref}, 0)}{g_{ref}^\top g_{ref}} g_{ref}
+
+Differences from the paper: a task's exemplars, as many of each class of the task, are drawn from its training set when
+it ends, where the paper fills a ring buffer while it passes (the same number, another sample).
+Differences from reference code: Mammoth keeps one batch a task, far less than its buffer size says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from cl.errors import InputError
+from cl.memory import Memory
+from cl.strategy import Batch, Strategy
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+
+def project(g: Tensor, reference: Tensor) -> Tensor:
+    """Return the vector nearest to g that has no negative product with the reference.
+
+    Example:
+        >>> project(torch.tensor([1.0, -2.0, 0.0]), torch.ones(3)).tolist()
+        [1.3333333730697632, -1.6666666269302368, 0.3333333432674408]
+    """
+    square = (reference @ reference).clamp_min(1e-12)
+    return g - (g @ reference).clamp_max(0) / square * reference
+
+
+class AGEM(Strategy):
+    """Projects gradients against a batch of remembered examples.
+
+    Args:
+        memory_size: Exemplars in all, shared out evenly among the classes of all tasks.
+        batch_size: Exemplars whose gradient is the reference.
+
+    Raises:
+        InputError: If the optimizer is not SGD, or the memory is smaller than one exemplar a class.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(AGEM, memory_size=40)
+    """
+
+    def __init__(self, memory_size: int = 200, batch_size: int = 256) -> None:
+        super().__init__()
+        self.memory_size, self.batch_size = memory_size, batch_size
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate the memory; refuse an optimizer that does not follow the projected gradient."""
+        optimizer = learner.new_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        if type(optimizer) is not SGD:
+            raise InputError(
+                f"A-GEM projects gradients, which {type(optimizer).__name__} then rescales: use optimizer=sgd."
+            )
+        self.memory = Memory(self.memory_size, stream, policy="ring")
+
+    def project_gradients(self, learner: Learner) -> None:
+        """Project the whole gradient, as one vector."""
+        if len(self.memory) == 0:
+            return
+        parameters = [p for p in learner.parameters() if p.grad is not None]
+        batch = self.memory.sample(self.batch_size)
+        loss = learner.cross_entropy(learner(learner.prepare(batch.x, True)), batch)
+        reference = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = project(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference]))
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Remember examples of the task; a ring that is offered them all keeps the last of a random order."""
+        order = torch.from_numpy(self.memory.random.generator.permutation(len(task.train)))
+        x, y, label = (column.to(learner.device) for column in task.train.take(order).tensors())
+        self.memory.insert(Batch(x, y, label))

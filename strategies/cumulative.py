@@ -1,0 +1,50 @@
+"""Cumulative training: at task t, train on the union of the tasks 1..t; the upper bound of the sequential protocol.
+
+The weights start from those of task t-1, or, with `restart`, from the initial ones (this gives the a*_k that
+intransigence is measured against; Chaudhry et al. 2018). The cost grows linearly with t.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from cl.strategy import Strategy
+from cl.task import TaskData
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+
+class Cumulative(Strategy):
+    """Trains on every task seen so far.
+
+    Args:
+        restart: Start each task from the initial weights instead of the last ones.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(Cumulative)
+    """
+
+    def __init__(self, restart: bool = False) -> None:
+        super().__init__()
+        self.restart = restart
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Keep the tasks' data as views, and the initial weights where they are returned to."""
+        from copy import deepcopy
+
+        self._parts = [task.train for task in stream]
+        self.initial: nn.Module | None = deepcopy(learner.trunk()).requires_grad_(False) if self.restart else None
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Return to the initial weights if asked to."""
+        if self.initial is not None:
+            learner.trunk().load_state_dict(self.initial.state_dict())
+
+    def training_data(self, learner: Learner, task: Task) -> TaskData:
+        """Return the union of the tasks so far."""
+        return TaskData.concat(self._parts[: task.index + 1])

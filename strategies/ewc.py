@@ -1,0 +1,146 @@
+r"""Elastic Weight Consolidation (Kirkpatrick et al. 2017, equation 3).
+
+After task k the diagonal Fisher information :math:`F_k` is measured at the optimum :math:`\theta^*_k`, and later
+
+.. math:: L(\theta) = L_t(\theta) + \frac{\lambda}{2} \sum_{k<t} \sum_i F_{k,i} (\theta_i - \theta^*_{k,i})^2
+
+Completing the square turns the sum over tasks into one quadratic of the same gradient, with :math:`F = \sum_k F_k`
+and the anchor :math:`\bar\theta = \sum_k F_k \theta^*_k / F`, so the memory does not grow with the tasks.
+
+Differences from the paper: none but the constant that this leaves out. `gamma` < 1 fades F, as in online EWC
+(Schwarz et al. 2018, section 3.2), whose anchor is the last optimum.
+Differences from reference code: the Fisher is the true one, of single examples: labels y are summed over the model's
+own distribution (or drawn from it, or the data's). Avalanche and CLArena square the mean gradient of a batch, which is
+smaller by about its size; Avalanche and Mammoth have no 1/2. So lambdas differ between libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from cl.errors import unknown
+from cl.random import Random
+from cl.strategy import Batch, Strategy
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+FISHERS = ("true", "sampled", "empirical")
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """Return tensors as one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def diagonal_fisher(
+    module: nn.Module, x: Tensor, classes: Tensor, weights: Tensor | None = None, chunk_size: int = 16
+) -> Tensor:
+    r"""Return :math:`F_i = \mathbb{E}_x \sum_y w(y|x) (\partial \log p(y|x) / \partial \theta_i)^2` as one vector.
+
+    Args:
+        module: Inputs (B, ...) to logits (B, C); its trainable parameters are theta.
+        x: Inputs (n, ...).
+        classes: The classes that compete, (K,).
+        weights: w(y|x), (n, K); None means the model's own p(y|x), which gives the true Fisher.
+        chunk_size: Examples whose gradients are held at once.
+
+    Example:
+        >>> w = nn.Linear(1, 2, bias=False)
+        >>> _ = w.weight.data.copy_(torch.tensor([[0.0], [3.0]]).log().div(2).nan_to_num(neginf=0.0))
+        >>> F = diagonal_fisher(w, torch.tensor([[2.0]]), torch.tensor([0, 1]))
+        >>> [round(float(f), 4) for f in F]  # p = .75, so .75 * .25 * x^2
+        [0.75, 0.75]
+    """
+    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+    def log_p(theta: dict[str, Tensor], one: Tensor) -> tuple[Tensor, Tensor]:
+        log_probability = functional_call(module, theta, (one[None],))[0, classes].float().log_softmax(0)
+        return log_probability, log_probability
+
+    total = torch.zeros(sum(p.numel() for p in parameters.values()), device=x.device)
+    w = None
+    for rows in torch.arange(len(x), device=x.device).split(chunk_size):
+        jacobian, value = vmap(jacrev(log_p, has_aux=True), in_dims=(None, 0))(parameters, x[rows])
+        w = value.exp() if weights is None else weights[rows]
+        squares = [torch.einsum("bk,bkp->p", w, j.flatten(2).square()) for j in jacobian.values()]
+        total += flat(squares)
+    return total / len(x)
+
+
+class EWC(Strategy):
+    """Holds each weight near the old optima, as firmly as they need it.
+
+    Args:
+        weight: lambda.
+        fisher: Labels in the Fisher: "true" (summed over p(y|x)), "sampled" (one drawn), "empirical" (the data's).
+        num_samples: Training examples that it is measured on; None means all.
+        gamma: Factor on the old F at each new task; 1 is EWC, less is online EWC.
+
+    Raises:
+        InputError: If the kind of Fisher is unknown.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(EWC)
+    """
+
+    importance: Tensor
+    anchor: Tensor
+
+    def __init__(
+        self, weight: float = 100.0, fisher: str = "true", num_samples: int | None = 1000, gamma: float = 1.0
+    ) -> None:
+        super().__init__()
+        if fisher not in FISHERS:
+            raise unknown("kind of Fisher", fisher, FISHERS)
+        self.weight, self.fisher, self.num_samples, self.gamma = weight, fisher, num_samples, gamma
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate F and the anchor as vectors."""
+        size = sum(p.numel() for p in self._theta(learner))
+        self.register_buffer("importance", torch.zeros(size))
+        self.register_buffer("anchor", torch.zeros(size))
+        self.random = Random()
+
+    def _theta(self, learner: Learner) -> list[nn.Parameter]:
+        return [p for p in learner.trunk().parameters() if p.requires_grad]
+
+    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+        """Return the penalty, from the second task on."""
+        if learner.tasks_learned == 0:
+            return None
+        drift = flat([p for p in self._theta(learner)]) - self.anchor
+        return self.weight / 2 * (self.importance * drift.square()).sum()
+
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Measure the Fisher at the new optimum and fold it into F and the anchor."""
+        module = nn.Sequential(learner.backbone, learner.head)
+        data = task.train
+        if self.num_samples is not None and self.num_samples < len(data):
+            rows = self.random.generator.choice(len(data), self.num_samples, replace=False)
+            data = data.take(torch.from_numpy(rows))
+        x, y, _ = (column.to(learner.device) for column in data.tensors())
+        view, classes = learner.prepare(x), learner.competing(task)
+        with learner.evaluating():
+            new = diagonal_fisher(module, view, classes, self._weights(module, view, y, classes))
+        theta = flat([p.detach() for p in self._theta(learner)])
+        old = self.gamma * self.importance
+        mean = (old * self.anchor + new * theta) / (old + new).clamp_min(torch.finfo(new.dtype).tiny)
+        self.anchor.copy_(torch.where(old + new > 0, mean, theta) if self.gamma == 1 else theta)
+        self.importance.copy_(old + new)
+
+    def _weights(self, module: nn.Module, view: Tensor, y: Tensor, classes: Tensor) -> Tensor | None:
+        if self.fisher == "true":
+            return None
+        if self.fisher == "sampled":
+            with torch.no_grad():
+                p = module(view)[:, classes].softmax(1).cumsum(1)
+            draw = torch.from_numpy(self.random.generator.random((len(view), 1))).to(p)
+            y = classes[(p < draw).sum(1).clamp_max(len(classes) - 1)]
+        return (y[:, None] == classes).float()

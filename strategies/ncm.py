@@ -1,0 +1,65 @@
+r"""Nearest class mean on features (Mensink et al. 2013; the "SimpleCIL" of Zhou et al. 2023).
+
+.. math:: \hat y = \arg\max_c \cos(\phi(x), \mu_c), \qquad \mu_c = \frac{1}{n_c} \sum_{y_i = c} \phi(x_i)
+
+On a frozen backbone (the default) nothing is trained, the means are sums over examples, and so the order of the tasks
+does not matter. With `freeze=false` the backbone learns as in fine-tuning and old means go stale.
+
+Differences from the papers: none on a frozen backbone. A class without a mean has the lowest cosine, -1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl.strategy import Strategy
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+
+class NCM(Strategy):
+    """Predicts the class whose mean feature is nearest in angle.
+
+    Args:
+        freeze: Train nothing.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(NCM)
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, freeze: bool = True) -> None:
+        super().__init__()
+        self.freeze = freeze
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate sums and counts of features by class; freeze."""
+        self.register_buffer("total", torch.zeros(stream.num_classes, int(learner.backbone.num_features)))  # type: ignore[arg-type]
+        self.register_buffer("count", torch.zeros(stream.num_classes, 1))
+        if self.freeze:
+            learner.trunk().requires_grad_(False)
+
+    @torch.no_grad()
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Add the features of the task's training examples to their classes' sums."""
+        x, y, _ = (column.to(learner.device) for column in task.train.tensors())
+        with learner.evaluating():
+            for rows in torch.arange(len(y), device=y.device).split(learner.eval_batch_size):
+                features = learner.backbone(learner.prepare(x[rows]))
+                self.total.index_add_(0, y[rows], features.to(self.total.dtype))
+        self.count += torch.bincount(y, minlength=len(self.count))[:, None]
+
+    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return the cosine to every class mean, (B, C)."""
+        means = F.normalize(self.total / self.count.clamp_min(1), dim=1)
+        cosine = F.normalize(learner.backbone(view).to(means.dtype), dim=1) @ means.T
+        return torch.where(self.count.T > 0, cosine, -1.0)

@@ -1,0 +1,366 @@
+"""The engine against loops written by hand: training, evaluation, resuming, and what stops a run."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from cl import checkpoint
+from cl.errors import DivergenceError, InputError
+from cl.experiment import Experiment
+from cl.head import competing
+from cl.learner import Learner
+from cl.loader import TrainLoader
+from cl.random import derive
+from cl.strategies.er import ER
+from cl.strategies.ewc import EWC
+from cl.strategies.lwf import LwF
+from cl.strategy import Strategy
+from cl.task import Stream, Task, TaskData
+from cl.testing import ToyBackbone, toy_learner, toy_stream
+
+trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
+
+
+def weights(learner: Learner) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in learner.parameters()]
+
+
+def learn(strategies=None, epochs=2, callbacks=(), **options) -> Learner:
+    learner, stream = toy_learner(strategies or {}, **options)
+    Experiment(learner, stream, trainer, epochs=epochs, callbacks=callbacks).run()
+    return learner
+
+
+def loop_by_hand(scenario: str, epochs: int, momentum: float = 0.0) -> list[torch.Tensor]:
+    """What fine-tuning is: plain PyTorch, no engine; only the order of the examples is looked up."""
+    stream = toy_stream(3, scenario)
+    torch.manual_seed(0)
+    net = nn.Sequential(ToyBackbone(), nn.Linear(16, stream.num_classes))
+    seen: set[int] = set()
+    for task in stream:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=momentum)
+        x, y, _ = task.train.tensors()
+        seen |= set(task.classes)
+        allowed = {"class": seen, "task": set(task.classes), "domain": set(range(stream.num_classes))}[scenario]
+        closed = [c for c in range(stream.num_classes) if c not in allowed]
+        for epoch in range(epochs):
+            rows = np.random.default_rng(derive(derive(0, "task", task.index), "order", epoch)).permutation(len(y))
+            for start in range(0, len(rows), 8):
+                batch = rows[start : start + 8]
+                logits = net(x[batch].float() / 255)
+                logits[:, closed] = -torch.inf
+                optimizer.zero_grad()
+                F.cross_entropy(logits, y[batch]).backward()
+                optimizer.step()
+    return list(net.parameters())
+
+
+@pytest.mark.parametrize("scenario", ["class", "task", "domain"])
+def test_finetuning_is_the_loop_written_by_hand_to_the_bit(scenario):
+    for ours, theirs in zip(weights(learn(scenario=scenario)), loop_by_hand(scenario, 2), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_optimizer_starts_anew_at_each_task():
+    stream = toy_stream(3)
+    torch.manual_seed(0)
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    learner = Learner(stream, ToyBackbone(), {}, optimizer, batch_size=8)
+    Experiment(learner, stream, trainer, epochs=2).run()
+    for ours, theirs in zip(weights(learner), loop_by_hand("class", 2, momentum=0.9), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_results_do_not_depend_on_the_chunk(chunk_size):
+    def make():
+        return {"er": ER(memory_size=10), "ewc": EWC(), "lwf": LwF()}
+
+    for a, b in zip(weights(learn(make())), weights(learn(make(), chunk_size=chunk_size)), strict=True):
+        assert torch.equal(a, b)
+
+
+class Listener(pl.Callback):
+    """A callback that Lightning must be asked to call, which takes the learner off its short path."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps.append(trainer.global_step)
+
+
+def test_callbacks_around_the_step_are_called_and_change_nothing():
+    listener = Listener()
+    heard = learn({"er": ER(memory_size=10)}, callbacks=[listener], gradient_clip=0.5)
+    plain = learn({"er": ER(memory_size=10)}, gradient_clip=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(weights(heard), weights(plain), strict=True))
+    assert listener.steps == list(range(12)) * 3  # 48 rows / 8 * 2 epochs, in each of three tasks
+
+
+def test_clipping_bounds_the_step():
+    norms = []
+
+    class Measure(Strategy):
+        def before_task(self, learner, task):
+            norms.append(torch.cat([p.detach().flatten().clone() for p in learner.parameters()]))
+
+        def after_step(self, learner, batch, logits):
+            norms.append(torch.cat([p.detach().flatten().clone() for p in learner.parameters()]))
+
+    learn({"measure": Measure()}, gradient_clip=0.01, num_tasks=1)
+    steps = [float((b - a).norm()) for a, b in pairwise(norms)]
+    assert max(steps) <= 0.1 * 0.01 * (1 + 1e-4)
+
+
+def test_each_row_of_R_is_what_torchmetrics_says_under_both_masks():
+    learner, stream = toy_learner(num_tasks=3, eval_batch_size=7)
+    rows = []
+
+    experiment = Experiment(learner, stream, trainer, epochs=1)
+    for task in stream:
+        experiment.learn(task)
+        experiment.evaluate()
+        row = {"class": [], "task": []}
+        seen = {c for t in stream[: task.index + 1] for c in t.classes}
+        for other in stream:
+            x, y, _ = other.test.tensors()
+            with torch.no_grad():
+                logits = learner(x.float() / 255)
+            for mask, allowed in (
+                ("class", seen if set(other.classes) <= seen else set(range(6))),
+                ("task", set(other.classes)),
+            ):
+                closed = [c for c in range(6) if c not in allowed]
+                masked = logits.clone()
+                masked[:, closed] = -torch.inf
+                row[mask].append(multiclass_accuracy(masked.argmax(1), y, num_classes=6, average="micro"))
+        rows.append(row)
+    for mask in ("class", "task"):
+        expected = torch.stack([torch.stack(row[mask]) for row in rows])
+        assert torch.allclose(learner.matrices[mask].R[1:], expected, atol=1e-6)
+
+
+def test_the_mask_of_unseen_classes_leaves_them_no_gradient():
+    learner, stream = toy_learner(num_tasks=3)
+    before = learner.head.weight.detach().clone()
+    Experiment(learner, stream, trainer, epochs=1).learn(stream[0])
+    assert torch.equal(before[2:], learner.head.weight[2:])
+    assert not torch.equal(before[:2], learner.head.weight[:2])
+
+
+def test_train_mask_is_what_competes_in_the_loss():
+    whole, stream = toy_learner(num_tasks=3, train_mask="domain")
+    Experiment(whole, stream, trainer, epochs=1).learn(stream[0])
+    start, _ = toy_learner(num_tasks=3)
+    assert not torch.equal(start.head.weight[2:], whole.head.weight[2:])
+    with pytest.raises(InputError, match="train_mask='nobody'"):
+        toy_learner(train_mask="nobody")
+
+
+def test_competing_classes_are_those_of_the_scenario():
+    member = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    seen = member[0]
+    assert competing("class", seen, member).tolist() == [[True, True, False, False], [True] * 4]
+    assert competing("task", seen, member).equal(member)
+    assert competing("domain", seen, member).all()
+
+
+def test_the_order_is_a_function_of_seed_task_and_epoch():
+    y = torch.arange(20)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        loader = TrainLoader((y, y, y), 6, 2, seed, lambda: epoch)
+        return [int(v) for chunk in loader for batch in chunk for v in batch.y]
+
+    assert sorted(order(0, 0)) == list(range(20))
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
+
+
+class Noise(nn.Module):
+    """An augmentation that draws."""
+
+    def forward(self, x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        return x.float() + torch.from_numpy(rng.normal(size=len(x))).float().view(-1, 1, 1, 1)
+
+
+def noisy_stream() -> Stream:
+    return Stream(list(toy_stream(3)), num_classes=6, augment=Noise())
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path):
+    """With replay, augmentation and dropout, all of which draw."""
+
+    def experiment(folder: Path) -> Experiment:
+        torch.manual_seed(0)
+        body = ToyBackbone()
+        body.layers.append(nn.Dropout(0.3))
+        strategies = {"er": ER(memory_size=10), "lwf": LwF()}
+        learner = Learner(noisy_stream(), body, strategies, partial(torch.optim.SGD, lr=1e-3), batch_size=8)
+        return Experiment(learner, noisy_stream(), trainer, epochs=2, directory=folder)
+
+    whole = experiment(tmp_path / "whole")
+    whole.run()
+    (tmp_path / "part" / "checkpoints").mkdir(parents=True)
+    name = "checkpoints/after_task_001.ckpt"
+    (tmp_path / "part" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    part = experiment(tmp_path / "part")
+    part.run()
+    for (key, a), b in zip(whole.learner.state_dict().items(), part.learner.state_dict().values(), strict=True):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), key
+    assert part.learner.total_steps == whole.learner.total_steps == 36
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path):
+    for _ in range(2):
+        learner, stream = toy_learner(num_tasks=2)
+        Experiment(learner, stream, trainer, epochs=1, directory=tmp_path).run()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        f"after_task_{k:03d}.ckpt" for k in range(3)
+    ]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path):
+    learner, _ = toy_learner(num_tasks=2)
+    path = checkpoint.save(learner, tmp_path)
+    other, _ = toy_learner({"er": ER(memory_size=10)}, num_tasks=2)
+    with pytest.raises(InputError, match="does not fit this configuration"):
+        checkpoint.load(other, path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="does not fit this configuration"):
+        checkpoint.load(learner, path)
+
+
+class Explode(Strategy):
+    """Loss becomes infinite at a known step."""
+
+    def loss(self, learner, batch, logits):
+        bad = learner.tasks_learned == 1 and learner.current_epoch == 1
+        return logits.sum() * (torch.inf if bad else 0.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path: Path):
+    learner, stream = toy_learner({"explode": Explode()})
+    with pytest.raises(DivergenceError, match="task 2 of 3, epoch 2, step 7 of the task"):
+        Experiment(learner, stream, trainer, epochs=2, directory=tmp_path).run()
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "after_task_001.ckpt"
+
+
+def test_two_owners_of_one_hook_are_named():
+    class Other(Strategy):
+        def predict(self, learner, view):
+            return learner(view)
+
+    with pytest.raises(InputError, match=r"'a' and 'b' both define predict"):
+        toy_learner({"a": Other(), "b": Other()})
+
+
+def test_loss_terms_add_and_batches_chain_in_order():
+    sizes, terms = [], []
+
+    class Twice(Strategy):
+        def extend_batch(self, learner, batch):
+            return batch.append(batch)
+
+        def loss(self, learner, batch, logits):
+            terms.append(1.0)
+            return logits.sum() * 0 + 1.0
+
+        def after_step(self, learner, batch, logits):
+            sizes.append((len(batch), len(logits)))
+
+    class Count(Strategy):
+        def criterion(self, learner, batch, logits):
+            assert len(batch) == 4 * batch.num_incoming
+            assert batch.view is not None and len(batch.view) == len(logits) == len(batch)
+            return learner.cross_entropy(logits, batch)
+
+    learner, stream = toy_learner({"one": Twice(), "count": Count(), "two": Twice()}, num_tasks=1)
+    Experiment(learner, stream, trainer).run()
+    assert sizes == [(8, 8)] * 12 and len(terms) == 12
+    assert 2.0 < float(learner.last_loss) < 2.0 + 3.0
+
+
+def test_schedules_step_once_an_epoch_and_start_anew():
+    rates = []
+
+    class Watch(Strategy):
+        def after_step(self, learner, batch, logits):
+            rates.append(learner.optimizers().param_groups[0]["lr"])
+
+    stream = toy_stream(2)
+    schedule = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    learner = Learner(
+        stream, ToyBackbone(), {"watch": Watch()}, partial(torch.optim.SGD, lr=0.4), schedule, batch_size=48
+    )
+    Experiment(learner, stream, trainer, epochs=3).run()
+    assert rates == [0.4, 0.2, 0.1] * 2
+
+
+def test_a_frozen_learner_measures_and_trains_nothing():
+    learner, stream = toy_learner(num_tasks=2)
+    learner.requires_grad_(False)
+    before = weights(learner)
+    run = Experiment(learner, stream, trainer).run()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(learner), strict=True))
+    assert bool(torch.isfinite(run.matrices["class"].R).all())
+
+
+def test_validation_is_measured_by_rows_and_never_augmented():
+    base = toy_stream(1)[0]
+    rows = torch.arange(48)
+    task = Task(0, base.train.take(rows[:38]), base.test, base.train.take(rows[38:]))
+    stream = Stream([task], num_classes=2, augment=Noise())
+    learner = Learner(stream, ToyBackbone(), {}, partial(torch.optim.SGD, lr=1e-3), batch_size=8, eval_batch_size=4)
+    seen = {}
+
+    class Keep(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.update({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    Experiment(learner, stream, trainer, callbacks=[Keep()]).run()
+    x, y, _ = task.val.tensors()
+    with torch.no_grad():
+        logits = learner(x.float() / 255)
+    assert seen["val/loss"] == pytest.approx(float(F.cross_entropy(logits, y)), abs=1e-6)
+    assert seen["val/accuracy"] == pytest.approx(float((logits.argmax(1) == y).float().mean()), abs=1e-6)
+
+
+def test_more_than_one_device_is_refused():
+    learner, stream = toy_learner()
+    two = partial(pl.Trainer, accelerator="cpu", devices=2, logger=False)
+    with pytest.raises(InputError, match="one device"):
+        Experiment(learner, stream, two).run()
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_an_empty_task_is_refused_before_training(empty):
+    whole = toy_stream(2)
+    none = whole[1].train.take(torch.arange(0))
+    parts = {"train": whole[1].train, "test": whole[1].test, empty: none}
+    stream = Stream([whole[0], Task(1, **parts)], num_classes=4)
+    with pytest.raises(InputError, match=f"The {empty} set of task 1 .* is empty"):
+        stream.check()
+
+
+def test_labels_out_of_range_and_classes_in_two_tasks_are_refused():
+    stream = Stream(list(toy_stream(2)), num_classes=3)
+    with pytest.raises(InputError, match=r"label 3, outside 0\.\.2"):
+        stream.check()
+    first = toy_stream(2)[0]
+    second = Task(1, TaskData(first.train.x, first.train.y, 1), TaskData(first.test.x, first.test.y, 1))
+    with pytest.raises(InputError, match="Class 0 stands in tasks 0 and 1"):
+        Stream([first, second], num_classes=2).check()
+    Stream([first, second], num_classes=2, scenario="domain").check()

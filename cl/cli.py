@@ -18,7 +18,7 @@ def main() -> None:
     if importlib.util.find_spec("cl.conf") is None:
         sys.exit("clsim is not installed, so its configuration cannot be found: run `pip install -e .` first.")
     import hydra
-    from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
+    from hydra.errors import ConfigCompositionException, MissingConfigException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below
     application = hydra.main(version_base="1.3", config_path="pkg://cl.conf", config_name="config")(run)
@@ -29,21 +29,21 @@ def main() -> None:
         sys.exit(str(unknown(group or "configuration", name, error.options or [])) if error.options else str(error))
     except ConfigCompositionException as error:
         sys.exit(_readable(error))
-    except (InputError, DivergenceError, InstantiationException) as error:
-        cause = _ours(error)
-        if cause is None:
-            raise
-        sys.exit(str(cause))
     except KeyboardInterrupt:
         sys.exit("Interrupted. Checkpoints of finished tasks are kept; run again with the same hydra.run.dir to go on.")
 
 
 def run(cfg: Any) -> None:
-    """Build the experiment that a composed configuration describes, and run it."""
+    """Build the experiment that a composed configuration describes, and run it; what the user can mend ends it here."""
     from hydra.core.hydra_config import HydraConfig
 
-    experiment = build(cfg, Path(HydraConfig.get().runtime.output_dir))
-    experiment.run()
+    try:
+        build(cfg, Path(HydraConfig.get().runtime.output_dir)).run()
+    except Exception as error:
+        cause = _ours(error)
+        if cause is None:
+            raise
+        sys.exit(str(cause))  # Hydra would put a line and a traceback around the sentence
 
 
 def build(cfg: Any, directory: Path) -> Any:
@@ -60,6 +60,7 @@ def build(cfg: Any, directory: Path) -> Any:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from cl.backbones import initialise
     from cl.experiment import Experiment
     from cl.learner import Learner
     from cl.random import derive
@@ -70,6 +71,8 @@ def build(cfg: Any, directory: Path) -> Any:
     torch.manual_seed(derive(cfg.seed, "initial weights"))
     backbone = _backbone(cfg, stream.input_shape)
     head = instantiate(cfg.head)(backbone.num_features, stream.num_classes)
+    if cfg.init is not None:
+        initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     strategies = {name: instantiate(strategy) for name, strategy in (cfg.strategy or {}).items()}
     stream.check()
     learner = Learner(

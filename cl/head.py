@@ -24,9 +24,9 @@ def competing(scenario: Scenario, seen: Tensor, membership: Tensor) -> Tensor:
     r"""Return which classes compete on an example of each task, bool (T, C).
 
     With seen classes S and the classes :math:`C_j` of task j: :math:`C_j` in the task-incremental scenario, everything
-    in the domain-incremental, S in the class-incremental. There a task to come is met with every class of the head: which
-    are to come is not known at test, S alone would make the cell 0 by construction, and :math:`S \cup C_j` would give
-    the task away. So row 0 and the cells before a task is learned are measured under one mask, and can be compared.
+    in the domain-incremental, S in the class-incremental. There a task to come is met with every class of the head:
+    which are to come is not known at test, S alone would make the cell 0 by construction, and :math:`S \cup C_j` would
+    give the task away. So row 0 and the cells before a task is learned have one mask, and can be compared.
 
     Args:
         scenario: "class", "task" or "domain".

@@ -65,6 +65,10 @@ class Learner(pl.LightningModule):
 
     seen: Tensor
     membership: Tensor
+    batch_size: int
+    eval_batch_size: int
+    chunk_size: int
+    log_every: int
 
     def __init__(
         self,
@@ -84,34 +88,25 @@ class Learner(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size}
+        for name, value in {**sizes, "log_every": log_every}.items():
+            if value < 1:
+                raise InputError(f"{name}={value} must be 1 or more.")
+            setattr(self, name, value)
+        if train_mask not in (None, *SCENARIOS):
+            raise InputError(f"train_mask={train_mask!r} is unknown: use one of {', '.join(SCENARIOS)}, or null.")
         self.automatic_optimization = False
         self.backbone = backbone
         self.head = head or Head(int(backbone.num_features), stream.num_classes)  # type: ignore[arg-type]
-        self.strategies = Composition(strategies)
-        self._chains, self._owners = self.strategies.chains, self.strategies.owners
         # Under __dict__, so that the parameters are not registered twice.
         self.__dict__["_trunk"] = nn.ModuleDict({"backbone": self.backbone, "head": self.head})
         self.scenario: Scenario = stream.scenario
-        self.num_tasks, self.num_classes, self.seed = len(stream), stream.num_classes, seed
-        self.batch_size, self.eval_batch_size, self.chunk_size = batch_size, eval_batch_size, chunk_size
-        self.gradient_clip, self.log_every = gradient_clip, log_every
-        if train_mask not in (None, *SCENARIOS):
-            raise InputError(f"train_mask={train_mask!r} is unknown: use one of {', '.join(SCENARIOS)}, or null.")
         self.train_mask = train_mask or stream.scenario
-        self._optimizer, self._scheduler = optimizer, scheduler
+        self.gradient_clip, self.seed = gradient_clip, seed
         self.augment, self.normalize = stream.augment, stream.normalize
         self.augment_random = Random()
-
-        membership = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool)
-        for task in stream:
-            membership[task.index, list(task.classes)] = True
-        self.register_buffer("membership", membership, persistent=False)
-        self.register_buffer("seen", torch.zeros(stream.num_classes, dtype=torch.bool))
-        others: list[Scenario] = [s for s in SCENARIOS if s != "domain" and s != stream.scenario]
-        scored = [stream.scenario, *(others if stream.scenario != "domain" else [])]
-        self.masks = nn.ModuleDict({name: Mask(len(stream), stream.num_classes) for name in SCENARIOS})
-        self.matrices = nn.ModuleDict({name: TransferMatrix(len(stream), name) for name in scored})
-        self._update_masks()
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._allocate(stream)
 
         self.task: Task = stream[0]
         self.tasks_learned = 0
@@ -121,11 +116,26 @@ class Learner(pl.LightningModule):
         self._columns: tuple[Tensor, Tensor, Tensor] | None = None
         self._curves: dict[str, list[Tensor]] = {}
         self._plain = False
-        for name, strategy in self.strategies.items():
-            strategy.setup(self, stream)  # type: ignore[operator]
+        self.strategies = Composition(strategies)
+        self._chains, self._owners = self.strategies.chains, self.strategies.owners
+        for name, strategy in strategies.items():
+            strategy.setup(self, stream)
             for path, module in strategy.named_modules():
                 if isinstance(module, Random):
                     module.seed(derive(seed, name, path))
+
+    def _allocate(self, stream: Stream) -> None:
+        """Make what has one row a task: who belongs to it, the masks, and R under each mask that is scored."""
+        self.num_tasks, self.num_classes = len(stream), stream.num_classes
+        membership = torch.zeros(self.num_tasks, self.num_classes, dtype=torch.bool)
+        for task in stream:
+            membership[task.index, list(task.classes)] = True
+        self.register_buffer("membership", membership, persistent=False)
+        self.register_buffer("seen", torch.zeros(self.num_classes, dtype=torch.bool))
+        self.masks = nn.ModuleDict({name: Mask(self.num_tasks, self.num_classes) for name in SCENARIOS})
+        scored = {"class": ("class", "task"), "task": ("task", "class"), "domain": ("domain",)}[stream.scenario]
+        self.matrices = nn.ModuleDict({name: TransferMatrix(self.num_tasks, name) for name in scored})
+        self._update_masks()
 
     # ---- what strategies use ------------------------------------------------------------------------------------
 

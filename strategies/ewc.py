@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, grad, vmap
 
-from cl.errors import unknown
+from cl.errors import InputError, unknown
 from cl.random import Random
 from cl.strategy import Batch, Strategy
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cl.task import Stream, Task
 
 FISHERS = ("true", "sampled", "empirical")
+_HELD_AT_ONCE = 2**24  # numbers of gradients of single examples
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
@@ -38,9 +39,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def diagonal_fisher(
-    module: nn.Module, x: Tensor, classes: Tensor, weights: Tensor | None = None, chunk_size: int = 16
-) -> Tensor:
+def diagonal_fisher(module: nn.Module, x: Tensor, classes: Tensor, weights: Tensor | None = None) -> Tensor:
     r"""Return :math:`F_i = \mathbb{E}_x \sum_y w(y|x) (\partial \log p(y|x) / \partial \theta_i)^2` as one vector.
 
     Args:
@@ -48,7 +47,6 @@ def diagonal_fisher(
         x: Inputs (n, ...).
         classes: The classes that compete, (K,).
         weights: w(y|x), (n, K); None means the model's own p(y|x), which gives the true Fisher.
-        chunk_size: Examples whose gradients are held at once.
 
     Example:
         >>> w = nn.Linear(1, 2, bias=False)
@@ -57,19 +55,23 @@ def diagonal_fisher(
         >>> [round(float(f), 4) for f in F]  # p = .75, so .75 * .25 * x^2
         [0.75, 0.75]
     """
-    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    theta = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
-    def log_p(theta: dict[str, Tensor], one: Tensor) -> tuple[Tensor, Tensor]:
+    def log_p(theta: dict[str, Tensor], one: Tensor, y: Tensor) -> Tensor:
         log_probability = functional_call(module, theta, (one[None],))[0, classes].float().log_softmax(0)
-        return log_probability, log_probability
+        chosen: Tensor = log_probability.gather(0, y[None])[0]
+        return chosen
 
-    total = torch.zeros(sum(p.numel() for p in parameters.values()), device=x.device)
-    w = None
-    for rows in torch.arange(len(x), device=x.device).split(chunk_size):
-        jacobian, value = vmap(jacrev(log_p, has_aux=True), in_dims=(None, 0))(parameters, x[rows])
-        w = value.exp() if weights is None else weights[rows]
-        squares = [torch.einsum("bk,bkp->p", w, j.flatten(2).square()) for j in jacobian.values()]
-        total += flat(squares)
+    if weights is None:
+        with torch.no_grad():
+            weights = module(x)[:, classes].float().softmax(1)
+    examples, labels = weights.nonzero(as_tuple=True)
+    size = sum(p.numel() for p in theta.values())
+    total = torch.zeros(size, device=x.device)
+    chunk = max(1, _HELD_AT_ONCE // size)
+    for e, y in zip(examples.split(chunk), labels.split(chunk), strict=True):
+        gradients = vmap(grad(log_p), in_dims=(None, 0, 0))(theta, x[e], y)
+        total += flat([weights[e, y] @ g.flatten(1).square() for g in gradients.values()])
     return total / len(x)
 
 
@@ -83,7 +85,7 @@ class EWC(Strategy):
         gamma: Factor on the old F at each new task; 1 is EWC, less is online EWC.
 
     Raises:
-        InputError: If the kind of Fisher is unknown.
+        InputError: If the kind of Fisher is unknown, or another strategy owns `encode`, which F would not see.
 
     Example:
         >>> from cl.testing import check_strategy
@@ -103,6 +105,8 @@ class EWC(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate F and the anchor as vectors."""
+        if learner.strategies.owned("encode"):
+            raise InputError("EWC measures backbone and head, but another strategy owns encode: drop one of the two.")
         size = sum(p.numel() for p in self._theta(learner))
         self.register_buffer("importance", torch.zeros(size))
         self.register_buffer("anchor", torch.zeros(size))
@@ -115,7 +119,7 @@ class EWC(Strategy):
         """Return the penalty, from the second task on."""
         if learner.tasks_learned == 0:
             return None
-        drift = flat([p for p in self._theta(learner)]) - self.anchor
+        drift = flat(list(self._theta(learner))) - self.anchor
         return self.weight / 2 * (self.importance * drift.square()).sum()
 
     def after_task(self, learner: Learner, task: Task) -> None:

@@ -20,24 +20,21 @@ Differences from the reference code: it takes one vector fewer at the first task
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
 from cl.errors import InputError
 from cl.random import Random
+from cl.representation import Layer, layer_inputs, trainable_layers
 from cl.strategy import Strategy
 
 if TYPE_CHECKING:
     from cl.learner import Learner
     from cl.task import Stream, Task
-
-Layer = nn.Linear | nn.Conv2d
 
 
 def new_directions(R: Tensor, projector: Tensor, threshold: float, fewer: int = 0) -> Tensor:
@@ -77,8 +74,8 @@ class GPM(Strategy):
         released_rule: Take one vector fewer at the first task, as the released code does.
 
     Raises:
-        InputError: If the optimizer is not plain SGD (momentum, weight decay and Adam leave the protected space), or
-            batch norm keeps running statistics (they drift without any gradient).
+        InputError: If the optimizer is not plain SGD (weight decay and Adam leave the protected space, as does a
+            momentum from before it was protected), or batch norm keeps running statistics, which drift anyway.
 
     Example:
         >>> from cl.testing import check_strategy
@@ -107,8 +104,7 @@ class GPM(Strategy):
             self.register_buffer(f"projector_{i}", torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()))
 
     def _layers(self, learner: Learner) -> list[Layer]:
-        root = learner.backbone if learner.scenario == "task" else learner.trunk()
-        return [m for m in root.modules() if isinstance(m, Layer) and m.weight.requires_grad]
+        return trainable_layers(_protected(learner))
 
     def project_gradients(self, learner: Learner) -> None:
         """Project each layer's gradient; silence everything else that old tasks rest on."""
@@ -118,10 +114,9 @@ class GPM(Strategy):
         for i, layer in enumerate(self._layers(learner)):
             protected.add(layer.weight)
             if layer.weight.grad is not None:
-                g = layer.weight.grad.flatten(1)
-                g -= g @ self.get_buffer(f"projector_{i}")
-        root = learner.backbone if learner.scenario == "task" else learner.trunk()
-        for parameter in root.parameters():
+                g = layer.weight.grad
+                g -= (g.flatten(1) @ self.get_buffer(f"projector_{i}")).view_as(g)
+        for parameter in _protected(learner).parameters():
             if parameter not in protected:
                 parameter.grad = None
 
@@ -138,28 +133,12 @@ class GPM(Strategy):
     def _representations(self, learner: Learner, task: Task) -> list[Tensor]:
         rows = self.random.generator.choice(len(task.train), min(self.num_samples, len(task.train)), replace=False)
         x = task.train.take(torch.from_numpy(rows)).tensors()[0].to(learner.device)
-        layers = self._layers(learner)
-        inputs: dict[nn.Module, Tensor] = {}
-        hooks = [layer.register_forward_pre_hook(partial(_keep, inputs)) for layer in layers]
-        try:
-            with learner.evaluating():
-                learner(learner.prepare(x))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [_columns(layer, inputs[layer]) for layer in layers]
+        with learner.evaluating():
+            return layer_inputs(self._layers(learner), lambda: learner(learner.prepare(x)))
 
 
-def _keep(store: dict[nn.Module, Tensor], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    store[layer] = inputs[0].detach()
-
-
-def _columns(layer: Layer, x: Tensor) -> Tensor:
-    if isinstance(layer, nn.Linear):
-        return x.flatten(0, -2).T
-    pad, step, gap = layer.padding, layer.stride, layer.dilation
-    patches = F.unfold(x, layer.kernel_size, dilation=gap, padding=pad, stride=step)  # type: ignore[arg-type]
-    return patches.transpose(0, 1).flatten(1)
+def _protected(learner: Learner) -> nn.Module:
+    return learner.backbone if learner.scenario == "task" else learner.trunk()
 
 
 def _refuse(learner: Learner) -> None:
@@ -167,14 +146,12 @@ def _refuse(learner: Learner) -> None:
     group = optimizer.param_groups[0]
     if type(optimizer) is not SGD or group["momentum"] or group["weight_decay"]:
         raise InputError(
-            f"GPM needs plain SGD, but the optimizer is {type(optimizer).__name__} with momentum="
-            f"{group.get('momentum', 0)}, weight_decay={group.get('weight_decay', 0)}, whose steps leave the protected "
-            "space: use optimizer=sgd optimizer.momentum=0 optimizer.weight_decay=0."
+            "GPM needs plain SGD, whose steps stay where gradients are, but the optimizer is "
+            f"{type(optimizer).__name__} with momentum={group.get('momentum', 0)}, weight_decay="
+            f"{group.get('weight_decay', 0)}: use optimizer=sgd optimizer.momentum=0 optimizer.weight_decay=0."
         )
     for name, module in learner.backbone.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             raise InputError(
                 f"GPM cannot protect the running statistics of backbone.{name}: set backbone.norm=batch_no_stats."
             )
-        if isinstance(module, nn.Conv2d) and module.groups != 1:
-            raise InputError(f"GPM does not cover the grouped convolution backbone.{name}: use another backbone.")

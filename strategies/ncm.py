@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl.errors import InputError
 from cl.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class NCM(Strategy):
 
     Args:
         freeze: Train nothing.
+
+    Raises:
+        InputError: If another strategy owns `encode`, whose features the means would not be of.
 
     Example:
         >>> from cl.testing import check_strategy
@@ -43,6 +47,10 @@ class NCM(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate sums and counts of features by class; freeze."""
+        if learner.strategies.owned("encode"):
+            raise InputError(
+                "NCM averages the backbone's features, but another strategy owns encode: drop one of them."
+            )
         self.register_buffer("total", torch.zeros(stream.num_classes, int(learner.backbone.num_features)))  # type: ignore[arg-type]
         self.register_buffer("count", torch.zeros(stream.num_classes, 1))
         if self.freeze:

@@ -1,0 +1,215 @@
+"""A dataset as arrays: `Dataset`, its normalisation and its validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cl.errors import InputError
+from cl.random import derive
+from cl.task import Task, TaskData
+
+Array = npt.NDArray[Any]
+Numbers = Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled training and test examples as stored, and how to show them to a network.
+
+    Args:
+        name: What reports call it.
+        train_x: Inputs, uint8 images (N, C, H, W) or float32 arrays (N, *shape); possibly memory-mapped.
+        train_y: Labels 0..C-1, int64 (N,).
+        test_x: Test inputs, of the same type and shape.
+        test_y: Test labels.
+        class_names: One name a class.
+        mean: Per channel (axis 1), or one for all; images in units of [0, 1].
+        std: As `mean`; above 0.
+        augment: Train-time augmentation `(x, numpy generator) -> x` on raw batches on the device, or None.
+
+    Raises:
+        InputError: If a part is empty, types or shapes disagree, a label is out of range, or a value is not finite.
+
+    Example:
+        >>> x, y = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])
+        >>> Dataset("toy", x, y, x, y, ("cat", "dog")).num_classes
+        2
+        >>> Dataset("toy", x, y + 1, x, y, ("cat", "dog"))
+        Traceback (most recent call last):
+        cl.errors.InputError: The train set of 'toy' has label 2, outside 0..1: fix the labels or name every class.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    augment: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
+            self._check_part(f"The {part} set of {self.name!r}", x, y)
+        train, test = (f"{tuple(x.shape[1:])} {x.dtype}".replace("torch.", "") for x in (self.train_x, self.test_x))
+        if train != test:
+            raise InputError(
+                f"Inputs of {self.name!r} are {train} in the train set but {test} in the test set: bring them to one."
+            )
+        for label, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.input_shape[0]) or not np.isfinite(values).all():
+                raise InputError(
+                    f"{label}={list(values)} of {self.name!r} does not fit inputs of shape {self.input_shape}: "
+                    f"give 1 or {self.input_shape[0]} finite numbers."
+                )
+        if min(self.std) <= 0:
+            raise InputError(f"std={list(self.std)} of {self.name!r} is not above 0: give positive numbers.")
+
+    def _check_part(self, what: str, x: Tensor, y: Tensor) -> None:
+        if len(x) == 0:
+            raise InputError(f"{what} is empty: it needs at least one example.")
+        if len(x) != len(y):
+            raise InputError(f"{what} has {len(x)} inputs but {len(y)} labels: give one label an input.")
+        if x.dtype not in (torch.uint8, torch.float32) or (x.dtype == torch.uint8 and x.ndim != 4) or x.ndim < 2:
+            raise InputError(
+                f"{what} holds {x.dtype} inputs of shape {tuple(x.shape)}: "
+                "give uint8 images (N, C, H, W) or float32 arrays (N, *shape)."
+            )
+        if y.dtype != torch.int64 or y.ndim != 1:
+            raise InputError(f"{what} has labels of {y.dtype} and shape {tuple(y.shape)}: give int64 (N,).")
+        low, high = (int(value) for value in y.aminmax())
+        if low < 0 or high >= self.num_classes:
+            raise InputError(
+                f"{what} has label {low if low < 0 else high}, outside 0..{self.num_classes - 1}: "
+                "fix the labels or name every class."
+            )
+        if x.is_floating_point() and not all(bool(value.isfinite()) for value in x.aminmax()):
+            row = next(i for i in range(len(x)) if not bool(x[i].isfinite().all()))
+            raise InputError(f"{what} has a NaN or infinite value in row {row}: clean the data.")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, C."""
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.train_x.shape[1:])
+
+
+def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw a validation set from the training set, the same share of every class.
+
+    Args:
+        y: Training labels, int64 (N,).
+        fraction: Share of each class, rounded to whole examples, in [0, 1).
+        seed: The split is a function of it and of `y` alone.
+
+    Returns:
+        The rows that stay for training and those for validation, both ascending; no rows for fraction 0.
+
+    Raises:
+        InputError: If a class would keep no training example, or no class gives one for validation.
+
+    Example:
+        >>> train, val = split_validation(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 0.25, seed=0)
+        >>> len(train), len(val)
+        (6, 2)
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"A validation share of {fraction} is not in [0, 1): give, say, 0.1.")
+    labels = y.cpu().numpy()
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels) if fraction > 0 else ():
+        rows = np.flatnonzero(labels == label)
+        count = round(fraction * len(rows))
+        if count >= len(rows):
+            raise InputError(
+                f"Class {label} has {len(rows)} training examples, of which a share of {fraction} would leave none: "
+                "give a smaller share or more examples."
+            )
+        draw = np.random.default_rng(derive(seed, "validation", int(label)))
+        chosen[draw.permutation(rows)[:count]] = True
+    if fraction > 0 and not chosen.any():
+        raise InputError(f"A share of {fraction} rounds to no example of any class: give a larger one, or 0.")
+    return torch.from_numpy(np.flatnonzero(~chosen)), torch.from_numpy(np.flatnonzero(chosen))
+
+
+def domain_task(
+    dataset: Dataset,
+    index: int,
+    transform: Callable[[Tensor], Tensor] | None,
+    offset: int = 0,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    name: str = "",
+) -> Task:
+    """Return a task that holds a whole dataset, its inputs transformed and its labels moved by an offset.
+
+    Args:
+        dataset: All of it is used.
+        index: Position in the stream.
+        transform: Deterministic map of inputs, or None.
+        offset: Added to every label, where tasks have labels of their own.
+        val_fraction: Share of the training set that becomes validation.
+        seed: Seed of the validation split.
+        name: What tables call the task.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> domain_task(synthetic(num_classes=2), 1, None, offset=2).classes
+        (2, 3)
+    """
+    train_index, val_index = split_validation(dataset.train_y, val_fraction, seed)
+    train_y, test_y = dataset.train_y + offset, dataset.test_y + offset
+    train = TaskData(dataset.train_x, train_y, index, train_index, transform)
+    val = TaskData(dataset.train_x, train_y, index, val_index, transform) if len(val_index) else None
+    return Task(index, train, TaskData(dataset.test_x, test_y, index, None, transform), val, name)
+
+
+def make_dataset(
+    name: str,
+    arrays: Mapping[str, Array | Tensor],
+    class_names: Sequence[str],
+    normalize: bool,
+    mean: Numbers,
+    std: Numbers,
+    augment: nn.Module | None,
+) -> Dataset:
+    """Return the dataset with the mean and std that were asked for, or else its own; float inputs have none."""
+    columns = {part: torch.as_tensor(arrays[part]) for part in ("train_x", "train_y", "test_x", "test_y")}
+    if not normalize:
+        mean, std = (0.0,), (1.0,)
+    elif columns["train_x"].dtype == torch.uint8 and (mean is None or std is None):
+        own = (arrays["mean"], arrays["std"]) if "mean" in arrays else channel_moments(columns["train_x"].numpy())
+        mean = own[0].tolist() if mean is None else mean
+        std = [float(s) or 1.0 for s in own[1]] if std is None else std  # a constant channel is left as it is
+    means, stds = (tuple(map(float, given)) for given in (mean or (0.0,), std or (1.0,)))
+    return Dataset(name, **columns, class_names=tuple(class_names), mean=means, std=stds, augment=augment)
+
+
+def channel_moments(x: Array) -> tuple[Array, Array]:
+    """Return mean and standard deviation of each channel of uint8 images (N, C, H, W), in units of [0, 1], exactly.
+
+    Example:
+        >>> mean, std = channel_moments(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
+        >>> mean.tolist(), std.tolist()
+        ([0.5], [0.5])
+    """
+    total, square, rows = 0, 0, max(1, 2**24 // x[0].size)
+    for start in range(0, len(x), rows):
+        chunk = x[start : start + rows].astype(np.uint32)
+        total = total + chunk.sum((0, 2, 3), dtype=np.int64)
+        square = square + (chunk * chunk).sum((0, 2, 3), dtype=np.int64)
+    count = x.size // x.shape[1]
+    mean = total / count
+    return mean / 255, np.sqrt(np.maximum(square / count - mean**2, 0)) / 255

@@ -1,0 +1,227 @@
+"""A tree of image files as a dataset: which files there are, and their decoding."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cl.cache import Allocate, decoded
+from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
+from cl.errors import InputError
+
+_log = logging.getLogger(__name__)
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Pixels = npt.NDArray[np.uint8]
+_BLOCK = 256  # images that a thread decodes at a time
+
+
+def list_images(folder: Path) -> list[tuple[Path, str]]:
+    """Return (file, class) of every image below a folder, in the order of class and path.
+
+    The class is the folder's direct child, however deep the file lies below it; or, where the folder holds
+    `<folder>_annotations.txt` (Tiny-ImageNet), what a line `file<TAB>class<TAB>...` there says of `images/file`.
+
+    Raises:
+        InputError: If the folder or its images are missing, or a class has none.
+    """
+    notes = folder / f"{folder.name}_annotations.txt"
+    if notes.is_file():
+        rows = [line.split("\t") for line in notes.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if any(len(row) < 2 for row in rows):
+            raise InputError(f"{notes} has a line without a tab: each needs file<TAB>class.")
+        listed = sorted(((folder / "images" / row[0], row[1]) for row in rows), key=lambda item: (item[1], item[0]))
+        missing = next((file for file, _ in listed if not file.is_file()), None)
+        if missing is not None or not listed:
+            raise InputError(f"{notes} names {missing or 'no image'}, which is not there: restore the images.")
+        return listed
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: put one folder of images a class into it, or name another.")
+    found: list[tuple[Path, str]] = []
+    for label in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."):
+        files = [
+            os.path.join(place, name)
+            for place, _, names in os.walk(folder / label, followlinks=True)
+            for name in names
+            if name[0] != "." and name.lower().endswith(SUFFIXES)
+        ]
+        if not files:
+            raise InputError(f"{folder / label} holds no image ({', '.join(SUFFIXES)}): add some or remove the folder.")
+        found += [(Path(file), label) for file in sorted(files)]
+    if not found:
+        raise InputError(f"{folder} holds no class: put one folder of images a class into it.")
+    return found
+
+
+def read_image(file: Path, channels: int = 3, size: tuple[int, int] | None = None) -> Pixels:
+    """Return an image as uint8 (C, H, W).
+
+    Args:
+        file: Any format that Pillow reads, with 8 bits a channel.
+        channels: 3 for colour, 1 for grey.
+        size: (H, W) to crop to shape, centred, and resize to; None keeps the image's own.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a channel")
+            picture = image.convert("RGB" if channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file} cannot be read as an image ({error}): replace or remove it.") from error
+    if size is not None and picture.size != size[::-1]:
+        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
+    pixels: Pixels = np.asarray(picture)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def decode(
+    files: Sequence[Path], channels: int, size: tuple[int, int] | None, allocate: Callable[[tuple[int, ...]], Pixels]
+) -> Pixels:
+    """Return images as uint8 (N, C, H, W), decoded by all cores into what `allocate` gives for that shape.
+
+    Args:
+        files: The images.
+        channels: 3 for colour, 1 for grey.
+        size: (H, W) to crop and resize to; None asks that all have the size of the first.
+        allocate: Gives the array to fill.
+
+    Raises:
+        InputError: If one cannot be read, or has another size than the first where `size` is None.
+    """
+    shape = read_image(files[0], channels, size).shape
+    out = allocate((len(files), *shape))
+
+    def fill(start: int) -> None:
+        for row in range(start, min(start + _BLOCK, len(files))):
+            pixels = read_image(files[row], channels, size)
+            if pixels.shape != shape:
+                here, there = ("x".join(map(str, s[1:])) for s in (pixels.shape, shape))
+                raise InputError(
+                    f"{files[row]} is {here} where {files[0]} is {there}: set image_size to bring all to one size."
+                )
+            out[row] = pixels
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(fill, range(0, len(files), _BLOCK)):  # an error cancels the blocks still waiting
+            pass
+    return out
+
+
+def image_folder(
+    root: str | Path,
+    train: str = "train",
+    test: str | None = "test",
+    image_size: int | Sequence[int] | None = None,
+    channels: int = 3,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    name: str | None = None,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+) -> Dataset:
+    """Load a tree of images with one folder a class, `<root>/<train>/<class>/**/*.png`, as uint8 (C, H, W).
+
+    Tiny-ImageNet's own layout is read with `test="val"`: a folder with `val_annotations.txt` is a list of labels.
+
+    Args:
+        root: The folder that holds both.
+        train: Its training folder.
+        test: Its test folder; None draws the test set from the training folder.
+        image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
+            None means that all have one size already.
+        channels: 3 for colour, 1 for grey.
+        test_fraction: Share of each class that becomes the test set where `test` is None.
+        seed: Seed of that split.
+        name: What reports call it; None means the name of the root.
+        cache: Whether to keep the decoded arrays as memory-mapped files.
+        cache_dir: Where; None means `<root>/.clsim-cache`.
+        normalize: See `digits`.
+        mean: See `digits`.
+        std: As `mean`.
+        augment: Train-time augmentation.
+
+    Raises:
+        InputError: If a folder is missing, an image cannot be read, sizes differ without `image_size`, the classes of
+            train and test differ, or the two share a file.
+    """
+    root = Path(root)
+    if channels not in (1, 3):
+        raise InputError(f"channels={channels}: images are read as 3 (colour) or 1 (grey).")
+    size = None if image_size is None else _height_width(image_size)
+    parts = _split(root, train, test, test_fraction, seed)
+    names = sorted({label for _, label in parts["train"]})
+    number = {label: c for c, label in enumerate(names)}
+    files = {part: [file for file, _ in rows] for part, rows in parts.items()}
+    check_disjoint(root.name, files["train"], files["test"])
+
+    def build(allocate: Allocate) -> dict[str, Array]:
+        _log.info("Decoding the %d images of %s.", sum(map(len, files.values())), root)
+        arrays: dict[str, Array] = {}
+        for part, rows in parts.items():
+            arrays[f"{part}_x"] = decode(files[part], channels, size, partial(allocate, f"{part}_x"))
+            arrays[f"{part}_y"] = np.array([number[label] for _, label in rows], dtype=np.int64)
+        return arrays
+
+    every = [*files["train"], *files["test"]]
+    settings = (len(files["train"]), names, size, channels)
+    arrays = decoded("image_folder", every, root, settings, build, cache, cache_dir)
+    return make_dataset(name or root.resolve().name, arrays, names, normalize, mean, std, augment)
+
+
+def _split(root: Path, train: str, test: str | None, fraction: float, seed: int) -> dict[str, list[tuple[Path, str]]]:
+    listed = list_images(root / train)
+    names = sorted({label for _, label in listed})
+    if test is None:
+        if not 0 < fraction < 1:
+            raise InputError(f"test_fraction={fraction} is not between 0 and 1: give, say, 0.2, or a test folder.")
+        kept, drawn = split_validation(torch.tensor([names.index(label) for _, label in listed]), fraction, seed)
+        return {part: [listed[i] for i in rows.tolist()] for part, rows in (("train", kept), ("test", drawn))}
+    parts = {"train": listed, "test": list_images(root / test)}
+    odd = sorted(set(names) ^ {label for _, label in parts["test"]})
+    if odd:
+        raise InputError(
+            f"Class {odd[0]!r} is in only one of {root / train} and {root / test} ({len(odd)} such): "
+            "give both the same class folders, or name another test folder."
+        )
+    return parts
+
+
+def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = np.broadcast_to(np.asarray(image_size, dtype=int), 2).tolist()
+    if min(height, width) < 1:
+        raise InputError(f"image_size={image_size}: give pixels, one number or [height, width].")
+    return height, width
+
+
+def check_disjoint(name: str, train_files: Sequence[Path], test_files: Sequence[Path]) -> None:
+    """Refuse a test set that shares a file with the training set, by whichever path or link.
+
+    Raises:
+        InputError: Naming the first shared file.
+    """
+
+    def identity(file: Path) -> tuple[int, int]:
+        stat = os.stat(file)
+        return stat.st_dev, stat.st_ino
+
+    trained = {identity(file) for file in train_files}
+    shared = next((file for file in test_files if identity(file) in trained), None)
+    if shared is not None:
+        raise InputError(f"{shared} is in both the train and the test set of {name!r}: keep the two apart.")

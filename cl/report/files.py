@@ -1,0 +1,134 @@
+"""The transfer matrix as files: `transfer.csv` for every cell, `transfer.json` for every scalar and its definition."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cl.report import Report, Run, versions
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` on a temporary path beside `path`, then rename: a reader sees the old file or the whole new one.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> replace_file(path, lambda temporary: temporary.write_text("whole"))
+        >>> path.read_text()
+        'whole'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file by write-then-rename."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+
+
+def strict_json(value: Any) -> str:
+    """Return JSON that every parser reads: NaN and infinities become null.
+
+    Example:
+        >>> print(strict_json({"bwt": float("nan")}))
+        {
+          "bwt": null
+        }
+    """
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def transfer_csv(run: Run) -> str:
+    """Return every cell of every R as a long table, exact to the last bit of float32.
+
+    Columns: after_task (0: untrained .. T), task (1 .. T), mask, metric, value ("nan" where unmeasured), task_name.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["after_task", "task", "mask", "metric", "value", "task_name"])
+    for mask, matrix in run.matrices.items():
+        # numpy prints the shortest decimal that reads back as the same float32
+        for after_task, row in enumerate(matrix.R.cpu().numpy()):
+            for task, (value, name) in enumerate(zip(row, run.task_names, strict=True), start=1):
+                table.writerow([after_task, task, mask, matrix.metric, str(value), name])
+    return text.getvalue()
+
+
+def transfer_json(run: Run) -> str:
+    """Return every scalar over the tasks learned so far, by mask, each beside what it means and where it is from."""
+    from cl.transfer import SCALARS, caveat
+
+    def entry(name: str, value: float, mask: str) -> dict[str, Any]:
+        scalar = SCALARS[name]
+        return {
+            "value": value,
+            "definition": scalar.formula,
+            "source": scalar.source,
+            "scale": scalar.scale,
+            "divisor": scalar.divisor,
+            "weighting": scalar.weighting,
+            "higher_is_better": scalar.higher_is_better,
+            "caveat": caveat(name, mask),
+        }
+
+    masks = {
+        mask: {
+            "metric": matrix.metric,
+            "scalars": {name: entry(name, value, mask) for name, value in run.scalars(mask).items()},
+        }
+        for mask, matrix in run.matrices.items()
+    }
+    return strict_json(
+        {
+            "scenario": run.scenario,
+            "num_tasks": len(run.task_names),
+            "tasks_learned": run.tasks_learned,
+            "task_names": run.task_names,
+            "notes": run.notes,
+            "masks": masks,
+        }
+    )
+
+
+class FileReport(Report):
+    """Keeps `transfer.csv`, `transfer.json` and `versions.json` of a run directory up to date after every row.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from cl.transfer import TransferMatrix, worked_example
+        >>> run = Run(Path(tempfile.mkdtemp()), {}, ["a", "b", "c"], "task", {"task": TransferMatrix(3, "task")})
+        >>> for i, row in enumerate(worked_example()):
+        ...     run.primary.record(i, row)
+        >>> FileReport().row(run, after_task=3)
+        >>> (run.directory / "transfer.csv").read_text().splitlines()[-1]
+        '3,3,task,accuracy,0.8,c'
+    """
+
+    def start(self, run: Run, after_task: int) -> None:
+        """Write `versions.json`."""
+        write_text(run.directory / "versions.json", strict_json(versions()))
+
+    def row(self, run: Run, after_task: int) -> None:
+        """Write `transfer.csv` and `transfer.json`."""
+        write_text(run.directory / "transfer.csv", transfer_csv(run))
+        write_text(run.directory / "transfer.json", transfer_json(run))

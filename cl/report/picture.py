@@ -1,0 +1,258 @@
+"""The transfer matrices as one picture, `transfer.png`: R, and what learning did to old, new and all tasks."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cl.report import Report, Run, headline, percent, remarks
+from cl.report.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from torch import Tensor
+
+    from cl.transfer import TransferMatrix
+
+MAX_NUMBERS = 20  # tasks up to which every cell carries its number
+_UNMEASURED = "#cfcfcf"
+
+# inches: around a heat map, between pictures' edges and text, and of a line of the foot
+_LEFT, _RIGHT, _ABOVE, _BELOW = 0.95, 0.85, 0.85, 0.65
+_LINE = 0.22
+
+
+@dataclass
+class Panel:
+    """One heat map.
+
+    Attributes:
+        title: What the numbers are, under which mask.
+        reading: What a cell says, in plain words.
+        row: What a row is.
+        column: What a column is.
+        values: (rows, T) fractions, NaN where there is nothing.
+        region: Where NaN means unmeasured (grey); elsewhere it means nothing (blank).
+        stairs: The line between old and new tasks crosses column j at row j + stairs; None for no line.
+        signed: Differences rather than levels.
+        limit: Where the colours end.
+    """
+
+    title: str
+    reading: str
+    row: str
+    column: str
+    values: Tensor
+    region: Tensor
+    stairs: float | None = None
+    signed: bool = True
+    limit: float = 1.0
+
+
+def _limit(values: Tensor) -> float:
+    """Return where a diverging scale ends: at the largest entry, never below 5 points, so that noise stays pale."""
+    return max(float(values.nan_to_num().abs().max()), 0.05)
+
+
+def _accuracy_panel(matrix: TransferMatrix) -> Panel:
+    R = matrix.R.cpu()
+    title = f"{matrix.metric.capitalize()}, in %  [{matrix.mask} mask]"
+    reading = "How well each task is done, before training and after each task"
+    # levels end at 100 %; a metric such as R2 may go below 0, which takes the colour of 0
+    return Panel(title, reading, "tasks learned", "task tested", R, R.isnan(), 0.5, signed=False)
+
+
+def _backward_panel(matrix: TransferMatrix) -> Panel:
+    from cl.transfer import backward_transfer
+
+    values = backward_transfer(matrix.R)
+    title = f"Backward transfer, in points  [{matrix.mask} mask]"
+    reading = "Change of an earlier task since it was just learned"
+    region = values.isnan().tril(-1)
+    return Panel(title, reading, "tasks learned", "earlier task", values, region, 0.5, limit=_limit(values))
+
+
+def _forward_panel(matrix: TransferMatrix, run: Run) -> Panel:
+    from cl.transfer import forward_transfer
+
+    values = forward_transfer(matrix.R)
+    title = f"Forward transfer, in points  [{matrix.mask} mask]"
+    reading = "A task still to come, against the untrained learner"
+    if matrix is not run.primary:
+        reading += f"\n({matrix.mask} mask: classes of other tasks do not compete)"
+    region = values.isnan().triu(1)
+    return Panel(title, reading, "tasks learned", "task still to come", values, region, -0.5, limit=_limit(values))
+
+
+def _step_panel(matrix: TransferMatrix) -> Panel:
+    from cl.transfer import step_effect
+
+    values = step_effect(matrix.R)
+    off_diagonal = values.clone().fill_diagonal_(0.0)
+    title = f"Step effect, in points  [{matrix.mask} mask]"
+    reading = "How far learning one task moved every task\n(diagonal: that task itself; colours fit the other cells)"
+    limit = _limit(off_diagonal)
+    return Panel(title, reading, "task learned in this step", "task moved", values, values.isnan(), limit=limit)
+
+
+def panels(run: Run) -> list[Panel]:
+    """Return R, backward transfer, forward transfer and step effect, the third under the mask that can measure it."""
+    return [
+        _accuracy_panel(run.primary),
+        _backward_panel(run.primary),
+        _forward_panel(run.zero_shot, run),
+        _step_panel(run.primary),
+    ]
+
+
+def draw(run: Run) -> Figure:
+    """Return the four panels, with the scalars and remarks beneath.
+
+    Blue is a gain and red a loss (ColorBrewer's RdBu, safe for the colour-blind), white is no change; grey cells are
+    not measured, cells that mean nothing are blank. Up to 20 tasks each cell carries its number.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from cl.transfer import TransferMatrix, worked_example
+        >>> run = Run(Path("."), {}, ["a", "b", "c"], "task", {"task": TransferMatrix(3, "task")})
+        >>> for i, row in enumerate(worked_example()):
+        ...     run.primary.record(i, row)
+        >>> [text.get_text() for text in draw(run).axes[2].texts[:3]]
+        ['+4.0', '-6.0', '+3.0']
+    """
+    from matplotlib.figure import Figure
+
+    side = _side(run)
+    column, row = _LEFT + side + _RIGHT, _ABOVE + side + _BELOW
+    lines = _foot(run, characters=int(2 * column * 12))
+    foot = _LINE * (len(lines) + 1.5)
+    figure = Figure(figsize=(2 * column, 2 * row + foot), dpi=110)
+    for k, panel in enumerate(panels(run)):
+        corner = (k % 2 * column + _LEFT, foot + (1 - k // 2) * row + _BELOW)
+        _draw_panel(figure, corner, side, panel)
+    bottom = (foot - _LINE / 2) / figure.get_figheight()
+    figure.text(0.5, bottom, "\n".join(lines), ha="center", va="top", fontsize=10, linespacing=1.45)
+    return figure
+
+
+def draw_accuracy(run: Run, mask: str) -> Figure:
+    """Return R under one mask alone."""
+    from matplotlib.figure import Figure
+
+    side = _side(run)
+    figure = Figure(figsize=(_LEFT + side + _RIGHT, _ABOVE + side + _BELOW), dpi=110)
+    _draw_panel(figure, (_LEFT, _BELOW), side, _accuracy_panel(run.matrices[mask]))
+    return figure
+
+
+def _side(run: Run) -> float:
+    """Return the inches of a heat map."""
+    return min(6.8, max(4.0, 0.5 * run.primary.num_tasks))
+
+
+def _foot(run: Run, characters: int) -> list[str]:
+    learned = f"after {max(0, run.tasks_learned)} of {len(run.task_names)} tasks, in %"
+    lines = [f"{headline(run, mask)}   ({learned})" for mask in run.matrices]
+    paragraphs = remarks(run)
+    if len(run.task_names) <= MAX_NUMBERS:
+        paragraphs = ["Tasks: " + ", ".join(f"{j} {name}" for j, name in enumerate(run.task_names, 1)), *paragraphs]
+    return lines + [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, characters)]
+
+
+def _draw_panel(figure: Figure, corner: tuple[float, float], side: float, panel: Panel) -> None:
+    import numpy as np
+    from matplotlib.colors import ListedColormap, Normalize
+
+    width, height = figure.get_size_inches()
+    box = (corner[0] / width, corner[1] / height, side / width, side / height)
+    axes = figure.add_axes(box)
+    values, limit = panel.values.numpy(), panel.limit
+    grey = np.where(panel.region.numpy(), 0.0, np.nan)
+    axes.imshow(grey, cmap=ListedColormap([_UNMEASURED]), aspect="auto", interpolation="nearest")
+    norm = Normalize(-limit if panel.signed else 0.0, limit)
+    colours = "RdBu" if panel.signed else "cividis"
+    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    if np.isfinite(values).any():
+        beside = figure.add_axes((box[0] + box[2] + 0.1 / width, box[1], 0.14 / width, box[3]))
+        bar = figure.colorbar(image, cax=beside, format=lambda x, _: percent(x, panel.signed, 0))
+        bar.outline.set_visible(False)
+        beside.tick_params(length=2, labelsize=8.5)
+    else:
+        empty = "nothing measured yet" if panel.region.any() else "needs two tasks"
+        axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", fontsize=10, color="#555555")
+    if values.shape[1] <= MAX_NUMBERS:
+        _write_numbers(axes, image, panel)
+    if panel.stairs is not None:
+        edges = np.arange(values.shape[1] + 1) - 0.5
+        axes.step(edges, edges + 0.5 + panel.stairs, where="post", color="#9a9a9a", linewidth=0.8)
+    _label(axes, panel)
+
+
+def _write_numbers(axes: Axes, image: AxesImage, panel: Panel) -> None:
+    few = panel.values.shape[1] <= 10
+    for i, row in enumerate(panel.values.tolist()):
+        for j, value in enumerate(row):
+            if math.isnan(value):
+                continue
+            red, green, blue, _ = image.cmap(image.norm(value))
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            text = percent(value, panel.signed, digits=1 if few else 0)
+            axes.text(j, i, text, ha="center", va="center", fontsize=9 if few else 8, color=ink)
+
+
+def _label(axes: Axes, panel: Panel) -> None:
+    num_rows, num_tasks = panel.values.shape
+    # 5, 10, 15, ... once there are too many to name each
+    every = 1 if num_tasks <= MAX_NUMBERS else 5 * math.ceil(num_tasks / (5 * MAX_NUMBERS))
+    numbers = [j for j in range(1, num_tasks + 1) if j % every == 0 or j == 1]
+    untrained = ["untrained"] if num_rows > num_tasks else []
+    down = numbers[1:] if untrained and every > 1 else numbers  # "1" would touch "untrained"
+    rows = [0] * len(untrained) + [j - 1 + len(untrained) for j in down]
+    axes.set_xticks([j - 1 for j in numbers], [str(j) for j in numbers])
+    axes.set_yticks(rows, untrained + [str(j) for j in down])
+    axes.tick_params(length=0, labelsize=9)
+    axes.set_xlim(-0.5, num_tasks - 0.5)
+    axes.set_ylim(num_rows - 0.5, -0.5)
+    for spine in axes.spines.values():
+        spine.set_color("#e0e0e0")
+    axes.set_xlabel(panel.column, fontsize=9.5)
+    axes.set_ylabel(panel.row, fontsize=9.5)
+    axes.annotate(panel.title, (0, 1), (0, 34), "axes fraction", "offset points", fontsize=12, fontweight="bold")
+    axes.annotate(
+        panel.reading, (0, 1), (0, 30), "axes fraction", "offset points", fontsize=9.5, va="top", color="#404040"
+    )
+
+
+class PictureReport(Report):
+    """Keeps `transfer.png` up to date, spending at most a twentieth of the run on it; the last picture is always whole.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from cl.transfer import TransferMatrix
+        >>> run = Run(Path(tempfile.mkdtemp()), {}, ["a"], "domain", {"domain": TransferMatrix(1, "domain")})
+        >>> PictureReport().finish(run)
+        >>> (run.directory / "transfer.png").exists()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._pause_until = 0.0
+
+    def row(self, run: Run, after_task: int) -> None:
+        """Draw, unless the last picture is too recent for what it cost."""
+        if time.monotonic() >= self._pause_until or after_task == len(run.task_names):
+            self.finish(run)
+
+    def finish(self, run: Run) -> None:
+        """Draw the picture."""
+        began = time.monotonic()
+        figure = draw(run)
+        replace_file(run.directory / "transfer.png", lambda temporary: figure.savefig(temporary, format="png"))
+        ended = time.monotonic()
+        self._pause_until = ended + 20 * (ended - began)

@@ -1,0 +1,106 @@
+"""Progress while a task trains: one bar over the tasks, one over the steps of the present task."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_REFRESH_S = 0.1
+
+
+class ProgressBar(pl.Callback):
+    """Bars on a terminal, one plain line a task elsewhere; the same object serves every fit of a run.
+
+    The bars share rich's console with the terminal report, and are taken away between fits, so that what is printed
+    there stays whole. The loss is read from the device only when the bars are redrawn, at most ten times a second.
+    The module tells `task_index`, `num_tasks`, `num_steps` and `step` (of the present task), and `last_loss`.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> isinstance(ProgressBar(), pl.Callback)
+        True
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        import rich
+
+        self._console = console or rich.get_console()
+        self._bars: Progress | None = None
+        self._drawn = self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bars, the second one back at the task's first step."""
+        self._started = time.monotonic()
+        if not self._console.is_interactive:
+            return
+        if self._bars is None:
+            self._bars = _make_bars(self._console)
+        self._bars.reset(self._bars.task_ids[1], start=True)
+        self._draw(pl_module)
+        self._bars.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Redraw, if the last time is long enough ago."""
+        if self._bars is not None and time.monotonic() - self._drawn >= _REFRESH_S:
+            self._draw(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the bars away, or print the task's line."""
+        if self._bars is not None:
+            self._bars.stop()
+            return
+        seconds = time.monotonic() - self._started
+        line = f"{_title(pl_module)}: {pl_module.step} steps in {seconds:.1f} s, loss {_loss(pl_module)}"
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back before the message is printed."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _draw(self, module: Any) -> None:
+        assert self._bars is not None
+        tasks, steps = self._bars.task_ids
+        share = module.step / max(1, module.num_steps)
+        # the share of the present task counts, so that the first bar moves even in a stream of one task
+        self._bars.update(tasks, total=module.num_tasks, completed=module.task_index + share, note="")
+        self._bars.update(
+            steps,
+            description=_title(module),
+            total=module.num_steps,
+            completed=module.step,
+            note=f"{module.step}/{module.num_steps}  loss {_loss(module)}",
+        )
+        self._bars.refresh()
+        self._drawn = time.monotonic()
+
+
+def _make_bars(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    bars = Progress(*columns, console=console, auto_refresh=False, transient=True)
+    bars.add_task("all tasks", note="")
+    bars.add_task("", note="")
+    return bars
+
+
+def _title(module: Any) -> str:
+    return f"task {module.task_index + 1}/{module.num_tasks}"
+
+
+def _loss(module: Any) -> str:
+    return "-" if module.last_loss is None else f"{float(module.last_loss):.4f}"

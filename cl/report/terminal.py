@@ -1,0 +1,216 @@
+"""The transfer matrix in the terminal: R filling in as a heat map, then the three matrices that say what was learned.
+
+On a terminal the cells are coloured; elsewhere (a log file, a pipe) the same numbers come as plain lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cl.report import Report, Run, headline, percent, remarks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+    from torch import Tensor
+
+MAX_TASKS = 20
+_LABEL = 10  # columns of "untrained" and a gap
+_CELLS = ((7, 1), (5, 0), (4, 0), (3, 0))  # (columns, decimals); at 3 columns colour alone parts "100" from the next
+
+# Colour-blind safe: dark blue to yellow (after cividis) and orange over white to purple (after ColorBrewer's PuOr).
+SEQUENTIAL = ((0, 34, 78), (65, 77, 107), (124, 123, 120), (188, 175, 111), (254, 232, 56))
+DIVERGING = ((179, 88, 6), (253, 184, 99), (247, 247, 247), (178, 171, 210), (84, 39, 136))
+
+
+def colour(share: float, palette: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Return the colour at `share` in [0, 1] of a palette, clamped and interpolated linearly.
+
+    Example:
+        >>> colour(0.0, SEQUENTIAL), colour(1.0, SEQUENTIAL), colour(0.125, DIVERGING)
+        ((0, 34, 78), (254, 232, 56), (216, 136, 52))
+    """
+    position = min(1.0, max(0.0, share)) * (len(palette) - 1)
+    left = min(int(position), len(palette) - 2)
+    red, green, blue = (
+        round(a + (b - a) * (position - left)) for a, b in zip(palette[left], palette[left + 1], strict=True)
+    )
+    return red, green, blue
+
+
+def _style(share: float, palette: Sequence[tuple[int, int, int]]) -> str:
+    red, green, blue = colour(share, palette)
+    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"
+    return f"{ink} on rgb({red},{green},{blue})"
+
+
+def grid(
+    values: Tensor,
+    labels: Sequence[str],
+    width: int,
+    show: Callable[[float], str],
+    style: Callable[[float], str],
+    current: int | None = None,
+) -> Text:
+    """Return a matrix as text: a header of task numbers, one line a row, the current row in bold.
+
+    Args:
+        values: (rows, T) fractions, NaN where there is nothing to show.
+        labels: One a row.
+        width: Columns of a cell.
+        show: A value to its text.
+        style: A value to its rich style.
+        current: The row to highlight.
+    """
+    from rich.text import Text
+
+    text = Text(" " * (_LABEL + 2))
+    text.append("".join(f"{j:>{width}}" for j in range(1, values.shape[1] + 1)), style="dim")
+    for i, (label, row) in enumerate(zip(labels, values.tolist(), strict=True)):
+        text.append("\n> " if i == current else "\n  ", style="bold")
+        text.append(f"{label:<{_LABEL}}", style="bold" if i == current else "")
+        for value in row:
+            bold = "bold " if i == current else ""
+            text.append(f"{show(value):>{width}}", style="dim" if math.isnan(value) else bold + style(value))
+    return text
+
+
+def layout(console: Console, num_tasks: int, narrowest: int) -> tuple[int, int] | None:
+    """Return (columns of a cell, decimals) of the widest cells that fit the console, None where none do.
+
+    Args:
+        console: Its width counts only where it is a terminal.
+        num_tasks: Cells in a line.
+        narrowest: The fewest columns that a cell may take.
+    """
+    room = console.width if console.is_terminal else 10**6
+    if num_tasks > MAX_TASKS:
+        return None
+    fitting = ((w, d) for w, d in _CELLS if w >= narrowest and _LABEL + 2 + num_tasks * w <= room)
+    return next(fitting, None)
+
+
+def accuracy_grid(run: Run, mask: str, console: Console, current: int | None = None) -> Text | None:
+    """Return R under one mask, or None where it does not fit on the console."""
+    R = run.matrices[mask].R.cpu()
+    cell = layout(console, R.shape[1], narrowest=3)
+    if cell is None:
+        return None
+    labels = ["untrained", *(f"after {i}" for i in range(1, len(R)))]
+    show = partial(percent, digits=cell[1])
+    return grid(R, labels, cell[0], show, lambda value: _style(value, SEQUENTIAL), current)
+
+
+def difference_grid(matrix: Tensor, console: Console) -> Text | None:
+    """Return a (T, T) matrix of differences, orange below zero and purple above, or None where it does not fit."""
+    cell = layout(console, matrix.shape[1], narrowest=4)
+    if cell is None:
+        return None
+    labels = [f"after {i}" for i in range(1, len(matrix) + 1)]
+    limit = max(float(matrix.nan_to_num().abs().max()), 0.01)
+
+    def show(value: float) -> str:
+        return "" if math.isnan(value) else percent(value, signed=True, digits=cell[1])
+
+    return grid(matrix, labels, cell[0], show, lambda value: _style(0.5 + value / limit / 2, DIVERGING))
+
+
+def summary(run: Run, mask: str, after_task: int) -> str:
+    """Return one row of R in words, for streams too long to print."""
+    row = run.matrices[mask].R[after_task].cpu()
+    seen = row[: after_task or len(row)]
+    measured = seen[seen.isfinite()]
+    label = f"after {after_task}/{len(row)}" if after_task else "untrained"
+    if not len(measured):
+        return f"{label} ({mask}): unmeasured"
+    low = int(seen.nan_to_num(math.inf).argmin())
+    text = f"{label} ({mask}): mean {percent(float(measured.mean()))}, lowest {percent(float(seen[low]))} on task "
+    text += str(low + 1)
+    return text + (f", newest task {percent(float(seen[-1]))}" if after_task else "")
+
+
+class TerminalReport(Report):
+    """Prints R after every row, and the transfer matrices at the end.
+
+    Args:
+        console: Where to; by default rich's own, which the progress bar shares.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rich.console import Console
+        >>> from cl.transfer import TransferMatrix, worked_example
+        >>> run = Run(Path("run"), {}, ["a", "b", "c"], "task", {"task": TransferMatrix(3, "task")})
+        >>> run.primary.record(0, worked_example()[0])
+        >>> TerminalReport(Console(force_terminal=False)).row(run, after_task=0)
+        untrained (task):   10.0   20.0   25.0
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        import rich
+
+        self._console = console or rich.get_console()
+        self._drawn = False  # whether the last row came with the whole of R
+
+    def _print(self, text: Text | str) -> None:
+        # soft_wrap: neither wrapped nor cropped, so that a log file holds whole rows
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def start(self, run: Run, after_task: int) -> None:
+        """Print what is about to be learned, or from where it goes on."""
+        names = [f"{i} {name}" for i, name in enumerate(run.task_names[:MAX_TASKS], start=1)]
+        more = len(run.task_names) - len(names)
+        self._print(
+            f"{len(run.task_names)} tasks, {run.scenario}-incremental: {', '.join(names)}"
+            + (f" and {more} more" if more else "")
+        )
+        if after_task >= 0:
+            self._print(f"continued after {after_task} of {len(run.task_names)} tasks")
+
+    def row(self, run: Run, after_task: int) -> None:
+        """Print R as far as it is known (on a terminal), or its new row."""
+        self._drawn = False
+        for mask, matrix in run.matrices.items():
+            whole = accuracy_grid(run, mask, self._console, after_task) if self._console.is_terminal else None
+            if whole is None:
+                self._print(self._line(run, mask, after_task))
+            elif matrix is run.primary:
+                self._block(f"{matrix.metric} in %, row: tasks learned, column: task tested, {mask} mask", whole)
+                self._drawn = True
+        if after_task:
+            for mask in run.matrices:
+                self._print(headline(run, mask))
+
+    def _line(self, run: Run, mask: str, after_task: int) -> str:
+        row = run.matrices[mask].R[after_task].tolist()
+        if len(row) > MAX_TASKS or self._console.is_terminal:
+            return summary(run, mask, after_task)
+        label = f"after {after_task}" if after_task else "untrained"
+        return f"{label} ({mask}):" + "".join(f"{percent(value):>7}" for value in row)
+
+    def finish(self, run: Run) -> None:
+        """Print every R, the three matrices, the scalars and where the files are."""
+        from cl.transfer import backward_transfer, forward_transfer, step_effect
+
+        old, new, step = run.primary, run.zero_shot, run.primary
+        for mask, matrix in run.matrices.items():
+            if not (self._drawn and matrix is run.primary):
+                self._block(f"{matrix.metric} in %, {mask} mask", accuracy_grid(run, mask, self._console))
+        for title, matrix, values in (
+            ("backward transfer: change of a task (column) since it was learned", old, backward_transfer(old.R)),
+            ("forward transfer: a task to come (column) against the untrained learner", new, forward_transfer(new.R)),
+            ("step effect: what learning one task (row) alone changed", step, step_effect(step.R)),
+        ):
+            self._block(f"{title}, in points, {matrix.mask} mask", difference_grid(values, self._console))
+        self._print("")
+        for line in [*(headline(run, mask) for mask in run.matrices), *remarks(run)]:
+            self._print(line)
+        picture = run.directory / "transfer.png"
+        self._print(f"picture: {picture}" if picture.exists() else f"files: {run.directory}")
+
+    def _block(self, title: str, text: Text | None) -> None:
+        if text is not None:
+            self._print(f"\n{title}")
+            self._print(text)

@@ -1,0 +1,287 @@
+"""Weights & Biases: every R, every scalar against the tasks learned, and the training curves, in one run.
+
+Nothing here stops a run or asks a question. Without a login, or where W&B cannot be reached, the run is kept offline
+under the run directory (`wandb sync <directory>/wandb/offline-run-*` uploads it later).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning.loggers import Logger
+
+from cl.report import Report, Run
+from cl.report.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TAG = 64  # the longest tag that W&B takes
+_GROUP = 128
+
+
+class WandbReport(Report):
+    """Logs R as a table and a heat map, and every scalar, after each row; `logger` does the same for training curves.
+
+    Keys: `<mask>/<scalar>` for every mask and `transfer/<scalar>` for the mask of the scenario, so that runs of all
+    scenarios share a name; `<mask>/R` (table) and `<mask>/R_heat_map` (image); all of these against `tasks_learned`.
+    `train/...` and `val/...` against `train/step`. What is unmeasured is left out (null in a table), never 0.
+    A run that is continued in its directory keeps its W&B id.
+
+    Args:
+        project: W&B project.
+        group: Runs that stand together; by default `group` of the configuration, or else stream, dataset and scenario.
+        tags: Beside `tags` of the configuration, the names of the strategies and the scenario.
+        name: By default strategies and seed.
+        mode: "online", "offline" or "disabled"; by default what WANDB_MODE says, or else online if logged in.
+        dir: Where W&B's files go; by default the run directory.
+
+    Example:
+        >>> report = WandbReport(mode="offline", group="split-mnist")
+        >>> report.logger.name
+        'clsim'
+    """
+
+    def __init__(
+        self,
+        project: str = "clsim",
+        group: str | None = None,
+        tags: Sequence[str] | None = None,
+        name: str | None = None,
+        mode: str | None = None,
+        dir: str | Path | None = None,
+    ) -> None:
+        self.project, self.group, self.tags, self.name, self.mode = project, group, list(tags or ()), name, mode
+        self.directory = Path(dir) if dir is not None else None
+        self.run: Any = None  # wandb's, while there is one
+        self.logger = WandbCurves(self)
+        self._reason = ""  # why it is not as was asked for
+
+    def start(self, run: Run, after_task: int) -> None:
+        """Begin a W&B run, or go on with the one of this directory."""
+        self.directory = self.directory or run.directory
+        identity = self.directory / "wandb" / "run_id.txt"
+        known = identity.read_text().strip() if after_task >= 0 and identity.exists() else None
+        self.run = self._begin(run, known)
+        if self.run is not None:
+            self.attempt(lambda: write_text(identity, self.run.id))
+            self.attempt(self._define_axes, run)
+            self.attempt(self._announce)
+
+    def row(self, run: Run, after_task: int) -> None:
+        """Log R so far, as a table and a picture, and the scalars over the tasks learned."""
+        self.attempt(self._log_row, run, after_task)
+
+    def finish(self, run: Run) -> None:
+        """Write the final scalars to the run's summary, and close it."""
+        self.attempt(lambda: self.run.summary.update(_scalars(run)))
+        self.attempt(lambda: self.run.finish())
+        self.run = None
+
+    def attempt(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function that talks to W&B; if it fails, say so once and go on without W&B."""
+        if self.run is None:
+            return
+        try:
+            with _staging_in(self.directory):
+                function(*arguments)
+        except Exception as error:
+            self.run = None
+            warnings.warn(f"Weights & Biases failed ({_sentence(error)}): the run goes on without it.", stacklevel=2)
+
+    def _begin(self, run: Run, known: str | None) -> Any:
+        """Return a W&B run in the first mode that works, None (and one sentence) where none does."""
+        try:
+            import wandb
+
+            mode = self._mode()
+            for candidate in dict.fromkeys([mode, "offline"]):
+                try:
+                    return wandb.init(**self._options(run, candidate, known))
+                except Exception as error:  # no network, no permission, a wrong setting: training goes on
+                    self._reason = _sentence(error)
+        except Exception as error:  # not installed, or its own settings are broken
+            self._reason = _sentence(error)
+        warnings.warn(f"Weights & Biases cannot start ({self._reason}): the run goes on without it.", stacklevel=3)
+        return None
+
+    def _options(self, run: Run, mode: str, known: str | None) -> dict[str, Any]:
+        import wandb
+
+        assert self.directory is not None
+        (self.directory / "wandb").mkdir(parents=True, exist_ok=True)
+        return {
+            **self._labels(run),
+            "project": self.project,
+            "dir": str(self.directory),
+            "config": run.config,
+            "mode": mode,
+            "id": known,
+            "resume": "allow" if known and mode == "online" else None,  # offline, the id alone joins the parts
+            "reinit": "create_new",
+            # what it would say is said by `_announce`; the bars must not end up in its console log
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
+        }
+
+    def _announce(self) -> None:
+        import rich
+
+        if self.run.disabled:
+            return
+        because = f" ({self._reason})" if self._reason else ""
+        offline = f"offline{because}, `wandb sync {Path(self.run.dir).parent}` uploads it"
+        where = offline if self.run.offline else self.run.url
+        rich.get_console().print(f"W&B: {where}", soft_wrap=True, highlight=False, markup=False)
+
+    def _mode(self) -> str:
+        import wandb
+
+        mode = self.mode or os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+        if mode != "online" or _logged_in():
+            return str(mode)
+        self._reason = "no login"
+        return "offline"
+
+    def _labels(self, run: Run) -> dict[str, Any]:
+        config = run.config
+        strategies = list(config.get("strategy") or {}) or ["finetune"]
+        stream = config.get("stream")
+        dataset = config.get("dataset") or (stream.get("dataset") if isinstance(stream, Mapping) else None)
+        parts = [_name_of(stream), _name_of(dataset), run.scenario, f"{len(run.task_names)} tasks"]
+        group = self.group or config.get("group") or " ".join(part for part in parts if part)
+        seed = config.get("seed")
+        name = self.name or "+".join(strategies) + (f" seed {seed}" if seed is not None else "")
+        tags = dict.fromkeys([*self.tags, *(config.get("tags") or ()), *strategies, run.scenario])
+        return {"group": str(group)[:_GROUP], "name": name[:_GROUP], "tags": [str(tag)[:_TAG] for tag in tags]}
+
+    def _define_axes(self, run: Run) -> None:
+        self.run.define_metric("tasks_learned")
+        for prefix in ("transfer", *run.matrices):
+            self.run.define_metric(f"{prefix}/*", step_metric="tasks_learned")
+        self.run.define_metric("train/step")
+        for prefix in ("train", "val"):
+            self.run.define_metric(f"{prefix}/*", step_metric="train/step")
+
+    def _log_row(self, run: Run, after_task: int) -> None:
+        import wandb
+
+        from cl.report.picture import draw_accuracy
+
+        values: dict[str, Any] = {"tasks_learned": after_task}
+        for mask, matrix in run.matrices.items():
+            columns = ["tasks learned", *(f"{j} {name}" for j, name in enumerate(run.task_names, start=1))]
+            rows = [[i, *map(_or_none, row)] for i, row in enumerate(matrix.R.tolist())]
+            values[f"{mask}/R"] = wandb.Table(columns=columns, data=rows)
+            values[f"{mask}/R_heat_map"] = wandb.Image(_pixels(draw_accuracy(run, mask)))
+        if after_task:
+            values.update(_scalars(run))
+        self.run.log(values)
+
+
+class WandbCurves(Logger):
+    """The Lightning logger of a `WandbReport`: training curves in the same W&B run, on a step that never goes back.
+
+    Points that come with `train/...` set the step (the learner counts over the whole stream); others, such as a
+    validation whose Lightning step begins anew with every task, take the step of the last one.
+
+    Example:
+        >>> WandbReport(project="mine").logger.log_metrics({"train/loss": 0.5}, step=10)  # not begun yet: dropped
+    """
+
+    def __init__(self, report: WandbReport) -> None:
+        super().__init__()
+        self._report = report
+        self._step = 0
+
+    @property
+    def name(self) -> str:
+        """The project."""
+        return self._report.project
+
+    @property
+    def version(self) -> str:
+        """The id of the W&B run, empty before it has begun."""
+        return "" if self._report.run is None else str(self._report.run.id)
+
+    @property
+    def save_dir(self) -> str | None:
+        """Where W&B's files are."""
+        return None if self._report.directory is None else str(self._report.directory)
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run, None where there is none."""
+        return self._report.run
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the report has logged the resolved configuration."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log one point of every curve."""
+        if step is not None and any(name.startswith("train/") for name in metrics):
+            self._step = step
+        point = {name: value for name, value in metrics.items() if name != "epoch"}  # it begins anew with every task
+        if point:
+            self._report.attempt(lambda: self._report.run.log({**point, "train/step": self._step}))
+
+
+def _scalars(run: Run) -> dict[str, float]:
+    """Return `<mask>/<scalar>` and `transfer/<scalar>`, unmeasured ones left out."""
+    named = {f"{mask}/{name}": value for mask in run.matrices for name, value in run.scalars(mask).items()}
+    named.update({f"transfer/{name}": value for name, value in run.scalars(run.primary.mask).items()})
+    return {name: value for name, value in named.items() if not math.isnan(value)}
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _name_of(node: object) -> str:
+    """Return what a part of the configuration is called: its `name`, or else the last word of its `_target_`."""
+    if isinstance(node, Mapping):
+        return str(node.get("name") or str(node.get("_target_", "")).rpartition(".")[2])
+    return str(node or "")
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+
+
+def _logged_in() -> bool:
+    """Return whether W&B has an API key for its host, without asking for one."""
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # before `prompt` existed
+        return bool(wandb.api.api_key)
+    except Exception:
+        return False  # a key that W&B refuses
+
+
+def _pixels(figure: Figure) -> Any:
+    from PIL import Image
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return Image.open(png)
+
+
+@contextmanager
+def _staging_in(directory: Path | None) -> Iterator[None]:
+    """Let W&B stage tables in the run directory: an offline run then holds all that `wandb sync` needs."""
+    if directory is None or "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_DATA_DIR", None)

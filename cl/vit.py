@@ -1,0 +1,189 @@
+"""Transformers whose tokens a prompt can join, and every other model of timm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl.errors import InputError
+
+
+def image_shape(what: str, shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
+    """Return C, H, W of images at least so many pixels high and wide, or refuse them in the backbone's name.
+
+    Raises:
+        InputError: If the shape is another.
+
+    Example:
+        >>> image_shape("LeNet", (1, 28, 28), smallest=16)
+        (1, 28, 28)
+    """
+    if len(shape) != 3 or min(shape[1:]) < smallest or shape[0] < 1:
+        raise InputError(
+            f"{what} takes images (C, H, W) of at least {smallest}x{smallest} pixels, not inputs of shape "
+            f"{tuple(shape)}: enlarge them (image_size) or choose another backbone."
+        )
+    channels, height, width = shape
+    return channels, height, width
+
+
+def _embed(model: Any, x: Tensor) -> Tensor:
+    tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    return tokens
+
+
+def _encode(model: Any, tokens: Tensor) -> Tensor:
+    encoded: Tensor = model.norm(model.blocks(tokens))
+    return encoded
+
+
+class ViT(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021), timm's, whose feature is the encoded class token.
+
+    Args:
+        input_shape: (C, H, W) with H and W multiples of `patch_size`.
+        patch_size: Side of a patch.
+        dim: Width of a token, D = `num_features`; a multiple of `heads`.
+        depth: Blocks.
+        heads: Attention heads.
+        mlp_ratio: Hidden width of a block's MLP over `dim`.
+        dropout: Of positions, projections and MLPs.
+        drop_path: Stochastic depth at the last block, growing linearly from 0.
+
+    Raises:
+        InputError: If patches do not fill the image, or heads do not share D.
+
+    Example:
+        >>> vit = ViT((3, 8, 8), dim=16, depth=1, heads=2)
+        >>> tokens = vit.embed(torch.zeros(2, 3, 8, 8))
+        >>> prompts = torch.zeros(2, 6, 16)
+        >>> tokens.shape, vit.encode(torch.cat([prompts, tokens], dim=1)).shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 11, 16]))
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        patch_size: int = 4,
+        dim: int = 192,
+        depth: int = 6,
+        heads: int = 3,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        from timm.models.vision_transformer import VisionTransformer
+
+        super().__init__()
+        channels, height, width = image_shape("ViT", input_shape, patch_size)
+        if height % patch_size or width % patch_size:
+            raise InputError(f"patch_size={patch_size} of ViT does not divide {height}x{width}: choose one that does.")
+        if dim % heads:
+            raise InputError(f"dim={dim} of ViT is no multiple of heads={heads}: change one of them.")
+        self.num_features = dim
+        self.model = VisionTransformer(
+            img_size=(height, width),
+            patch_size=patch_size,
+            in_chans=channels,
+            num_classes=0,
+            embed_dim=dim,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+            pos_drop_rate=dropout,
+            proj_drop_rate=dropout,
+            drop_path_rate=drop_path,
+        )
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the class token and N patches with their positions, (B, 1+N, D)."""
+        return _embed(self.model, x)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, L, D), of any number L, through all blocks and the last norm to (B, L, D)."""
+        return _encode(self.model, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the encoded class token (B, D)."""
+        return self.encode(self.embed(x))[:, 0]
+
+
+class Timm(nn.Module):
+    """Any model of timm by name, without its classifier; a vision transformer offers `embed` and `encode` too.
+
+    Args:
+        input_shape: (C, H, W); given to models of a fixed size as `img_size`.
+        name: Of `timm.list_models()`.
+        pretrained: Whether to download weights; normalise as they expect (`timm.data.resolve_model_data_config`).
+        kwargs: Further arguments of `timm.create_model`, such as
+            `pretrained_cfg_overlay: {file: weights.safetensors}` for weights that lie on the disk.
+
+    Raises:
+        InputError: If there is no such model, it cannot take such images, or its weights cannot be had.
+
+    Example:
+        >>> Timm((3, 32, 32), "test_resnet").num_features
+        96
+    """
+
+    def __init__(self, input_shape: Sequence[int], name: str, pretrained: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        import timm
+
+        channels, height, width = image_shape(name, input_shape, 1)
+        _check_name(name)
+        try:
+            known = timm.get_pretrained_cfg(name)
+            if known is not None and known.fixed_input_size:
+                kwargs.setdefault("img_size", (height, width))
+            options = {"in_chans": channels, "num_classes": 0} | kwargs
+            self.model = timm.create_model(name, pretrained=pretrained, **options).eval()
+            with torch.no_grad():
+                self.num_features = int(self.model(torch.zeros(1, *input_shape)).shape[1])
+        except Exception as error:  # models fail in ways of their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            remedy = (
+                "check the network, or set pretrained=false" if pretrained else "resize the images or change kwargs"
+            )
+            raise InputError(
+                f"timm cannot make {name!r} for inputs {tuple(input_shape)} ({reason}): {remedy}."
+            ) from error
+        self.model.train()
+
+    @property
+    def embed(self) -> Callable[[Tensor], Tensor]:
+        """See `ViT.embed`; only a vision transformer has it."""
+        return partial(_embed, self._transformer("embed"))
+
+    @property
+    def encode(self) -> Callable[[Tensor], Tensor]:
+        """See `ViT.encode`; only a vision transformer has it."""
+        return partial(_encode, self._transformer("encode"))
+
+    def _transformer(self, wanted: str) -> Any:
+        from timm.models.vision_transformer import VisionTransformer
+
+        model: nn.Module = self.model
+        if not isinstance(model, VisionTransformer):
+            raise AttributeError(f"{type(model).__name__} has no {wanted!r}: it is no vision transformer.")
+        return model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to what the model would give its classifier, (B, num_features)."""
+        features: Tensor = self.model(x)
+        return features
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    if ":" in name or timm.is_model(name):  # hf_hub:owner/name is looked up there
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() has all names."
+    raise InputError(f"There is no timm model called {name!r}: {hint}")

@@ -1,0 +1,136 @@
+"""A dataset's classes, split into tasks (Split-MNIST, Split-CIFAR and their like)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cl.augment import Normalize
+from cl.data import Dataset, split_validation
+from cl.errors import InputError
+from cl.random import derive
+from cl.task import Scenario, Stream, Task, TaskData
+
+
+def split(
+    dataset: Dataset,
+    num_tasks: int | None = None,
+    classes_per_task: int | Sequence[int] | None = None,
+    first_task: int | None = None,
+    class_order: str | Sequence[int] = "natural",
+    classes: Sequence[int] | None = None,
+    scenario: Scenario = "class",
+    val_fraction: float = 0.0,
+    seed: int = 0,
+) -> Stream:
+    """Split a dataset by class.
+
+    Stream-wide labels follow the order of learning: the first task has the classes 0, 1, ... In the
+    domain-incremental scenario a label is the position within its task (van de Ven et al. 2022, section 2).
+
+    Args:
+        dataset: Any dataset.
+        num_tasks: Tasks of equal size; give this or `classes_per_task`.
+        classes_per_task: Classes of every task, or of each.
+        first_task: Classes of a larger first task; the others share the rest.
+        class_order: "natural", "shuffled" (by `seed`), or the classes in order.
+        classes: The classes to use; None means all.
+        scenario: "class", "task" or "domain".
+        val_fraction: Share of the training set that becomes validation.
+        seed: Seed of the order and of the validation split.
+
+    Raises:
+        InputError: If the classes cannot be split so.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> stream = split(synthetic(num_classes=5), num_tasks=2, first_task=3)
+        >>> [task.classes for task in stream]
+        [(0, 1, 2), (3, 4)]
+    """
+    order = _class_order(dataset, class_order, classes, seed)
+    sizes = _sizes(len(order), num_tasks, classes_per_task, first_task)
+    label = np.full(dataset.num_classes, -1, dtype=np.int64)
+    starts = np.cumsum([0, *sizes])
+    for start, size in zip(starts, sizes, strict=False):
+        for position, name in enumerate(order[start : start + size]):
+            label[name] = position if scenario == "domain" else start + position
+    train_index, val_index = split_validation(dataset.train_y, val_fraction, seed)
+    table = torch.from_numpy(label)
+
+    def build(t: int) -> Task:
+        own = torch.tensor(order[starts[t] : starts[t + 1]])
+
+        def part(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> TaskData:
+            return TaskData(x, table[y], t, index[torch.isin(y[index], own)])
+
+        train = part(dataset.train_x, dataset.train_y, train_index)
+        val = part(dataset.train_x, dataset.train_y, val_index) if len(val_index) else None
+        test = part(dataset.test_x, dataset.test_y, torch.arange(len(dataset.test_y)))
+        return Task(t, train, test, val, name=_name([dataset.class_names[c] for c in own.tolist()]))
+
+    names = [dataset.class_names[c] for c in order] if scenario != "domain" else []
+    return Stream(
+        build,
+        scenario=scenario,
+        num_classes=max(sizes) if scenario == "domain" else len(order),
+        num_tasks=len(sizes),
+        augment=dataset.augment,
+        normalize=Normalize(dataset.mean, dataset.std),
+        class_names=names,
+        name=f"split {dataset.name}",
+    )
+
+
+def _class_order(
+    dataset: Dataset, class_order: str | Sequence[int], classes: Sequence[int] | None, seed: int
+) -> list[int]:
+    known = list(range(dataset.num_classes)) if classes is None else [int(c) for c in classes]
+    if class_order == "natural":
+        order = known
+    elif class_order == "shuffled":
+        draw = np.random.default_rng(derive(seed, "class order"))
+        order = [known[i] for i in draw.permutation(len(known))]
+    elif isinstance(class_order, str):
+        raise InputError(f"class_order={class_order!r} is unknown: use natural, shuffled, or a list of classes.")
+    else:
+        order = [int(c) for c in class_order]
+    outside = [c for c in order if not 0 <= c < dataset.num_classes]
+    if outside:
+        raise InputError(f"Class {outside[0]} is not in {dataset.name} (0..{dataset.num_classes - 1}): leave it out.")
+    if len(set(order)) < len(order):
+        twice = next(c for c in order if order.count(c) > 1)
+        raise InputError(f"Class {twice} stands twice in the class order: name each class once.")
+    return order
+
+
+def _sizes(
+    num_classes: int, num_tasks: int | None, per_task: int | Sequence[int] | None, first_task: int | None
+) -> list[int]:
+    if (num_tasks is None) == (per_task is None):
+        raise InputError("A split stream needs either num_tasks or classes_per_task: give one of the two.")
+    if per_task is not None and not isinstance(per_task, int):
+        sizes = [int(size) for size in per_task]
+    else:
+        rest = num_classes - (first_task or 0)
+        others = (num_tasks - (first_task is not None)) if num_tasks is not None else rest // int(per_task or 1)
+        if num_tasks is not None and num_tasks > num_classes:
+            raise InputError(f"num_tasks={num_tasks} is more than the {num_classes} classes: ask for fewer tasks.")
+        if rest < 0 or (others == 0) != (rest == 0) or (others and rest % others) or (per_task and rest % per_task):
+            raise InputError(
+                f"{rest} classes do not split evenly (num_tasks={num_tasks}, classes_per_task={per_task}, "
+                f"first_task={first_task}): give classes_per_task as a list, or other counts."
+            )
+        sizes = ([first_task] if first_task else []) + [rest // others] * others
+    if min(sizes, default=0) < 1 or sum(sizes) != num_classes:
+        raise InputError(
+            f"classes_per_task={sizes} adds up to {sum(sizes)} where there are {num_classes} classes: "
+            "give each task at least one class and use every class."
+        )
+    return sizes
+
+
+def _name(classes: list[str]) -> str:
+    return "+".join(classes) if len(classes) <= 3 else f"{classes[0]} … {classes[-1]}"

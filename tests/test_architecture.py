@@ -1,0 +1,168 @@
+"""The shape of the house: who imports whom, how large a room is, and what every YAML composes to."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import get_class, get_method
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parent.parent
+ENGINE = sorted((ROOT / "cl").rglob("*.py"))
+STRATEGIES = sorted(p for p in (ROOT / "strategies").glob("*.py") if p.name != "__init__.py")
+STREAMS = sorted(p for p in (ROOT / "streams").glob("*.py") if p.name != "__init__.py")
+CONF = ROOT / "conf"
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return found
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=ids(ENGINE))
+def test_the_engine_knows_no_stream_and_no_strategy(path):
+    bad = {name for name in imports(path) if name.startswith(("cl.strategies", "cl.streams", "strategies", "streams"))}
+    assert not bad, f"{path.name} imports {bad}"
+
+
+@pytest.mark.parametrize("path", STRATEGIES + STREAMS, ids=ids(STRATEGIES + STREAMS))
+def test_a_strategy_or_stream_never_imports_its_sibling(path):
+    bad = {name for name in imports(path) if name.startswith(("cl.strategies", "cl.streams", "strategies", "streams"))}
+    assert not bad, f"{path.name} imports {bad}"
+
+
+HEAVY = ("wandb", "timm", "matplotlib", "torchvision", "sklearn", "avalanche", "scipy", "pandas", "PIL")
+
+
+@pytest.mark.parametrize("path", ENGINE + STRATEGIES + STREAMS, ids=ids(ENGINE + STRATEGIES + STREAMS))
+def test_heavy_libraries_are_imported_where_they_are_used(path):
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for n in top if isinstance(n, ast.Import) for alias in n.names}
+    names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
+    assert not [name for name in names if name.split(".")[0] in HEAVY]
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: no blanks, comments or docstrings."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                docstrings |= set(range(body[0].lineno, (body[0].end_lineno or 0) + 1))
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skip:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=ids(ENGINE))
+def test_an_engine_file_stays_under_300_lines_of_code(path):
+    assert code_lines(path.read_text()) <= 300
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=ids(STRATEGIES))
+def test_a_strategy_stays_under_80_lines_of_code(path):
+    source = path.read_text()
+    module = ast.parse(source)
+    # The lines that wire a file into Python are not the method: imports and the names of arguments.
+    wiring = sum(
+        (node.end_lineno or 0) - node.lineno + 1
+        for node in module.body
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.If)
+    )
+    assert code_lines(source) - wiring <= 80
+
+
+@pytest.mark.parametrize("path", ENGINE + STRATEGIES + STREAMS, ids=ids(ENGINE + STRATEGIES + STREAMS))
+def test_a_function_stays_under_40_lines_of_code(path):
+    source = path.read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            body = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
+            margin = len(body) - len(body.lstrip())
+            text = "\n".join(line[margin:] for line in body.splitlines())
+            arguments = len(node.args.args + node.args.kwonlyargs)
+            assert code_lines(text) - arguments <= 40, f"{path.name}:{node.name}"
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=ids(STRATEGIES))
+def test_a_strategys_header_names_paper_and_differences(path):
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    if path.stem not in ("finetune", "joint", "cumulative"):
+        assert any(year in text for year in map(str, range(2010, 2030))), "name the paper"
+        assert "Differences from" in text
+
+
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "__pycache__")
+OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
+
+
+def composed(*overrides: str):
+    with initialize_config_module("cl.conf", version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
+def test_every_yaml_composes_and_its_targets_exist(group, option):
+    extra = ["weights=none.ckpt"] if option.startswith("cifar100_vit") else []
+    cfg = composed(f"{group}={option}", *extra)
+
+    def targets(node):
+        if OmegaConf.is_dict(node):
+            for key in node:
+                value = OmegaConf.to_container(node, resolve=False)[key]
+                if key == "_target_":
+                    yield value
+                elif OmegaConf.is_config(node._get_node(key)):
+                    yield from targets(node._get_node(key))
+
+    names = list(targets(cfg))
+    assert names
+    for name in names:
+        try:
+            get_class(name)
+        except ValueError:
+            get_method(name)
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=ids(STRATEGIES))
+def test_yaml_key_file_and_class_of_a_strategy_agree(path):
+    cfg = composed(f"strategy={path.stem}")
+    assert list(cfg.strategy) == [path.stem]
+    module, _, name = cfg.strategy[path.stem]._target_.rpartition(".")
+    assert module == f"cl.strategies.{path.stem}" and name.lower() == path.stem
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=ids(STRATEGIES))
+def test_a_yaml_gives_every_argument_its_default(path):
+    import inspect
+
+    cfg = composed(f"strategy={path.stem}").strategy[path.stem]
+    parameters = inspect.signature(get_class(cfg._target_)).parameters
+    written = {k: v for k, v in OmegaConf.to_container(cfg).items() if k != "_target_"}
+    defaults = {k: p.default for k, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert written == defaults
+
+
+def test_experiments_open_with_the_command_that_runs_them():
+    for path in (CONF / "experiment").glob("*.yaml"):
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert any(f"experiment={path.stem}" in line and "cl-run" in line for line in head), path.name

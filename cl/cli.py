@@ -25,8 +25,7 @@ def main() -> None:
     try:
         application()
     except MissingConfigException as error:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        sys.exit(str(unknown(group or "configuration", name, error.options or [])) if error.options else str(error))
+        sys.exit(_missing(error))
     except ConfigCompositionException as error:
         sys.exit(_readable(error))
     except KeyboardInterrupt:
@@ -85,6 +84,8 @@ def build(cfg: Any, directory: Path) -> Any:
         **{key: cfg[key] for key in _LEARNER},
     )
     reports, loggers, callbacks = _reports(cfg)
+    frozen = not any(p.requires_grad for p in backbone.parameters())
+    untrained = frozen and not cfg.weights and not cfg.backbone.get("pretrained")
     return Experiment(
         learner,
         stream,
@@ -95,6 +96,9 @@ def build(cfg: Any, directory: Path) -> Any:
         logger=loggers,
         callbacks=callbacks,
         config=config,
+        notes=["The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones."]
+        if untrained
+        else (),
     )
 
 
@@ -158,6 +162,19 @@ def _ours(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, InputError | DivergenceError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _missing(error: Any) -> str:
+    """Name the nearest options where a group has none of that name."""
+    import re
+    from importlib.resources import files
+
+    found = re.search(r"Could not (?:find|load) '([^']+)'", str(error))
+    group, _, name = (found.group(1) if found else str(error.missing_cfg_file or "")).rpartition("/")
+    folder = files("cl.conf").joinpath(group)
+    own = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")] if folder.is_dir() else []
+    options = {*own, *(error.options or ())}
+    return str(unknown(group, name, options)) if group and options else " ".join(str(error).split())
 
 
 def _readable(error: Exception) -> str:

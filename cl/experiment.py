@@ -63,6 +63,7 @@ class Experiment:
         logger: Lightning loggers for the training curves.
         callbacks: Lightning callbacks, the same objects in every task.
         config: Resolved configuration, for reports.
+        notes: Sentences that belong beside the numbers.
 
     Example:
         >>> from functools import partial
@@ -85,6 +86,7 @@ class Experiment:
         logger: Sequence[Logger] = (),
         callbacks: Sequence[pl.Callback] = (),
         config: dict[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         stream.check()
         self.learner, self.stream, self.epochs = learner, stream, epochs
@@ -97,7 +99,7 @@ class Experiment:
             task_names=stream.task_names,
             scenario=stream.scenario,
             matrices=dict(learner.matrices.items()),  # type: ignore[arg-type]
-            notes=[],
+            notes=list(notes),
         )
         self._test: Columns | None = None
 

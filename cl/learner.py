@@ -329,8 +329,9 @@ class Learner(pl.LightningModule):
     def _flush_curves(self) -> None:
         means = {f"train/{name}": float(torch.stack(v).mean()) for name, v in self._curves.items() if v}
         self._curves = {}
-        if self.logger is not None and means:
-            self.logger.log_metrics({**means, "train/task": self.task.index + 1}, step=self.total_steps)
+        for logger in self.loggers if means else ():
+            logger.log_metrics({**means, "train/task": self.task.index + 1}, step=self.total_steps)
+            logger.save()  # what a person watches, and what a run that is cut short leaves
 
     def on_train_epoch_end(self) -> None:
         """Run the strategies' hook, then the schedule."""

@@ -115,7 +115,8 @@ class Memory(nn.Module):
         rows = torch.tensor(list(last.values()), device=self.y.device)
         self.x[where], self.y[where], self.task[where] = batch.x[rows], batch.y[rows], batch.task[rows]
         for name in self._extras:
-            self.get_buffer(f"extra_{name}")[where] = batch.extras[name][rows].float()
+            stored = self.get_buffer(f"extra_{name}")
+            stored[where] = batch.extras[name][rows].to(stored.dtype)
 
     def _slots_reservoir(self, batch: Batch) -> Rows:
         count = self.num_seen + np.arange(len(batch))

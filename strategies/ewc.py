@@ -71,7 +71,7 @@ def diagonal_fisher(module: nn.Module, x: Tensor, classes: Tensor, weights: Tens
     chunk = max(1, _HELD_AT_ONCE // size)
     for e, y in zip(examples.split(chunk), labels.split(chunk), strict=True):
         gradients = vmap(grad(log_p), in_dims=(None, 0, 0))(theta, x[e], y)
-        total += flat([weights[e, y] @ g.flatten(1).square() for g in gradients.values()])
+        total += flat([weights[e, y] @ g.reshape(len(e), -1).float().square() for g in gradients.values()])
     return total / len(x)
 
 

@@ -364,3 +364,18 @@ def test_labels_out_of_range_and_classes_in_two_tasks_are_refused():
     with pytest.raises(InputError, match="Class 0 stands in tasks 0 and 1"):
         Stream([first, second], num_classes=2).check()
     Stream([first, second], num_classes=2, scenario="domain").check()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_trains_and_keeps_R_whole(precision):
+    from cl.strategies.agem import AGEM
+    from cl.strategies.derpp import DERpp
+    from cl.strategies.gpm import GPM
+    from cl.strategies.ncm import NCM
+
+    for make in (lambda: DERpp(10), EWC, LwF, GPM, lambda: AGEM(40), lambda: NCM(freeze=False)):
+        learner, stream = toy_learner({"method": make()}, scenario="task")
+        half = partial(trainer, precision=precision)
+        run = Experiment(learner, stream, half, epochs=5).run()
+        assert run.matrices["class"].R.dtype == torch.float32
+        assert float(run.matrices["task"].R.diagonal(-1).mean()) > 0.7, type(learner.strategies["method"]).__name__

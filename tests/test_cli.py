@@ -1,0 +1,124 @@
+"""The command line: what a run leaves, resuming in its directory, and bad input in one sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from cl.cli import main
+
+SMALL = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu"]
+
+
+def cl_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cl", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    place = tmp_path_factory.mktemp("run")
+    result = cl_run("hydra.run.dir=out", "strategy=[er,gpm,lwf]", *SMALL, cwd=place)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result, place / "out"
+
+
+def test_what_a_run_leaves(done):
+    result, out = done
+    left = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    expected = {"config.yaml", "transfer.csv", "transfer.json", "transfer.png", "versions.json"}
+    assert expected | {f"checkpoints/after_task_{k:03d}.ckpt" for k in range(3)} <= left
+    assert str(Path("out") / "transfer.png") in result.stdout.replace("\n", "") or "transfer.png" in result.stdout
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_files_and_checkpoint_agree(done):
+    _, out = done
+    state = torch.load(out / "checkpoints" / "after_task_002.ckpt", weights_only=True)["state_dict"]
+    with (out / "transfer.csv").open() as file:
+        for row in csv.DictReader(file):
+            task = int(row["task"]) - 1
+            value = float(state[f"matrices.{row['mask']}.R"][int(row["after_task"]), task])
+            assert float(row["value"]) == pytest.approx(value, abs=1e-6)
+    scalars = json.loads((out / "transfer.json").read_text())
+    R = state["matrices.class.R"]
+    assert json.dumps(scalars).count("average_accuracy") >= 2
+    assert float(R[2].mean()) == pytest.approx(_find(scalars, "class", "average_accuracy"), abs=1e-6)
+
+
+def _find(tree, mask: str, name: str) -> float:
+    node = tree.get("masks", tree)[mask]
+    node = node.get("scalars", node)
+    return node[name]["value"]
+
+
+def test_the_same_directory_continues_and_another_configuration_is_refused(done):
+    _, out = done
+    before = (out / "checkpoints" / "after_task_002.ckpt").read_bytes()
+    (out / "checkpoints" / "after_task_002.ckpt").unlink()
+    same = cl_run("hydra.run.dir=out", "strategy=[er,gpm,lwf]", *SMALL, cwd=out.parent)
+    assert same.returncode == 0, same.stderr
+    old, new = torch.load(out / "checkpoints/after_task_002.ckpt", weights_only=True), None
+    (out / "again").write_bytes(before)
+    new = torch.load(out / "again", weights_only=True)
+    for key, value in old["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, new["state_dict"][key]), key
+    other = cl_run("hydra.run.dir=out", "strategy=[er,gpm,lwf]", *SMALL, "seed=3", cwd=out.parent)
+    assert other.returncode != 0
+    assert "another configuration" in other.stderr and "seed: 0 there, 3 here" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["strategy=dep"], "no strategy called 'dep': did you mean"),
+        (["strategy=[er,gmp]"], "no strategy called 'gmp': did you mean 'gpm'"),
+        (["stream=splitt"], "no stream called 'splitt': did you mean 'split'"),
+        (["epocs=3"], "no key 'epocs' in the configuration: did you mean epochs"),
+        (["strategy.er.memory_sise=3"], "did you mean strategy.er.memory_size"),
+        (["stream.num_tasks=11"], "num_tasks=11 is more than the 10 classes"),
+        (["stream.num_tasks=3"], "do not split evenly"),
+        (["strategy=gpm", "optimizer=adam"], "GPM needs plain SGD"),
+        (["strategy=gpm", "optimizer.momentum=0.9"], "GPM needs plain SGD"),
+        (["strategy=gpm", "optimizer.weight_decay=0.1"], "GPM needs plain SGD"),
+        (["strategy=agem", "strategy.agem.memory_size=9"], "memory_size=9 is smaller than the 10 groups"),
+        (["strategy=l2p", "backbone=mlp"], "MLP has no embed and encode"),
+        (["strategy=[ncm,l2p]", "+strategy.two._target_=cl.strategies.ncm.NCM"], "both define predict"),
+        (["backbone=alexnet_gpm"], "8"),
+        (["dataset=mnist", "dataset.root=nowhere", "dataset.download=false"], "nowhere"),
+        (["trainer.devices=2"], "one device"),
+        (["optimizer.lr=1e20", "epochs=5"], "task 1 of 5"),
+        (["weights=missing.ckpt"], "missing.ckpt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_stops_before_training_with_one_sentence(arguments, sentence, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cl-run", "hydra.run.dir=out", "trainer.accelerator=cpu", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    GlobalHydra.instance().clear()
+    message = str(stop.value.code)
+    assert sentence in message
+    assert "\n" not in message
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list(tmp_path.glob("out/checkpoints/after_task_001.ckpt"))
+
+
+def test_the_sentence_is_all_that_a_shell_shows(tmp_path):
+    result = cl_run("hydra.run.dir=out", "strategy=gpm", "optimizer=adam", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("GPM needs plain SGD") and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_one_file_can_be_made_of_several_runs(tmp_path):
+    result = cl_run("-m", "strategy=finetune,er", "hydra.sweep.dir=sweep", *SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "sweep").glob("*/transfer.csv"))) == 2

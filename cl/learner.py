@@ -160,8 +160,8 @@ class Learner(pl.LightningModule):
         return self._optimizer(parameters)
 
     def competing(self, task: Task) -> Tensor:
-        """Return the classes that compete on an example of a task, (K,), in the run's scenario."""
-        return competing(self.scenario, self.seen, self.membership)[task.index].nonzero().flatten()
+        """Return the classes that compete on an example of a task in training, (K,)."""
+        return competing(self.train_mask, self.seen, self.membership)[task.index].nonzero().flatten()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

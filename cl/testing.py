@@ -95,7 +95,7 @@ def toy_learner(
     stream = toy_stream(num_tasks, scenario)
     torch.manual_seed(seed)
     if backbone == "vit":
-        from cl.backbones import ViT
+        from cl.vit import ViT
 
         body: nn.Module = ViT((1, 4, 4), patch_size=2, dim=16, depth=1, heads=2)
     else:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.errors import InputError, unknown
 from cl.random import Random
@@ -70,7 +71,8 @@ def diagonal_fisher(module: nn.Module, x: Tensor, classes: Tensor, weights: Tens
     total = torch.zeros(size, device=x.device)
     chunk = max(1, _HELD_AT_ONCE // size)
     for e, y in zip(examples.split(chunk), labels.split(chunk), strict=True):
-        gradients = vmap(grad(log_p), in_dims=(None, 0, 0))(theta, x[e], y)
+        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap can batch
+            gradients = vmap(grad(log_p), in_dims=(None, 0, 0))(theta, x[e], y)
         total += flat([weights[e, y] @ g.reshape(len(e), -1).float().square() for g in gradients.values()])
     return total / len(x)
 
@@ -136,7 +138,7 @@ class EWC(Strategy):
         theta = flat([p.detach() for p in self._theta(learner)])
         old = self.gamma * self.importance
         mean = (old * self.anchor + new * theta) / (old + new).clamp_min(torch.finfo(new.dtype).tiny)
-        self.anchor.copy_(torch.where(old + new > 0, mean, theta) if self.gamma == 1 else theta)
+        self.anchor.copy_(mean if self.gamma == 1 else theta)  # where F is 0 it holds nothing
         self.importance.copy_(old + new)
 
     def _weights(self, module: nn.Module, view: Tensor, y: Tensor, classes: Tensor) -> Tensor | None:

@@ -379,3 +379,20 @@ def test_half_precision_trains_and_keeps_R_whole(precision):
         run = Experiment(learner, stream, half, epochs=5).run()
         assert run.matrices["class"].R.dtype == torch.float32
         assert float(run.matrices["task"].R.diagonal(-1).mean()) > 0.7, type(learner.strategies["method"]).__name__
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_gpu_learns_what_the_cpu_learns(precision):
+    from cl.strategies.agem import AGEM
+    from cl.strategies.derpp import DERpp
+    from cl.strategies.gpm import GPM
+    from cl.strategies.ncm import NCM
+
+    for make in (lambda: ER(20), lambda: DERpp(20), lambda: AGEM(40), EWC, LwF, GPM, NCM):
+        rows = []
+        for accelerator in ("cpu", "gpu"):
+            learner, stream = toy_learner({"method": make()}, scenario="task")
+            on = partial(pl.Trainer, accelerator=accelerator, devices=1, logger=False, precision=precision)
+            rows.append(Experiment(learner, stream, on, epochs=5).run().matrices["task"].R.cpu())
+        assert torch.allclose(rows[0].mean(), rows[1].mean(), atol=0.05), type(make()).__name__

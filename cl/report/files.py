@@ -61,16 +61,16 @@ def _finite(value: Any) -> Any:
 def transfer_csv(run: Run) -> str:
     """Return every cell of every R as a long table, exact to the last bit of float32.
 
-    Columns: after_task (0: untrained .. T), task (1 .. T), mask, metric, value ("nan" where unmeasured), task_name.
+    Columns: after_task (0: untrained .. T), task (1 .. T), mask, metric, value ("nan" where unmeasured).
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["after_task", "task", "mask", "metric", "value", "task_name"])
+    table.writerow(["after_task", "task", "mask", "metric", "value"])
     for mask, matrix in run.matrices.items():
         # numpy prints the shortest decimal that reads back as the same float32
         for after_task, row in enumerate(matrix.R.cpu().numpy()):
-            for task, (value, name) in enumerate(zip(row, run.task_names, strict=True), start=1):
-                table.writerow([after_task, task, mask, matrix.metric, str(value), name])
+            for task, value in enumerate(row, start=1):
+                table.writerow([after_task, task, mask, matrix.metric, str(value)])
     return text.getvalue()
 
 

@@ -149,9 +149,8 @@ class Experiment:
         return trainer
 
     def _fit(self, task: Task) -> None:
-        trainer = self._make_trainer(
-            max_epochs=self.epochs, callbacks=self._callbacks, limit_val_batches=None if task.val else 0
-        )
+        without = {} if task.val else {"limit_val_batches": 0}
+        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=self._callbacks, **without)
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
         self.learner.to(trainer.strategy.root_device)
         self.learner.before_task(task)

@@ -108,7 +108,7 @@ def toy_run(*strategies: Strategy, epochs: int = 2, **options: Any) -> Run:
     """Run a small experiment on the CPU; the options are those of `toy_learner`.
 
     Example:
-        >>> R = toy_run(epochs=5).matrices["task"].R
+        >>> R = toy_run(epochs=10).matrices["task"].R
         >>> bool(R.diagonal(-1).mean() > 0.8)
         True
     """

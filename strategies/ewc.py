@@ -7,8 +7,10 @@ After task k the diagonal Fisher information :math:`F_k` is measured at the opti
 Completing the square turns the sum over tasks into one quadratic of the same gradient, with :math:`F = \sum_k F_k`
 and the anchor :math:`\bar\theta = \sum_k F_k \theta^*_k / F`, so the memory does not grow with the tasks.
 
-Differences from the paper: none but the constant that this leaves out. `gamma` < 1 fades F, as in online EWC
-(Schwarz et al. 2018, section 3.2), whose anchor is the last optimum.
+Differences from the paper: the constant that this leaves out; and under SGD lambda F is cut at 1 / learning rate, where
+a step on the penalty alone ends at the anchor. From 2 / learning rate on the weight would run away, and single entries
+of F get there (Permuted-MNIST: infinite loss in task 3 at lambda = 1000, in task 8 at 50). `gamma` < 1 fades F, as in
+online EWC (Schwarz et al. 2018, section 3.2), whose anchor is the last optimum.
 Differences from reference code: the Fisher is the true one, of single examples: labels y are summed over the model's
 own distribution (or drawn from it, or the data's). Avalanche and CLArena square the mean gradient of a batch, which is
 smaller by about its size; Avalanche and Mammoth have no 1/2. So lambdas differ between libraries.
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import SGD
 
 from cl.errors import InputError, unknown
 from cl.random import Random
@@ -96,6 +99,7 @@ class EWC(Strategy):
 
     importance: Tensor
     anchor: Tensor
+    strength: Tensor
 
     def __init__(
         self, weight: float = 100.0, fisher: str = "true", num_samples: int | None = 1000, gamma: float = 1.0
@@ -112,7 +116,14 @@ class EWC(Strategy):
         size = sum(p.numel() for p in self._theta(learner))
         self.register_buffer("importance", torch.zeros(size))
         self.register_buffer("anchor", torch.zeros(size))
+        self.register_buffer("strength", torch.zeros(size), persistent=False)
         self.random = Random()
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Weigh F, at most to where one step of SGD on the penalty alone ends at the anchor."""
+        optimizer = learner.new_optimizer([nn.Parameter(torch.zeros(1))])
+        limit = 1 / optimizer.param_groups[0]["lr"] if isinstance(optimizer, SGD) else torch.inf
+        torch.clamp(self.weight * self.importance, max=limit, out=self.strength)
 
     def _theta(self, learner: Learner) -> list[nn.Parameter]:
         return [p for p in learner.trunk().parameters() if p.requires_grad]
@@ -122,7 +133,7 @@ class EWC(Strategy):
         if learner.tasks_learned == 0:
             return None
         drift = flat(list(self._theta(learner))) - self.anchor
-        return self.weight / 2 * (self.importance * drift.square()).sum()
+        return (self.strength * drift.square()).sum() / 2
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Measure the Fisher at the new optimum and fold it into F and the anchor."""

@@ -68,6 +68,6 @@ class NCM(Strategy):
 
     def predict(self, learner: Learner, view: Tensor) -> Tensor:
         """Return the cosine to every class mean, (B, C)."""
-        means = F.normalize(self.total / self.count.clamp_min(1), dim=1)
+        means = F.normalize(self.total, dim=1)  # to an angle, a sum is as good as a mean
         cosine = F.normalize(learner.backbone(view).to(means.dtype), dim=1) @ means.T
         return torch.where(self.count.T > 0, cosine, -1.0)

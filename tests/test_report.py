@@ -239,7 +239,7 @@ def test_plain_output_has_every_number_and_no_decoration(rows: int) -> None:
     report.finish(run)
     lines = text.getvalue().splitlines()
     assert text.getvalue().isascii() and "\x1b" not in text.getvalue()
-    assert "1 part-0" in lines[0] and "5 part-4" in lines[0]
+    assert "1: part-0" in lines[0] and "5: part-4" in lines[0]
     for mask, matrix in run.matrices.items():
         for i in range(rows):
             label = f"after {i} ({mask}):" if i else f"untrained ({mask}):"
@@ -438,7 +438,7 @@ def test_the_foot_has_scalars_names_and_notes() -> None:
     run = make_run(4, rows=3)
     text = text_of(run)
     assert headline(run, "class") in text and headline(run, "task") in text
-    assert "after 2 of 4 tasks" in text and "A note." in text and "2 part-1" in text
+    assert "after 2 of 4 tasks" in text and "A note." in text and "2: part-1" in text
     for words in ("tasks learned", "task tested", "earlier task", "task still to come", "task learned in this step"):
         assert words in text
 

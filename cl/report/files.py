@@ -121,7 +121,7 @@ class FileReport(Report):
         ...     run.primary.record(i, row)
         >>> FileReport().row(run, after_task=3)
         >>> (run.directory / "transfer.csv").read_text().splitlines()[-1]
-        '3,3,task,accuracy,0.8,c'
+        '3,3,task,accuracy,0.8'
     """
 
     def start(self, run: Run, after_task: int) -> None:

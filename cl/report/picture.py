@@ -160,7 +160,7 @@ def _foot(run: Run, characters: int) -> list[str]:
     lines = [f"{headline(run, mask)}   ({learned})" for mask in run.matrices]
     paragraphs = remarks(run)
     if len(run.task_names) <= MAX_NUMBERS:
-        paragraphs = ["Tasks: " + ", ".join(f"{j} {name}" for j, name in enumerate(run.task_names, 1)), *paragraphs]
+        paragraphs = ["Tasks: " + ", ".join(f"{j}: {name}" for j, name in enumerate(run.task_names, 1)), *paragraphs]
     return lines + [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, characters)]
 
 

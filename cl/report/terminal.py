@@ -160,7 +160,7 @@ class TerminalReport(Report):
 
     def start(self, run: Run, after_task: int) -> None:
         """Print what is about to be learned, or from where it goes on."""
-        names = [f"{i} {name}" for i, name in enumerate(run.task_names[:MAX_TASKS], start=1)]
+        names = [f"{i}: {name}" for i, name in enumerate(run.task_names[:MAX_TASKS], start=1)]
         more = len(run.task_names) - len(names)
         self._print(
             f"{len(run.task_names)} tasks, {run.scenario}-incremental: {', '.join(names)}"

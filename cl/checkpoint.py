@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def load(learner: Learner, path: Path) -> None:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         learner.load_state_dict(content["state_dict"], strict=True)
-    except (RuntimeError, KeyError, EOFError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"Checkpoint {path} does not fit this configuration ({reason}): use the one it was made with."

@@ -73,7 +73,6 @@ def build(cfg: Any, directory: Path) -> Any:
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     strategies = {name: instantiate(strategy) for name, strategy in (cfg.strategy or {}).items()}
-    stream.check()
     learner = Learner(
         stream,
         backbone,
@@ -84,8 +83,6 @@ def build(cfg: Any, directory: Path) -> Any:
         **{key: cfg[key] for key in _LEARNER},
     )
     reports, loggers, callbacks = _reports(cfg)
-    frozen = not any(p.requires_grad for p in backbone.parameters())
-    untrained = frozen and not cfg.weights and not cfg.backbone.get("pretrained")
     return Experiment(
         learner,
         stream,
@@ -96,10 +93,15 @@ def build(cfg: Any, directory: Path) -> Any:
         logger=loggers,
         callbacks=callbacks,
         config=config,
-        notes=["The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones."]
-        if untrained
-        else (),
+        notes=_notes(cfg, backbone),
     )
+
+
+def _notes(cfg: Any, backbone: Any) -> list[str]:
+    frozen = not any(p.requires_grad for p in backbone.parameters())
+    if frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
+        return ["The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones."]
+    return []
 
 
 def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:

@@ -88,6 +88,7 @@ class Learner(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        stream.check()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size}
         for name, value in {**sizes, "log_every": log_every}.items():
             if value < 1:
@@ -284,6 +285,8 @@ class Learner(pl.LightningModule):
                 loss = loss + value
                 self._curves.setdefault(name, []).append(value.detach())
         self._update(loss, optimizer)
+        self.step += 1
+        self.total_steps += 1
         if self._chains["after_step"]:
             incoming = batch.incoming()
             stale = logits.detach()[: len(incoming)]
@@ -314,13 +317,12 @@ class Learner(pl.LightningModule):
     def _look_at(self, losses: Tensor) -> None:
         if not bool(torch.isfinite(losses).all()):  # the one synchronisation of the chunk
             first = int((~torch.isfinite(losses)).nonzero()[0])
+            step = self.step - len(losses) + first + 1
             raise DivergenceError(
                 f"The loss is {float(losses[first])} in task {self.task.index + 1} of {self.num_tasks}, epoch "
-                f"{self.current_epoch + 1}, step {self.step + first + 1} of the task: lower the learning rate or the "
-                "strategy's weight. The checkpoint of the last finished task is kept."
+                f"{self.current_epoch + 1}, step {step} of the task: lower the learning rate or the strategy's weight. "
+                "The checkpoint of the last finished task is kept."
             )
-        self.step += len(losses)
-        self.total_steps += len(losses)
         self.last_loss = losses[-1]
         self._curves.setdefault("loss", []).extend(losses.unbind())
         if len(self._curves["loss"]) >= self.log_every:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,27 +44,33 @@ def layer_inputs(layers: Iterable[Layer], forward: Callable[[], object]) -> list
         layers: Linear layers and convolutions.
         forward: Runs them.
 
+    Raises:
+        InputError: If a layer is not called.
+
     Example:
-        >>> import torch
         >>> conv, x = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), torch.randn(4, 2, 5, 5)
         >>> (R,) = layer_inputs([conv], lambda: conv(x))
         >>> y = (conv.weight.flatten(1) @ R).view(3, 4, 3, 3).transpose(0, 1)
         >>> R.shape, torch.allclose(y, conv(x), atol=1e-5)
         (torch.Size([18, 36]), True)
     """
-    seen: dict[nn.Module, Tensor] = {}
     layers = list(layers)
+    seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
     hooks = [layer.register_forward_pre_hook(partial(_keep, seen)) for layer in layers]
     try:
         forward()
     finally:
         for hook in hooks:
             hook.remove()
-    return [_columns(layer, seen[layer]) for layer in layers]
+    silent = next((layer for layer in layers if not seen[layer]), None)
+    if silent is not None:
+        raise InputError(f"{silent} was not called in a forward pass, so its inputs are unknown: use another backbone.")
+    # A layer that is called several times receives the inputs of all its calls.
+    return [torch.cat([_columns(layer, x) for x in seen[layer]], dim=1) for layer in layers]
 
 
-def _keep(seen: dict[nn.Module, Tensor], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    seen[layer] = inputs[0].detach()
+def _keep(seen: dict[nn.Module, list[Tensor]], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    seen[layer].append(inputs[0].detach())
 
 
 def _columns(layer: Layer, x: Tensor) -> Tensor:

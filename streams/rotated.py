@@ -18,6 +18,7 @@ def turn(x: Tensor, angle: float) -> Tensor:
     """Turn images (N, C, H, W) counter-clockwise by degrees, bilinear, the corners filled with 0.
 
     Example:
+        >>> import torch
         >>> turn(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), 90).squeeze().round().tolist()
         [[2.0, 4.0], [1.0, 3.0]]
     """

@@ -396,3 +396,15 @@ def test_a_gpu_learns_what_the_cpu_learns(precision):
             on = partial(pl.Trainer, accelerator=accelerator, devices=1, logger=False, precision=precision)
             rows.append(Experiment(learner, stream, on, epochs=5).run().matrices["task"].R.cpu())
         assert torch.allclose(rows[0].mean(), rows[1].mean(), atol=0.05), type(make()).__name__
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_a_hook_sees_the_step_it_is_at(chunk_size):
+    steps = []
+
+    class Watch(Strategy):
+        def after_step(self, learner, batch, logits):
+            steps.append(learner.step)
+
+    learn({"watch": Watch()}, num_tasks=2, chunk_size=chunk_size)
+    assert steps == list(range(1, 13)) * 2

@@ -21,6 +21,7 @@ from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.memory import Memory
 from cl.random import derive
+from cl.representation import layer_inputs
 from cl.strategies import agem, derpp, ewc, gpm, lwf
 from cl.strategies.agem import AGEM
 from cl.strategies.cumulative import Cumulative
@@ -1198,3 +1199,11 @@ def test_cumulative_starts_from_the_last_weights_or_again_from_the_first():
 def test_on_one_task_methods_are_finetuning_to_the_bit(make, scenario):
     options = {"num_tasks": 1, "scenario": scenario, "epochs": 2}
     assert same(trunk(toy(make(), [0], **options)[0]), trunk(toy(None, [0], **options)[0]))
+
+
+def test_a_layer_called_twice_is_protected_for_both_inputs_and_a_silent_one_is_refused():
+    layer, a, b = nn.Linear(3, 2, bias=False), torch.randn(4, 3), torch.randn(5, 3)
+    (R,) = layer_inputs([layer], lambda: (layer(a), layer(b)))
+    torch.testing.assert_close(R, torch.cat([a, b]).T)
+    with pytest.raises(InputError, match="was not called in a forward pass"):
+        layer_inputs([layer, nn.Linear(2, 2)], lambda: layer(a))

@@ -275,7 +275,7 @@ class CountsItsOwnChunks(Strategy):
         self.register_buffer("steps", torch.zeros(()))
 
     def extend_batch(self, learner, batch):
-        self.steps += learner.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # Lightning counts chunks
+        self.steps += 1 / learner.chunk_size
         return batch
 
 

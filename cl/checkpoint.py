@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,19 @@ from typing import Any
 import torch
 
 from cl.errors import InputError
+from cl.files import replace_file
 from cl.learner import Learner
 
 
 def save(learner: Learner, folder: Path) -> Path:
-    """Write `after_task_<k>.ckpt` for the k tasks learned, to a temporary name first, then renamed.
+    """Write `after_task_<k>.ckpt` for the k tasks learned, whole or not at all.
 
     Args:
         learner: Its state dict holds the memories, generators, anchors and R as well as the weights.
         folder: Made where it does not exist.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
-    temporary = path.with_suffix(".tmp")
-    torch.save({"state_dict": learner.state_dict()}, temporary)
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: torch.save({"state_dict": learner.state_dict()}, temporary))
     return path
 
 

@@ -55,7 +55,7 @@ class Experiment:
 
     Args:
         learner: What learns.
-        stream: What is learned; checked before any training.
+        stream: What is learned; the learner checked it.
         trainer: Builds a Lightning Trainer, called anew for every stage of every task.
         epochs: Passes over a task's training data.
         directory: Where checkpoints go; None keeps nothing.
@@ -88,7 +88,6 @@ class Experiment:
         config: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        stream.check()
         self.learner, self.stream, self.epochs = learner, stream, epochs
         self._trainer, self._logger, self._callbacks = trainer, list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None

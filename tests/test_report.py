@@ -20,9 +20,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from cl.files import replace_file, write_text
 from cl.report import Report, Run, headline, percent, remarks, versions
 from cl.report import progress as progress_module
-from cl.report.files import FileReport, replace_file, strict_json, transfer_json, write_text
+from cl.report.files import FileReport, strict_json, transfer_json
 from cl.report.picture import PictureReport, draw, draw_accuracy, panels
 from cl.report.progress import ProgressBar
 from cl.report.terminal import DIVERGING, SEQUENTIAL, TerminalReport, accuracy_grid, colour, difference_grid, layout

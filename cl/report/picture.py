@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cl.files import replace_file
 from cl.report import Report, Run, headline, percent, remarks
-from cl.report.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

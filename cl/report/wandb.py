@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers import Logger
 
+from cl.files import write_text
 from cl.report import Report, Run
-from cl.report.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,117 @@
+"""From a composed configuration to an `Experiment`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cl.errors import InputError
+from cl.explain import flatten
+from cl.files import write_text
+
+_LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
+
+
+def build(cfg: Any, directory: Path) -> Any:
+    """Return the `Experiment` of a composed configuration.
+
+    Args:
+        cfg: What Hydra composed from `cl.conf`.
+        directory: The run's directory; an unfinished run there is continued.
+
+    Raises:
+        InputError: If the configuration asks for what cannot work, or another one was begun in the directory.
+    """
+    import torch
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from cl.backbones import initialise
+    from cl.experiment import Experiment
+    from cl.learner import Learner
+    from cl.random import derive
+
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    _keep_config(config, directory)
+    stream = instantiate(cfg.stream)
+    torch.manual_seed(derive(cfg.seed, "initial weights"))
+    backbone = _backbone(cfg, stream.input_shape)
+    head = instantiate(cfg.head)(backbone.num_features, stream.num_classes)
+    if cfg.init is not None:
+        initialise([backbone, head] if not cfg.weights else [head], cfg.init)
+    strategies = {name: instantiate(strategy) for name, strategy in (cfg.strategy or {}).items()}
+    learner = Learner(
+        stream,
+        backbone,
+        strategies,
+        instantiate(cfg.optimizer),
+        instantiate(cfg.scheduler),
+        head=head,
+        **{key: cfg[key] for key in _LEARNER},
+    )
+    reports, loggers, callbacks = _reports(cfg)
+    return Experiment(
+        learner,
+        stream,
+        instantiate(cfg.trainer),
+        epochs=cfg.epochs,
+        directory=directory,
+        reports=reports,
+        logger=loggers,
+        callbacks=callbacks,
+        config=config,
+        notes=_notes(cfg, backbone),
+    )
+
+
+def _notes(cfg: Any, backbone: Any) -> list[str]:
+    frozen = not any(p.requires_grad for p in backbone.parameters())
+    if frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
+        return ["The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones."]
+    return []
+
+
+def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
+    from hydra.utils import instantiate
+
+    backbone = instantiate(cfg.backbone, input_shape=input_shape)
+    if cfg.weights:
+        from cl.backbones import load_backbone
+
+        load_backbone(backbone, cfg.weights)
+    if cfg.freeze:
+        backbone.requires_grad_(False).eval()
+    return backbone
+
+
+def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Sort what the groups `report` and `logger` name: reports of ours, Lightning loggers, Lightning callbacks."""
+    import pytorch_lightning as pl
+    from hydra.utils import instantiate
+    from pytorch_lightning.loggers import Logger
+
+    from cl.report import Report
+
+    parts = [instantiate(part) for group in (cfg.report, cfg.logger) for part in (group or {}).values() if part]
+    loggers = [part for part in parts if isinstance(part, Logger)]
+    loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
+    reports = [part for part in parts if isinstance(part, Report)]
+    return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
+
+
+def _keep_config(config: dict[str, Any], directory: Path) -> None:
+    """Write the resolved configuration, or compare it with the one that the directory holds."""
+    from omegaconf import OmegaConf
+
+    path = directory / "config.yaml"
+    if path.exists():
+        old, new = (flatten(c) for c in (OmegaConf.to_container(OmegaConf.load(path)), config))
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if changed:
+            listed = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed[:5])
+            raise InputError(
+                f"{directory} holds a run of another configuration ({listed}): choose another hydra.run.dir, or "
+                "repeat that configuration to continue it."
+            )
+        return
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(config)))

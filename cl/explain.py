@@ -1,0 +1,78 @@
+"""What went wrong, in a sentence for the user instead of a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from cl.errors import DivergenceError, InputError, unknown
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by dotted key.
+
+    Example:
+        >>> flatten({"stream": {"num_tasks": 5}, "seed": 0})
+        {'stream.num_tasks': 5, 'seed': 0}
+    """
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, branch in tree.items() for k, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()}
+
+
+def cause(error: BaseException | None) -> BaseException | None:
+    """Return the error in a chain of causes that is meant for the user, or None where there is none.
+
+    Example:
+        >>> error = RuntimeError("Error in call to target")
+        >>> error.__cause__ = InputError("batch_size=0 must be 1 or more.")
+        >>> print(cause(error))
+        batch_size=0 must be 1 or more.
+    """
+    while error is not None and not isinstance(error, InputError | DivergenceError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def missing(error: Any) -> str:
+    """Name the nearest options where a group has none of that name."""
+    import re
+    from importlib.resources import files
+
+    found = re.search(r"Could not (?:find|load) '([^']+)'", str(error))
+    group, _, name = (found.group(1) if found else str(error.missing_cfg_file or "")).rpartition("/")
+    folder = files("cl.conf").joinpath(group)
+    own = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")] if folder.is_dir() else []
+    options = {*own, *(error.options or ())}
+    return str(unknown(group, name, options)) if group and options else " ".join(str(error).split())
+
+
+def readable(error: Exception) -> str:
+    """Name the nearest keys where an override names a key that does not exist."""
+    import difflib
+    import re
+
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    text = str(error)
+    match = re.search(r"Could not (?:override|append to config) '?([\w.@]+)'?|override '([\w.@/]+)'", text)
+    if match is None:
+        return " ".join(text.split())
+    key = match.group(1) or match.group(2)
+    GlobalHydra.instance().clear()
+    with initialize_config_module("cl.conf", version_base="1.3"):
+        groups = [a.split("=")[0] + "=" + a.split("=")[1] for a in sys.argv[1:] if a.count("=") == 1 and "." not in a]
+        try:
+            known = list(_flatten_keys(compose("config", overrides=[g for g in groups if not g.startswith(key)])))
+        except Exception:
+            known = list(_flatten_keys(compose("config")))
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see cl-run --help for the keys."
+    return f"There is no key {key!r} in the configuration: {hint} (To add a new one, write +{key}=...)"
+
+
+def _flatten_keys(cfg: Any) -> list[str]:
+    from omegaconf import OmegaConf
+
+    return list(flatten(OmegaConf.to_container(cfg, resolve=False)))

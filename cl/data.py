@@ -111,7 +111,8 @@ def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Ten
 
     Args:
         y: Training labels, int64 (N,).
-        fraction: Share of each class, rounded to whole examples, in [0, 1).
+        fraction: Share of the examples, rounded once to a whole number, in [0, 1); each class gives its share rounded
+            down, and those with the largest remainders one example more, until the number is reached.
         seed: The split is a function of it and of `y` alone.
 
     Returns:
@@ -129,9 +130,12 @@ def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Ten
         raise InputError(f"A validation share of {fraction} is not in [0, 1): give, say, 0.1.")
     labels = y.cpu().numpy()
     chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels) if fraction > 0 else ():
+    names, sizes = np.unique(labels, return_counts=True)
+    counts = np.floor(fraction * sizes).astype(int)
+    missing = round(fraction * len(labels)) - counts.sum()
+    counts[np.argsort(counts - fraction * sizes, kind="stable")[:missing]] += 1
+    for label, count in zip(names, counts, strict=True):
         rows = np.flatnonzero(labels == label)
-        count = round(fraction * len(rows))
         if count >= len(rows):
             raise InputError(
                 f"Class {label} has {len(rows)} training examples, of which a share of {fraction} would leave none: "

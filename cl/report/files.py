@@ -88,7 +88,8 @@ class FileReport(Report):
     """Keeps `transfer.csv`, `transfer.json` and `versions.json` of a run directory up to date after every row.
 
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile
+        >>> from pathlib import Path
         >>> from cl.transfer import TransferMatrix, worked_example
         >>> run = Run(Path(tempfile.mkdtemp()), {}, ["a", "b", "c"], "task", {"task": TransferMatrix(3, "task")})
         >>> for i, row in enumerate(worked_example()):

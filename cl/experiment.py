@@ -150,6 +150,7 @@ class Experiment:
     def _fit(self, task: Task) -> None:
         without = {} if task.val else {"limit_val_batches": 0}
         trainer = self._make_trainer(max_epochs=self.epochs, callbacks=self._callbacks, **without)
+        self.learner.take_over(trainer)
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
         self.learner.to(trainer.strategy.root_device)
         self.learner.before_task(task)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from cl.curves import Curves
 from cl.errors import DivergenceError, InputError
 from cl.head import Head, Mask, competing
 from cl.loader import EvalLoader, TrainLoader
@@ -39,7 +40,8 @@ class Learner(pl.LightningModule):
         head: Features to logits (B, C); by default `Head`.
         batch_size: Incoming rows a step.
         eval_batch_size: Rows of an evaluation batch.
-        chunk_size: Steps that Lightning sees as one batch; results do not depend on it.
+        chunk_size: Steps that Lightning sees as one batch; None lets it grow while a chunk takes less than a tenth of
+            a second, up to 64. Results do not depend on it.
         gradient_clip: Largest norm of the gradient, or None.
         train_mask: Classes that compete in the loss: "class" (all seen), "task" (those of the row's task), "domain"
             (all there are); None means as at test.
@@ -67,8 +69,7 @@ class Learner(pl.LightningModule):
     membership: Tensor
     batch_size: int
     eval_batch_size: int
-    chunk_size: int
-    log_every: int
+    chunk_size: int | None
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class Learner(pl.LightningModule):
         head: nn.Module | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 1024,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         gradient_clip: float | None = None,
         train_mask: Scenario | None = None,
         log_every: int = 50,
@@ -91,7 +92,7 @@ class Learner(pl.LightningModule):
         stream.check()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size}
         for name, value in {**sizes, "log_every": log_every}.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"{name}={value} must be 1 or more.")
             setattr(self, name, value)
         if train_mask not in (None, *SCENARIOS):
@@ -115,7 +116,8 @@ class Learner(pl.LightningModule):
         self.step = 0  # within the task
         self.last_loss: Tensor | None = None
         self._columns: tuple[Tensor, Tensor, Tensor] | None = None
-        self._curves: dict[str, list[Tensor]] = {}
+        self._curves = Curves(log_every)
+        self.accumulate, self.limit = 1, 1.0
         self._plain = False
         self.strategies = Composition(strategies)
         self._chains, self._owners = self.strategies.chains, self.strategies.owners
@@ -146,10 +148,16 @@ class Learner(pl.LightningModule):
         return self.task.index
 
     @property
-    def num_steps(self) -> int:
-        """Steps that the present task takes in all."""
+    def steps_per_epoch(self) -> int:
+        """Minibatches of an epoch of the present task."""
         rows = 0 if self._columns is None else len(self._columns[1])
-        return -(-rows // self.batch_size) * (self.trainer.max_epochs or 0)
+        steps = -(-rows // self.batch_size)
+        return min(steps, self.limit) if isinstance(self.limit, int) else int(steps * self.limit)
+
+    @property
+    def num_steps(self) -> int:
+        """Minibatches of the present task in all."""
+        return self.steps_per_epoch * (self.trainer.max_epochs or 0)
 
     def trunk(self) -> nn.ModuleDict:
         """Return backbone and head, without the strategies' own parameters."""
@@ -218,10 +226,24 @@ class Learner(pl.LightningModule):
             self._columns = None
         self._update_masks()
 
+    def take_over(self, trainer: pl.Trainer) -> None:
+        """Take from a Trainer what it would count in chunks, or refuse: accumulation and the limit of an epoch.
+
+        Raises:
+            InputError: If it clips gradients, which `gradient_clip` does after the strategies' projections.
+        """
+        if trainer.gradient_clip_val is not None:
+            raise InputError(
+                f"trainer.gradient_clip_val={trainer.gradient_clip_val}: write gradient_clip="
+                f"{trainer.gradient_clip_val}, which clips after the strategies have projected."
+            )
+        self.accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
+        self.limit, trainer.limit_train_batches = trainer.limit_train_batches, 1.0
+
     @property
     def has_training(self) -> bool:
         """Whether there is anything to train in the present task."""
-        return self._columns is not None and any(p.requires_grad for p in self.parameters())
+        return self.steps_per_epoch > 0 and any(p.requires_grad for p in self.parameters())
 
     def after_task(self, task: Task) -> None:
         """End a task on the training device: every strategy's hook."""
@@ -246,7 +268,8 @@ class Learner(pl.LightningModule):
         """Return the present task's minibatches."""
         assert self._columns is not None
         seed = derive(self.seed, "task", self.task.index)
-        return TrainLoader(self._columns, self.batch_size, self.chunk_size, seed, lambda: self.current_epoch)
+        shape = self.batch_size, self.chunk_size, self.steps_per_epoch
+        return TrainLoader(self._columns, *shape, seed, lambda: self.current_epoch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch where it is: the columns were moved once."""
@@ -268,7 +291,7 @@ class Learner(pl.LightningModule):
         torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch))
 
     def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
-        """Take one optimizer step a minibatch, then look at the losses of the chunk."""
+        """Train on each minibatch, then look at the losses of the chunk."""
         optimizer: Any = self.optimizers(use_pl_optimizer=not self._plain)
         losses = [self._train_on(batch, optimizer) for batch in chunk]
         self._look_at(torch.stack(losses).float())
@@ -279,11 +302,14 @@ class Learner(pl.LightningModule):
         batch.view = self.prepare(batch.x, augment=True)
         logits = self(batch.view)
         loss: Tensor = self._owners["criterion"](self, batch, logits)
+        terms: dict[str, Tensor] = {}
         for name, term in self._chains["loss"]:
             value = term(self, batch, logits)
             if value is not None:
                 loss = loss + value
-                self._curves.setdefault(name, []).append(value.detach())
+                terms[name] = value.detach()
+        terms["loss"] = loss.detach()
+        self._curves.add(terms)
         self._update(loss, optimizer)
         self.step += 1
         self.total_steps += 1
@@ -292,20 +318,34 @@ class Learner(pl.LightningModule):
             stale = logits.detach()[: len(incoming)]
             for _, hook in self._chains["after_step"]:
                 hook(self, incoming, stale)
-        return loss.detach()
+        return terms["loss"]
 
     def _update(self, loss: Tensor, optimizer: Any) -> None:
-        optimizer.zero_grad()
+        """Backward; and, on every `accumulate`-th minibatch of an epoch and on its last, one optimizer step."""
+        place = self.step % self.steps_per_epoch if self.accumulate > 1 else 0
+        if place % self.accumulate == 0:
+            self._zero_grad(optimizer)
+        if self.accumulate > 1:
+            loss = loss / self.accumulate
+        loss.backward() if self._plain else self.manual_backward(loss)
+        if (place + 1) % self.accumulate and place + 1 < self.steps_per_epoch:
+            return
         if not self._plain:
-            self.manual_backward(loss)
             optimizer.step()
             return
-        loss.backward()
         self.on_before_optimizer_step(optimizer)
         optimizer.step()
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.increment_ready()
         progress.increment_completed()
+
+    def _zero_grad(self, optimizer: Any) -> None:
+        if not self._plain:
+            optimizer.zero_grad()
+            return
+        for group in optimizer.param_groups:  # what zero_grad does, without the profiler's entry around it
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let strategies project the unscaled gradients, then clip."""
@@ -324,16 +364,7 @@ class Learner(pl.LightningModule):
                 "The checkpoint of the last finished task is kept."
             )
         self.last_loss = losses[-1]
-        self._curves.setdefault("loss", []).extend(losses.unbind())
-        if len(self._curves["loss"]) >= self.log_every:
-            self._flush_curves()
-
-    def _flush_curves(self) -> None:
-        means = {f"train/{name}": float(torch.stack(v).mean()) for name, v in self._curves.items() if v}
-        self._curves = {}
-        for logger in self.loggers if means else ():
-            logger.log_metrics({**means, "train/task": self.task.index + 1}, step=self.total_steps)
-            logger.save()  # what a person watches, and what a run that is cut short leaves
+        self._curves.log(self.loggers, self.task.index + 1, self.total_steps)
 
     def on_train_epoch_end(self) -> None:
         """Run the strategies' hook, then the schedule."""
@@ -346,7 +377,7 @@ class Learner(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Write the rest of the curves."""
-        self._flush_curves()
+        self._curves.log(self.loggers, self.task.index + 1, self.total_steps, rest=True)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from cl.random import derive
 from cl.strategy import Batch
 
 Columns = tuple[Tensor, Tensor, Tensor]
+_LARGEST, _BRISK = 64, 0.1  # steps of a chunk that chooses its size; seconds that it should not take
 
 
 class TrainLoader:
@@ -23,36 +25,48 @@ class TrainLoader:
     Args:
         columns: Inputs (N, *input), labels (N,) and task labels (N,) on the training device.
         batch_size: Rows of a minibatch; the last one of an epoch may be smaller.
-        chunk_size: Minibatches a chunk, K.
+        chunk_size: Minibatches a chunk, K; None begins with one and doubles while a chunk is brisk, so that bars move
+            where a step is slow. Then there is no length to tell.
+        num_steps: Minibatches an epoch, at most what the rows give.
         seed: Seed of the task's order.
         epoch: Tells the present epoch.
 
     Example:
         >>> y = torch.arange(10)
-        >>> loader = TrainLoader((y.float(), y, y), batch_size=4, chunk_size=2, seed=0, epoch=lambda: 0)
+        >>> loader = TrainLoader((y.float(), y, y), batch_size=4, chunk_size=2, num_steps=3, seed=0, epoch=lambda: 0)
         >>> [[len(batch) for batch in chunk] for chunk in loader]
         [[4, 4], [2]]
     """
 
-    def __init__(self, columns: Columns, batch_size: int, chunk_size: int, seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        batch_size: int,
+        chunk_size: int | None,
+        num_steps: int,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
         self.columns, self.batch_size, self.chunk_size = columns, batch_size, chunk_size
-        self.seed, self.epoch = seed, epoch
-
-    @property
-    def num_steps(self) -> int:
-        """Minibatches an epoch."""
-        return -(-len(self.columns[1]) // self.batch_size)
+        self.num_steps, self.seed, self.epoch = num_steps, seed, epoch
 
     def __len__(self) -> int:
+        if self.chunk_size is None:
+            raise TypeError("The chunks choose their size as they go.")
         return -(-self.num_steps // self.chunk_size)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         draw = np.random.default_rng(derive(self.seed, "order", self.epoch()))
         y = self.columns[1]
-        order = torch.from_numpy(draw.permutation(len(y))).to(y.device)
-        for index in order.split(self.batch_size * self.chunk_size):
+        order = torch.from_numpy(draw.permutation(len(y))).to(y.device)[: self.num_steps * self.batch_size]
+        size = self.chunk_size or 1
+        while len(order):
+            began = time.perf_counter()
+            index, order = order[: size * self.batch_size], order[size * self.batch_size :]
             columns = (column[index].split(self.batch_size) for column in self.columns)
             yield [Batch(*rows) for rows in zip(*columns, strict=True)]
+            if self.chunk_size is None and time.perf_counter() - began < _BRISK:
+                size = min(2 * size, _LARGEST)
 
 
 class EvalLoader:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
     """Rows of a stream as stored, with what rides along.
 

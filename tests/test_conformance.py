@@ -281,7 +281,7 @@ class CountsItsOwnChunks(Strategy):
         self.register_buffer("steps", torch.zeros(()))
 
     def extend_batch(self, learner, batch):
-        self.steps += 1 / learner.chunk_size
+        self.steps += 1 / (learner.chunk_size or 64)
         return batch
 
 

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers import Logger
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -41,7 +42,7 @@ def learn(strategies=None, epochs=2, callbacks=(), **options) -> Learner:
     return learner
 
 
-def loop_by_hand(scenario: str, epochs: int, momentum: float = 0.0) -> list[torch.Tensor]:
+def loop_by_hand(scenario: str, epochs: int, momentum: float = 0.0, accumulate: int = 1) -> list[torch.Tensor]:
     """What fine-tuning is: plain PyTorch, no engine; only the order of the examples is looked up."""
     stream = toy_stream(3, scenario)
     torch.manual_seed(0)
@@ -59,9 +60,12 @@ def loop_by_hand(scenario: str, epochs: int, momentum: float = 0.0) -> list[torc
                 batch = rows[start : start + 8]
                 logits = net(x[batch].float() / 255)
                 logits[:, closed] = -torch.inf
-                optimizer.zero_grad()
-                F.cross_entropy(logits, y[batch]).backward()
-                optimizer.step()
+                number = start // 8
+                if number % accumulate == 0:
+                    optimizer.zero_grad()
+                (F.cross_entropy(logits, y[batch]) / accumulate).backward()
+                if (number + 1) % accumulate == 0 or start + 8 >= len(rows):
+                    optimizer.step()
     return list(net.parameters())
 
 
@@ -81,7 +85,7 @@ def test_the_optimizer_starts_anew_at_each_task():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7])
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
 def test_results_do_not_depend_on_the_chunk(chunk_size):
     def make():
         return {"er": ER(memory_size=10), "ewc": EWC(), "lwf": LwF()}
@@ -106,6 +110,72 @@ def test_callbacks_around_the_step_are_called_and_change_nothing():
     plain = learn({"er": ER(memory_size=10)}, gradient_clip=0.5)
     assert all(torch.equal(a, b) for a, b in zip(weights(heard), weights(plain), strict=True))
     assert listener.steps == list(range(12)) * 3  # 48 rows / 8 * 2 epochs, in each of three tasks
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 5])
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize("accumulate", [2, 4, 6])
+def test_accumulation_is_the_loop_written_by_hand_to_the_bit(accumulate, listening, chunk_size):
+    """Six minibatches an epoch: with four at a time, the last two make a step of their own."""
+    learner, stream = toy_learner(chunk_size=chunk_size)
+    listener = Listener()
+    job = partial(trainer, accumulate_grad_batches=accumulate)
+    Experiment(learner, stream, job, epochs=2, callbacks=[listener] if listening else []).run()
+    for ours, theirs in zip(weights(learner), loop_by_hand("class", 2, accumulate=accumulate), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not listening or len(listener.steps) == 3 * 2 * -(-6 // accumulate)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+@pytest.mark.parametrize(("limit", "steps"), [(4, 4), (100, 6), (0.5, 3), (1.0, 6), (0, 0)])
+def test_lightnings_limit_counts_minibatches_whatever_the_chunk(limit, steps, chunk_size):
+    learner, stream = toy_learner(chunk_size=chunk_size)
+    Experiment(learner, stream, partial(trainer, limit_train_batches=limit), epochs=2).run()
+    assert learner.total_steps == 3 * 2 * steps
+
+
+def test_lightnings_clipping_is_refused_since_strategies_project_first():
+    learner, stream = toy_learner()
+    with pytest.raises(InputError, match=r"trainer\.gradient_clip_val=0\.5: write gradient_clip=0\.5"):
+        Experiment(learner, stream, partial(trainer, gradient_clip_val=0.5)).run()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 5, 64])
+def test_curves_are_means_over_exactly_so_many_steps_whatever_the_chunk(chunk_size):
+    class Points(Logger):
+        name, version = "points", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.points: list[tuple[int, dict[str, float]]] = []
+
+        def log_metrics(self, metrics, step=None):
+            self.points.append((step, dict(metrics)))
+
+        def log_hyperparams(self, params, *args, **kwargs):
+            pass
+
+    class Counts(Strategy):
+        """A term of 1, 2, 3, ... that starts with the second step, so that the first point has one step fewer."""
+
+        def loss(self, learner, batch, logits):
+            return None if learner.total_steps == 0 else logits.sum() * 0 + learner.total_steps
+
+    points = Points()
+    learner, stream = toy_learner({"counts": Counts()}, num_tasks=2, chunk_size=chunk_size, log_every=4, lr=0.0)
+    Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1, logger=[points]).run()
+    ours = [(step, m["train/counts"], m["train/task"]) for step, m in points.points if "train/counts" in m]
+    assert ours == [(4, 2.0, 1), (6, 4.5, 1), (10, 7.5, 2), (12, 10.5, 2)]
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.01, [1, 2, 4, 8, 16, 32, 64, 64]), (0.2, [1] * 8)])
+def test_chunks_grow_while_they_are_brisk(seconds, sizes, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("cl.loader.time.perf_counter", lambda: next(clock) * seconds)
+    y = torch.arange(1000)
+    loader = TrainLoader((y, y, y), 2, None, 500, 0, lambda: 0)
+    assert [len(chunk) for chunk in loader][:8] == sizes
+    assert sorted(int(v) for chunk in loader for batch in chunk for v in batch.y) == list(range(1000))
 
 
 def test_clipping_bounds_the_step():
@@ -180,7 +250,7 @@ def test_the_order_is_a_function_of_seed_task_and_epoch():
     y = torch.arange(20)
 
     def order(seed: int, epoch: int) -> list[int]:
-        loader = TrainLoader((y, y, y), 6, 2, seed, lambda: epoch)
+        loader = TrainLoader((y, y, y), 6, 2, 4, seed, lambda: epoch)
         return [int(v) for chunk in loader for batch in chunk for v in batch.y]
 
     assert sorted(order(0, 0)) == list(range(20))
@@ -398,7 +468,7 @@ def test_a_gpu_learns_what_the_cpu_learns(precision):
         assert torch.allclose(rows[0].mean(), rows[1].mean(), atol=0.05), type(make()).__name__
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+@pytest.mark.parametrize("chunk_size", [None, 1, 5, 64])
 def test_a_hook_sees_the_step_it_is_at(chunk_size):
     steps = []
 

@@ -1,0 +1,77 @@
+"""This framework, through its Python interface."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from benchmarks.workloads import MEAN, STD, Arrays, Workload
+from cl.augment import Normalize, RandomCropFlip
+from cl.experiment import Experiment
+from cl.learner import Learner
+from cl.strategies.er import ER
+from cl.strategy import Strategy
+from cl.task import Stream, Task, TaskData
+
+
+def stream(workload: Workload, tasks: list[Arrays]) -> Stream:
+    """Return a workload's tasks as a stream."""
+    return Stream(
+        [Task(t, TaskData(x, y, t), TaskData(v, w, t)) for t, (x, y, v, w) in enumerate(tasks)],
+        num_classes=workload.num_classes,
+        scenario="class" if workload.split else "domain",
+        augment=RandomCropFlip(padding=4) if workload.augment else None,
+        normalize=Normalize(MEAN[workload.dataset], STD[workload.dataset]),
+    )
+
+
+def learner(workload: Workload, tasks: Stream, strategies: dict[str, Strategy], **options: Any) -> Learner:
+    """Return a learner with the workload's model, cut into backbone and head."""
+    model: Any = workload.model()
+    backbone = model[:-1]
+    backbone.num_features = model[-1].in_features
+    optimizer = partial(torch.optim.SGD, lr=workload.lr)
+    options = {"batch_size": workload.batch_size, "train_mask": "domain", **options}
+    return Learner(tasks, backbone, strategies, optimizer, head=model[-1], **options)
+
+
+def run(workload: Workload, tasks: list[Arrays], **options: Any) -> tuple[list[float], int]:
+    """Learn every task; return the last row of accuracies and the number of steps."""
+    there = stream(workload, tasks)
+    replay: dict[str, Strategy] = {"er": ER(workload.memory, workload.replay)} if workload.replay else {}
+    module = learner(workload, there, replay)
+    job = Experiment(module, there, partial(pl.Trainer, accelerator="cpu"), epochs=1, **options)
+    if workload.name == "evaluate":
+        for _ in range(5):
+            job.evaluate()
+    else:
+        job.run()
+    matrix: Any = module.matrices["class" if workload.split else "domain"]
+    return matrix.R[module.tasks_learned].tolist(), module.total_steps
+
+
+def run_with_reports(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:
+    """Do as `run` with all that the command line has on: bar, curves, files, picture, terminal, checkpoints."""
+    from pytorch_lightning.loggers import CSVLogger
+    from rich.console import Console
+
+    from cl.report.files import FileReport
+    from cl.report.picture import PictureReport
+    from cl.report.progress import ProgressBar
+    from cl.report.terminal import TerminalReport
+
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "terminal").open("w") as screen:
+        console = Console(file=screen, force_terminal=True, force_interactive=True, width=120)
+        return run(
+            workload,
+            tasks,
+            directory=Path(folder) / "run",
+            reports=[FileReport(), PictureReport(), TerminalReport(console)],
+            callbacks=[ProgressBar(console)],
+            logger=[CSVLogger(folder, name="curves")],
+        )

@@ -1,0 +1,65 @@
+"""What each strategy costs: processor time of a short job as a multiple of fine-tuning's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.workloads import WORKLOADS, load
+
+NAMES = ("finetune", "er", "derpp", "ewc", "lwf", "agem", "gpm", "ncm", "cumulative", "joint")
+
+
+def measure(args: argparse.Namespace, run: Callable[[list[str], int], dict[str, Any]], console: Console) -> Any:
+    """Measure every strategy in turn, and print multiples of the first."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+    for turn in range(args.repeat):
+        for name in NAMES:
+            console.print(f"strategies: turn {turn + 1} of {args.repeat}, {name}", style="dim")
+            data = str(args.data.resolve()) if args.data else ""
+            times[name].append(run(["benchmarks.strategies", name, data], args.threads))
+    table = Table(title="online_mlp's stream under each strategy with its defaults")
+    for column in ("strategy", "processor, s", "/ finetune", "us a step"):
+        table.add_column(column, justify="right" if column != "strategy" else "left")
+    for name, turns in times.items():
+        middle = median(turn["processor"] for turn in turns)
+        base = median(t["processor"] / f["processor"] for t, f in zip(turns, times["finetune"], strict=True))
+        table.add_row(name, f"{middle:.2f}", f"{base:.2f}", f"{1e6 * middle / turns[0]['steps']:.0f}")
+    console.print(table)
+    return {"workload": "strategies", "runs": times}
+
+
+def main(name: str, data: str) -> None:
+    """Time one strategy, made from its configuration."""
+    import pytorch_lightning as pl
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+
+    from benchmarks import clsim
+    from cl.experiment import Experiment
+
+    workload = WORKLOADS["online_mlp"]
+    tasks, _ = load(workload, Path(data) if data else None)
+    stream = clsim.stream(workload, tasks)
+    with initialize_config_module("cl.conf", version_base="1.3"):
+        config = compose("config", overrides=[f"strategy={name}"]).strategy
+    learner = clsim.learner(workload, stream, {key: instantiate(value) for key, value in (config or {}).items()})
+    start = time.process_time()
+    Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1).run()
+    result = {"processor": time.process_time() - start, "steps": max(1, learner.total_steps)}
+    os.write(int(os.environ["RESULT_FD"]), json.dumps(result).encode())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

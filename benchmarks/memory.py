@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 CAPACITIES = (10**3, 10**4, 10**5, 10**6)
-POLICIES = ("reservoir", "class_balanced", "ring")
+POLICIES = ("bare", "reservoir", "class_balanced", "ring")  # bare: the same rows read and written, nothing decided
 ROWS, STEPS = 64, 2000
 
 
@@ -41,31 +42,54 @@ def measure(args: argparse.Namespace, run: Callable[[list[str], int], dict[str, 
 
 def main(policy: str, capacity: str) -> None:
     """Fill a memory and time steps on it."""
-    from cl.memory import Memory
-    from cl.strategy import Batch
-    from cl.task import Stream, Task, TaskData
-
     size = int(capacity)
     x = torch.randint(256, (10_000, 1, 28, 28), dtype=torch.uint8)
     y = torch.arange(10_000) % 100
-    task = torch.zeros(10_000, dtype=torch.int64)
-    data = TaskData(x, y)
-    memory = Memory(size, Stream([Task(0, data, data)], num_classes=100), policy)
-    for _ in range(max(1, size // 10_000)):
-        memory.insert(Batch(x, y, task))
-    batches = [Batch(x[i : i + ROWS], y[i : i + ROWS], task[:ROWS]) for i in range(0, 9_000, ROWS)]
-    for batch in batches[:20]:
-        memory.insert(batch)
-        memory.sample(ROWS)
+    step = _bare(size, x, y) if policy == "bare" else _step(policy, size, x, y)
+    for k in range(20):
+        step(k)
     start = time.process_time()
-    for step in range(STEPS):
-        memory.insert(batches[step % len(batches)])
-        memory.sample(ROWS)
+    for k in range(STEPS):
+        step(k)
     result = {
         "us": (time.process_time() - start) / STEPS * 1e6,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     os.write(int(os.environ["RESULT_FD"]), json.dumps(result).encode())
+
+
+def _step(policy: str, size: int, x: Tensor, y: Tensor) -> Callable[[int], object]:
+    from cl.memory import Memory
+    from cl.strategy import Batch
+    from cl.task import Stream, Task, TaskData
+
+    task = torch.zeros(len(y), dtype=torch.int64)
+    data = TaskData(x, y)
+    memory = Memory(size, Stream([Task(0, data, data)], num_classes=100), policy)
+    for _ in range(max(1, size // len(y))):
+        memory.insert(Batch(x, y, task))
+    starts = range(0, len(y) - ROWS, ROWS)
+    batches = [Batch(x[i : i + ROWS], y[i : i + ROWS], task[:ROWS]) for i in starts]
+
+    def step(k: int) -> None:
+        memory.num_seen = 10 * size  # so that a reservoir of any size takes one row in ten
+        memory.insert(batches[k % len(batches)])
+        memory.sample(ROWS)
+
+    return step
+
+
+def _bare(size: int, x: Tensor, y: Tensor) -> Callable[[int], object]:
+    rows, labels = torch.zeros(size, *x.shape[1:], dtype=x.dtype), torch.zeros(size, dtype=torch.int64)
+    rows += 1  # else all rows are one page of zeros
+
+    def step(k: int) -> tuple[Tensor, Tensor]:
+        slots = torch.randint(size, (ROWS // 10,))
+        rows[slots], labels[slots] = x[: ROWS // 10], y[: ROWS // 10]
+        drawn = torch.randint(size, (ROWS,))
+        return rows[drawn], labels[drawn]
+
+    return step
 
 
 if __name__ == "__main__":

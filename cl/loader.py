@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cl.random import derive
-from cl.strategy import Batch
+from cl.strategy import Batch, Labels
 
 Columns = tuple[Tensor, Tensor, Tensor]
 _LARGEST, _BRISK = 64, 0.1  # steps of a chunk that chooses its size; seconds that it should not take
@@ -49,6 +49,7 @@ class TrainLoader:
     ) -> None:
         self.columns, self.batch_size, self.chunk_size = columns, batch_size, chunk_size
         self.num_steps, self.seed, self.epoch = num_steps, seed, epoch
+        self._host = [column.cpu().numpy() for column in columns[1:]]
 
     def __len__(self) -> int:
         if self.chunk_size is None:
@@ -57,16 +58,22 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         draw = np.random.default_rng(derive(self.seed, "order", self.epoch()))
-        y = self.columns[1]
-        order = torch.from_numpy(draw.permutation(len(y))).to(y.device)[: self.num_steps * self.batch_size]
+        order = draw.permutation(len(self.columns[1]))[: self.num_steps * self.batch_size]
         size = self.chunk_size or 1
         while len(order):
             began = time.perf_counter()
-            index, order = order[: size * self.batch_size], order[size * self.batch_size :]
-            columns = (column[index].split(self.batch_size) for column in self.columns)
-            yield [Batch(*rows) for rows in zip(*columns, strict=True)]
+            rows, order = order[: size * self.batch_size], order[size * self.batch_size :]
+            yield self._chunk(rows)
             if self.chunk_size is None and time.perf_counter() - began < _BRISK:
                 size = min(2 * size, _LARGEST)
+
+    def _chunk(self, rows: Labels) -> list[Batch]:
+        index = torch.from_numpy(rows).to(self.columns[1].device)
+        columns = (column[index].split(self.batch_size) for column in self.columns)
+        cuts = range(self.batch_size, len(rows), self.batch_size)
+        host = (np.split(labels[rows], cuts) for labels in self._host)
+        pairs = zip(zip(*columns, strict=True), zip(*host, strict=True), strict=True)
+        return [Batch(x, y, task, host=labels) for (x, y, task), labels in pairs]
 
 
 class EvalLoader:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from cl.task import Stream
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 POLICIES = ("reservoir", "class_balanced", "ring")
+STORAGES = ("device", "host", "disk")
 
 
 class Memory(nn.Module):
@@ -29,16 +33,18 @@ class Memory(nn.Module):
     - "ring": each group (a class, or a class of a task where tasks share classes) keeps its last
       `capacity // num_groups` exemplars, the remainder going to the first groups.
 
-    What decides (slots, counts) is drawn and kept on the host; the exemplars lie on the learner's device.
+    What decides (slots, counts) is drawn and kept on the host; a step costs O(rows), whatever the capacity.
 
     Args:
         capacity: Exemplars at most, M.
         stream: Tells the shape and type of an input and the number of groups.
         policy: One of the above.
         extras: Shape of one row of each extra, stored as float32.
+        storage: Where the exemplars lie: on the learner's "device"; on the "host"; or on "disk", in a memory-mapped
+            file without a name in the folder for temporary files. Checkpoints hold them all the same.
 
     Raises:
-        InputError: If the policy is unknown, or the capacity is below 1 or, for a ring, below one a group.
+        InputError: If policy or storage is unknown, or the capacity is below 1 or, for a ring, below one a group.
 
     Example:
         >>> from cl.task import Task, TaskData
@@ -49,9 +55,7 @@ class Memory(nn.Module):
         (4, 3)
     """
 
-    x: Tensor
-    y: Tensor
-    task: Tensor
+    here: Tensor
 
     def __init__(
         self,
@@ -59,10 +63,13 @@ class Memory(nn.Module):
         stream: Stream,
         policy: str = "reservoir",
         extras: Mapping[str, tuple[int, ...]] | None = None,
+        storage: str = "device",
     ) -> None:
         super().__init__()
         if policy not in POLICIES:
             raise unknown("memory policy", policy, POLICIES)
+        if storage not in STORAGES:
+            raise unknown("memory storage", storage, STORAGES)
         if capacity < 1:
             raise InputError(f"A memory of {capacity} exemplars holds nothing: set memory_size to 1 or more.")
         self.capacity, self.policy, self.num_classes = capacity, policy, stream.num_classes
@@ -74,22 +81,31 @@ class Memory(nn.Module):
             )
         self.random = Random()
         self.num_seen = 0
-        self.register_buffer("x", torch.zeros(capacity, *stream.input_shape, dtype=stream.input_dtype))
-        self.register_buffer("y", torch.zeros(capacity, dtype=torch.int64))
-        self.register_buffer("task", torch.zeros(capacity, dtype=torch.int64))
         self._extras = tuple(extras or {})
-        for name, shape in (extras or {}).items():
-            self.register_buffer(f"extra_{name}", torch.zeros(capacity, *shape))
+        self._off_device: dict[str, Tensor] = {}
+        self.register_buffer("here", torch.empty(0), persistent=False)  # follows the learner
+        columns = {"x": (stream.input_shape, stream.input_dtype), "y": ((), torch.int64), "task": ((), torch.int64)}
+        for name, (shape, dtype) in {**columns, **{n: (s, torch.float32) for n, s in (extras or {}).items()}}.items():
+            if storage == "device":
+                self.register_buffer(f"rows_{name}", torch.zeros(capacity, *shape, dtype=dtype))
+            else:
+                make = torch.zeros if storage == "host" else _on_disk
+                self._off_device[name] = make((capacity, *shape), dtype=dtype)
         # The host's view. A ring's group g owns the slots from _start[g] on, _size[g] of them.
         groups = np.arange(self.num_groups)
         self._size = capacity // self.num_groups + (groups < capacity % self.num_groups)
         self._start = np.concatenate(([0], self._size.cumsum()[:-1]))
         self._received = np.zeros(self.num_groups, dtype=np.int64)  # how many each group was ever offered
-        self._group = np.full(capacity, -1, dtype=np.int64)  # the group in each slot, -1: free
+        self._group = np.full(capacity, -1, dtype=np.int64)  # class_balanced: the group in each slot, -1: free
+        self._held = np.zeros(self.num_groups, dtype=np.int64)  # class_balanced: exemplars of each group
         self._stored = 0
 
     def __len__(self) -> int:
         return self._stored
+
+    def column(self, name: str) -> Tensor:
+        """Return all slots of "x", "y", "task" or an extra, (capacity, ...), those still free among them."""
+        return self._off_device[name] if self._off_device else self.get_buffer(f"rows_{name}")
 
     def sample(self, size: int) -> Batch:
         """Draw without replacement, at most what is stored: rows (size, ...) with their extras."""
@@ -99,35 +115,39 @@ class Memory(nn.Module):
             ends = np.minimum(self._received, self._size).cumsum()
             group = np.searchsorted(ends, rows, side="right")
             rows = self._start[group] + rows - np.concatenate(([0], ends))[group]
-        index = torch.from_numpy(rows).to(self.y.device)
-        extras = {name: self.get_buffer(f"extra_{name}")[index] for name in self._extras}
-        return Batch(self.x[index], self.y[index], self.task[index], extras)
+        index = torch.from_numpy(rows).to(self.column("y").device, non_blocking=True)
+        drawn = (self.column(name)[index] for name in ("x", "y", "task", *self._extras))
+        x, y, task, *extras = (rows.to(self.here.device, non_blocking=True) for rows in drawn)
+        return Batch(x, y, task, dict(zip(self._extras, extras, strict=True)))
 
     def insert(self, batch: Batch) -> None:
         """Offer the rows of a batch, in order; the policy decides which are kept, and where."""
         slots = getattr(self, f"_slots_{self.policy}")(batch)
-        # Of two rows for one slot the later stays, as if they had been inserted one by one.
-        last = dict(zip(slots.tolist(), range(len(slots)), strict=True))
-        last.pop(-1, None)
-        if not last:
+        rows = np.flatnonzero(slots >= 0)
+        if len(rows) == 0:
             return
-        where = torch.tensor(list(last), device=self.y.device)
-        rows = torch.tensor(list(last.values()), device=self.y.device)
-        self.x[where], self.y[where], self.task[where] = batch.x[rows], batch.y[rows], batch.task[rows]
-        for name in self._extras:
-            stored = self.get_buffer(f"extra_{name}")
-            stored[where] = batch.extras[name][rows].to(stored.dtype)
+        if len(rows) > 1:  # of two rows for one slot the later stays, as if they had been inserted one by one
+            rows = len(slots) - 1 - np.unique(slots[::-1], return_index=True)[1]
+            rows = rows[slots[rows] >= 0]
+        where, which = torch.from_numpy(slots[rows]), torch.from_numpy(rows)
+        offered = {"x": batch.x, "y": batch.y, "task": batch.task, **{n: batch.extras[n] for n in self._extras}}
+        for name, values in offered.items():
+            column = self.column(name)
+            kept = values[which.to(values.device, non_blocking=True)].to(column, non_blocking=True)
+            column[where.to(column.device, non_blocking=True)] = kept
 
     def _slots_reservoir(self, batch: Batch) -> Rows:
-        count = self.num_seen + np.arange(len(batch))
-        draw = (self.random.generator.random(len(batch)) * (count + 1)).astype(np.int64)
-        slots = np.where(count < self.capacity, count, np.where(draw < self.capacity, draw, -1))
+        count = np.arange(self.num_seen, self.num_seen + len(batch))
+        slots = (self.random.generator.random(len(batch)) * (count + 1)).astype(np.int64)
+        slots[slots >= self.capacity] = -1
+        if self._stored < self.capacity:
+            slots = np.where(count < self.capacity, count, slots)
         self.num_seen += len(batch)
         self._stored = min(self.capacity, self.num_seen)
         return slots
 
     def _slots_ring(self, batch: Batch) -> Rows:
-        groups = np.asarray(self._groups(batch), dtype=np.int64)
+        groups = self._groups(batch)
         order = np.argsort(groups, kind="stable")
         first = np.searchsorted(groups[order], groups[order])  # where the row's group starts among the sorted rows
         rank = np.empty_like(groups)
@@ -140,37 +160,60 @@ class Memory(nn.Module):
 
     def _slots_class_balanced(self, batch: Batch) -> Rows:
         slots = np.full(len(batch), -1, dtype=np.int64)
-        held = np.bincount(self._group[self._group >= 0], minlength=self.num_groups)
-        for row, group in enumerate(self._groups(batch)):
+        held, most = self._held, int(self._held.max())
+        for row, group in enumerate(self._groups(batch).tolist()):
             if self._stored < self.capacity:
                 slots[row] = self._stored
                 self._stored += 1
-            elif held[group] < held.max():
-                largest = self.random.generator.choice(np.flatnonzero(held == held.max()))
-                slots[row] = self.random.generator.choice(np.flatnonzero(self._group == largest))
-                held[largest] -= 1
+            elif held[group] < most:
+                slots[row] = self._slot_of_a_largest(most)
+                held[self._group[slots[row]]] -= 1
             else:
                 continue
             self._group[slots[row]] = group
             held[group] += 1
+            most = int(held.max())
         self.num_seen += len(batch)
         return slots
 
-    def _groups(self, batch: Batch) -> list[int]:
-        shared = self.num_groups > self.num_classes
-        groups: list[int] = (batch.task * self.num_classes + batch.y if shared else batch.y).tolist()
-        return groups
+    def _slot_of_a_largest(self, most: int) -> int:
+        """Draw a slot until its group is one of the largest: as many tries as there are groups, at most, on average."""
+        while True:
+            slots = self.random.generator.integers(self.capacity, size=16)
+            fits = np.flatnonzero(self._held[self._group[slots]] == most)
+            if len(fits):
+                return int(slots[fits[0]])
+
+    def _groups(self, batch: Batch) -> Rows:
+        y, task = (column.cpu().numpy() for column in (batch.y, batch.task)) if batch.host is None else batch.host
+        return task * self.num_classes + y if self.num_groups > self.num_classes else y
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what the host keeps: the count of insertions, and the slots' groups."""
+        """Return what the host keeps: the count of insertions, the slots' groups, and what is off the device."""
         return {
             "num_seen": self.num_seen,
             "stored": self._stored,
             "group": torch.from_numpy(self._group.copy()),
             "received": torch.from_numpy(self._received.copy()),
+            "rows": {name: column.clone() for name, column in self._off_device.items()},
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_extra_state` returned."""
         self.num_seen, self._stored = state["num_seen"], state["stored"]
         self._group, self._received = state["group"].cpu().numpy().copy(), state["received"].cpu().numpy().copy()
+        self._held = np.bincount(self._group[self._group >= 0], minlength=self.num_groups)
+        for name, column in self._off_device.items():
+            column.copy_(state["rows"][name])
+
+
+def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return zeros in a memory-mapped file that vanishes with them."""
+    folder = tempfile.mkdtemp(prefix="clsim-memory-")
+    path = Path(folder) / "rows"
+    try:
+        flat = torch.from_file(str(path), shared=True, size=max(1, math.prod(shape)), dtype=dtype)
+    finally:
+        path.unlink(missing_ok=True)  # what is mapped stays until it is let go
+        Path(folder).rmdir()
+    return flat[: math.prod(shape)].view(shape)

@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from cl.learner import Learner
     from cl.task import Stream, Task, TaskData
 
+Labels = np.ndarray[Any, np.dtype[np.int64]]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -62,6 +64,8 @@ class Batch:
         extras: Named tensors with one row an example, such as stored logits (B, C).
         num_incoming: The first rows that come from the stream; the others were appended by `extend_batch`.
         view: The augmented, normalised inputs that the backbone saw; set by the learner.
+        host: Labels and task labels of the incoming rows as numpy arrays, for what decides on the host
+            without waiting for the device.
     """
 
     x: Tensor
@@ -70,6 +74,7 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)
     num_incoming: int = -1
     view: Tensor | None = None
+    host: tuple[Labels, Labels] | None = None
 
     def __post_init__(self) -> None:
         if self.num_incoming < 0:
@@ -89,7 +94,7 @@ class Batch:
         """
         pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
         x, y, task = (torch.cat(pair) for pair in pairs)
-        return Batch(x, y, task, num_incoming=self.num_incoming)
+        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host)
 
     def incoming(self) -> Batch:
         """Return the rows that came from the stream."""
@@ -97,7 +102,7 @@ class Batch:
         if n == len(self):
             return self
         view = None if self.view is None else self.view[:n]
-        return Batch(self.x[:n], self.y[:n], self.task[:n], view=view)
+        return Batch(self.x[:n], self.y[:n], self.task[:n], view=view, host=self.host)
 
 
 class Strategy(nn.Module):

@@ -47,6 +47,7 @@ class AGEM(Strategy):
     Args:
         memory_size: Exemplars in all, shared out evenly among the classes of all tasks.
         batch_size: Exemplars whose gradient is the reference.
+        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Raises:
         InputError: If the optimizer is not SGD, or the memory is smaller than one exemplar a class.
@@ -56,9 +57,9 @@ class AGEM(Strategy):
         >>> check_strategy(AGEM, memory_size=40)
     """
 
-    def __init__(self, memory_size: int = 200, batch_size: int = 256) -> None:
+    def __init__(self, memory_size: int = 200, batch_size: int = 256, storage: str = "device") -> None:
         super().__init__()
-        self.memory_size, self.batch_size = memory_size, batch_size
+        self.memory_size, self.batch_size, self.storage = memory_size, batch_size, storage
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory; refuse an optimizer that does not follow the projected gradient."""
@@ -67,7 +68,7 @@ class AGEM(Strategy):
             raise InputError(
                 f"A-GEM projects gradients, which {type(optimizer).__name__} then rescales: use optimizer=sgd."
             )
-        self.memory = Memory(self.memory_size, stream, policy="ring")
+        self.memory = Memory(self.memory_size, stream, policy="ring", storage=self.storage)
 
     def project_gradients(self, learner: Learner) -> None:
         """Project the whole gradient, as one vector."""

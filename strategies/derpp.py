@@ -46,6 +46,7 @@ class DERpp(Strategy):
         alpha: Weight of the stored logits.
         beta: Weight of the stored labels; 0 is DER.
         batch_size: Rows of each draw; None means as many as come in.
+        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Example:
         >>> from cl.testing import check_strategy
@@ -53,14 +54,21 @@ class DERpp(Strategy):
     """
 
     def __init__(
-        self, memory_size: int = 200, alpha: float = 0.1, beta: float = 0.5, batch_size: int | None = None
+        self,
+        memory_size: int = 200,
+        alpha: float = 0.1,
+        beta: float = 0.5,
+        batch_size: int | None = None,
+        storage: str = "device",
     ) -> None:
         super().__init__()
         self.memory_size, self.alpha, self.beta, self.batch_size = memory_size, alpha, beta, batch_size
+        self.storage = storage
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory, with a row of logits beside each exemplar."""
-        self.memory = Memory(self.memory_size, stream, extras={"logits": (stream.num_classes,)})
+        logits = {"logits": (stream.num_classes,)}
+        self.memory = Memory(self.memory_size, stream, extras=logits, storage=self.storage)
 
     def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return both replay terms, once something is remembered."""

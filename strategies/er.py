@@ -32,6 +32,7 @@ class ER(Strategy):
         batch_size: Remembered rows a step; None means as many as come in.
         policy: What the memory keeps: "reservoir", "class_balanced" or "ring".
         every_epoch: Offer each example to the memory in every epoch, not in the first only.
+        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Example:
         >>> from cl.testing import check_strategy
@@ -44,14 +45,15 @@ class ER(Strategy):
         batch_size: int | None = None,
         policy: str = "reservoir",
         every_epoch: bool = False,
+        storage: str = "device",
     ) -> None:
         super().__init__()
         self.memory_size, self.batch_size = memory_size, batch_size
-        self.policy, self.every_epoch = policy, every_epoch
+        self.policy, self.every_epoch, self.storage = policy, every_epoch, storage
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory."""
-        self.memory = Memory(self.memory_size, stream, self.policy)
+        self.memory = Memory(self.memory_size, stream, self.policy, storage=self.storage)
 
     def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
         """Append remembered rows, once there are any."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cl.errors import InputError
-from cl.memory import POLICIES, Memory
+from cl.memory import POLICIES, STORAGES, Memory
 from cl.random import Random, derive
 from cl.strategy import Batch
 from cl.task import Stream, Task, TaskData
@@ -39,8 +39,10 @@ def rows(labels, tasks=None, first: int = 0) -> Batch:
     return Batch(x, y, task, {"ten": 10 * x})
 
 
-def memory(capacity: int, policy: str = "reservoir", seed: int = 0, extras: bool = False, **options) -> Memory:
-    made = Memory(capacity, stream(**options), policy, {"ten": (1,)} if extras else None)
+def memory(
+    capacity: int, policy: str = "reservoir", seed: int = 0, extras: bool = False, storage: str = "device", **options
+) -> Memory:
+    made = Memory(capacity, stream(**options), policy, {"ten": (1,)} if extras else None, storage)
     made.random.seed(seed)
     return made
 
@@ -189,8 +191,9 @@ def test_extras_are_kept_as_float32_and_ride_along():
     assert drawn.extras["ten"].dtype == torch.float32 and torch.equal(drawn.extras["ten"], 10 * drawn.x)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_loaded_memory_goes_on_with_the_same_bits(policy):
+def test_a_loaded_memory_goes_on_with_the_same_bits(policy, storage):
     def go_on(store: Memory) -> list[list[int]]:
         drawn = []
         for first in range(100, 160, 6):
@@ -198,17 +201,62 @@ def test_a_loaded_memory_goes_on_with_the_same_bits(policy):
             drawn.append(ids(store.sample(4)))
         return drawn
 
-    store = memory(9, policy, extras=True)
+    store = memory(9, policy, extras=True, storage=storage)
     for first in range(0, 30, 6):
         store.insert(rows([0, 0, 0, 1, 2, 0], first=first))
         store.sample(3)
     file = io.BytesIO()
     torch.save(store.state_dict(), file)
     file.seek(0)
-    loaded = memory(9, policy, seed=123, extras=True)
+    loaded = memory(9, policy, seed=123, extras=True, storage=storage)
     loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)
     assert len(loaded) == len(store)
     assert go_on(loaded) == go_on(store)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_where_exemplars_lie_changes_nothing(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    stores = [memory(9, policy, extras=True, storage=storage) for storage in STORAGES]
+    assert not list(tmp_path.iterdir()), "the mapped file has no name"
+    for first in range(0, 60, 6):
+        drawn = []
+        for store in stores:
+            store.insert(rows([0, 1, 2, 3, 3, 3], first=first))
+            batch = store.sample(4)
+            drawn.append((ids(batch), batch.y.tolist(), batch.extras["ten"].flatten().tolist()))
+        assert drawn[0] == drawn[1] == drawn[2]
+    moved = [store.to(torch.float64) for store in stores]  # a module that moves takes only its buffers along
+    assert [store.column("ten").dtype for store in moved] == [torch.float64, torch.float32, torch.float32]
+
+
+def test_an_unknown_storage_is_named():
+    with pytest.raises(InputError, match="no memory storage called 'dsk': did you mean 'disk'"):
+        memory(9, storage="dsk")
+
+
+@pytest.mark.parametrize("policy", ["ring", "class_balanced"])
+def test_labels_on_the_host_decide_where_they_are_given(policy):
+    """So that a policy by class need not wait for the device: here the two disagree, to tell which was read."""
+    store = memory(4, policy)
+    batch = rows([0] * 4)
+    batch.host = (np.arange(4), np.zeros(4, dtype=np.int64))
+    store.insert(batch)
+    store.insert(rows([1] * 4, first=4))
+    # Four classes with one row each: of class 1 the ring keeps the last, the balance the one it has.
+    assert held(store) == ([0, 2, 3, 7] if policy == "ring" else [0, 1, 2, 3])
+
+
+def test_every_row_of_the_largest_classes_gives_way_equally_often():
+    """Two largest classes of five rows, one of two: the newcomer evicts each of the ten rows alike, none of the two."""
+    counts = np.zeros(13)
+    for seed in range(2000):
+        store = memory(12, "class_balanced", seed)
+        store.insert(rows([0] * 5 + [1] * 5 + [2] * 2))
+        store.insert(rows([3], first=12))
+        counts[sorted(set(range(12)) - set(held(store)))] += 1
+    assert counts[10:].sum() == 0
+    assert stats.chisquare(counts[:10]).pvalue > ALPHA
 
 
 def test_a_copied_state_does_not_move_with_its_memory():

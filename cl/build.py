@@ -49,6 +49,8 @@ def build(cfg: Any, directory: Path) -> Any:
         head=head,
         **{key: cfg[key] for key in _LEARNER},
     )
+    if cfg.compile is not None:
+        learner.compile(cfg.compile)
     reports, loggers, callbacks = _reports(cfg)
     return Experiment(
         learner,

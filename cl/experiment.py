@@ -31,6 +31,7 @@ _NOISE = (
     ".*Starting from v1.9.0, `tensorboardX`.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*total length of `?DataLoader.* is zero.*",
+    ".*grad attribute of a Tensor that is not a leaf.*",  # torch.compile, of features that enter the head
     ".*isinstance.treespec, LeafSpec.*",
 )
 
@@ -150,7 +151,7 @@ class Experiment:
     def _fit(self, task: Task) -> None:
         without = {} if task.val else {"limit_val_batches": 0}
         trainer = self._make_trainer(max_epochs=self.epochs, callbacks=self._callbacks, **without)
-        self.learner.take_over(trainer)
+        self._take_over(trainer)
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
         self.learner.to(trainer.strategy.root_device)
         self.learner.before_task(task)
@@ -160,6 +161,16 @@ class Experiment:
                 raise KeyboardInterrupt
         self.learner.to(trainer.strategy.root_device)
         self.learner.after_task(task)
+
+    def _take_over(self, trainer: pl.Trainer) -> None:
+        """Give the learner what Lightning would count in chunks; refuse what would come before the projections."""
+        if trainer.gradient_clip_val is not None:
+            raise InputError(
+                f"trainer.gradient_clip_val={trainer.gradient_clip_val}: write gradient_clip="
+                f"{trainer.gradient_clip_val}, which clips after the strategies have projected."
+            )
+        self.learner.accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
+        self.learner.limit, trainer.limit_train_batches = trainer.limit_train_batches, 1.0
 
     def evaluate(self) -> None:
         """Measure the row of R after the tasks learned so far, on every task at once, and report it."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cl.curves import Curves
-from cl.errors import DivergenceError, InputError
+from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
 from cl.loader import EvalLoader, TrainLoader
 from cl.random import Random, derive
@@ -25,6 +25,7 @@ from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
 from cl.transfer import TransferMatrix
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+COMPILERS = ("default", "reduce-overhead", "max-autotune")
 _STEP_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
 
@@ -118,7 +119,7 @@ class Learner(pl.LightningModule):
         self._columns: tuple[Tensor, Tensor, Tensor] | None = None
         self._curves = Curves(log_every)
         self.accumulate, self.limit = 1, 1.0
-        self._plain = False
+        self._plain = self._compiled = False
         self.strategies = Composition(strategies)
         self._chains, self._owners = self.strategies.chains, self.strategies.owners
         for name, strategy in strategies.items():
@@ -174,11 +175,12 @@ class Learner(pl.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put backbone and head in evaluation mode for a while, and back as they were."""
+        """Put backbone and head in evaluation mode for a while, uncompiled, and back as they were."""
         modes = [(module, module.training) for module in self.trunk().modules()]
         self.trunk().eval()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # hooks on layers and vmap are seen
+                yield
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -192,6 +194,21 @@ class Learner(pl.LightningModule):
         elif not x.is_floating_point():
             x = x.to(torch.float32).div_(255.0)
         return x.to(self.dtype)
+
+    def compile(self, mode: str = "default") -> None:
+        """Compile backbone and head by torch.compile; results agree with eager ones to rounding, not to the bit.
+
+        Args:
+            mode: "default", "reduce-overhead" (CUDA graphs) or "max-autotune".
+
+        Raises:
+            InputError: If there is no such mode.
+        """
+        if mode not in COMPILERS:
+            raise unknown("mode of torch.compile", mode, COMPILERS)
+        self._compiled = True
+        for module in (self.backbone, self.head):
+            module.compile(mode=mode)
 
     def forward(self, view: Tensor) -> Tensor:
         """Map prepared inputs (B, *input) to logits (B, C)."""
@@ -225,20 +242,6 @@ class Learner(pl.LightningModule):
         else:
             self._columns = None
         self._update_masks()
-
-    def take_over(self, trainer: pl.Trainer) -> None:
-        """Take from a Trainer what it would count in chunks, or refuse: accumulation and the limit of an epoch.
-
-        Raises:
-            InputError: If it clips gradients, which `gradient_clip` does after the strategies' projections.
-        """
-        if trainer.gradient_clip_val is not None:
-            raise InputError(
-                f"trainer.gradient_clip_val={trainer.gradient_clip_val}: write gradient_clip="
-                f"{trainer.gradient_clip_val}, which clips after the strategies have projected."
-            )
-        self.accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
-        self.limit, trainer.limit_train_batches = trainer.limit_train_batches, 1.0
 
     @property
     def has_training(self) -> bool:
@@ -297,6 +300,8 @@ class Learner(pl.LightningModule):
         self._look_at(torch.stack(losses).float())
 
     def _train_on(self, batch: Batch, optimizer: Any) -> Tensor:
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
         for _, extend in self._chains["extend_batch"]:
             batch = extend(self, batch)
         batch.view = self.prepare(batch.x, augment=True)

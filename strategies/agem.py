@@ -8,8 +8,8 @@ gradient is :math:`g_{ref}`:
 Differences from the paper: a task's exemplars, as many of each class of the task, are drawn from its training set when
 it ends, where the paper fills a ring buffer while it passes (the same number, another sample).
 Differences from reference code: Mammoth keeps one batch a task, far less than its buffer size says.
-Permuted-MNIST ends about two points above a reference run whose memory is drawn at random; the even share of each class
-is the likely cause, not tested alone. The published figure needs pixels in [0, 1] (dataset.normalize=false): with
+Permuted-MNIST ends two points above the reference, whose memory is drawn at random: with the even share of each class
+the reference itself, after three tasks, rises from 92.6 to 93.6, where this one stands at 93.5. The published figure needs pixels in [0, 1] (dataset.normalize=false): with
 centred ones the reference implementation, too, ends 16 points lower at the same learning rate.
 """
 

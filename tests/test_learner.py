@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from cl.loader import TrainLoader
 from cl.random import derive
 from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
+from cl.strategies.gpm import GPM
 from cl.strategies.lwf import LwF
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
@@ -176,6 +178,26 @@ def test_chunks_grow_while_they_are_brisk(seconds, sizes, monkeypatch):
     loader = TrainLoader((y, y, y), 2, None, 500, 0, lambda: 0)
     assert [len(chunk) for chunk in loader][:8] == sizes
     assert sorted(int(v) for chunk in loader for batch in chunk for v in batch.y) == list(range(1000))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_training_agrees_with_eager_training():
+    """With teachers copied from compiled networks, layers hooked and gradients of single examples."""
+    from torch._dynamo.utils import counters
+
+    def strategies():
+        return {"er": ER(20), "lwf": LwF(), "ewc": EWC(), "gpm": GPM()}
+
+    eager = weights(learn(strategies()))
+    counters.clear()
+    learner, stream = toy_learner(strategies())
+    learner.compile()
+    Experiment(learner, stream, trainer, epochs=2).run()
+    assert counters["frames"]["ok"] > 0, "nothing was compiled"
+    for a, b in zip(eager, weights(learner), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"no mode of torch\.compile called 'fast'"):
+        learner.compile("fast")
 
 
 def test_clipping_bounds_the_step():

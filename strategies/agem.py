@@ -9,8 +9,9 @@ Differences from the paper: a task's exemplars, as many of each class of the tas
 it ends, where the paper fills a ring buffer while it passes (the same number, another sample).
 Differences from reference code: Mammoth keeps one batch a task, far less than its buffer size says.
 Permuted-MNIST ends two points above the reference, whose memory is drawn at random: with the even share of each class
-the reference itself, after three tasks, rises from 92.6 to 93.6, where this one stands at 93.5. The published figure needs pixels in [0, 1] (dataset.normalize=false): with
-centred ones the reference implementation, too, ends 16 points lower at the same learning rate.
+the reference itself, after three tasks, rises from 92.6 to 93.6, where this one stands at 93.5. The published figure
+needs pixels in [0, 1] (dataset.normalize=false): with centred ones the reference implementation, too, ends 16 points
+lower at the same learning rate.
 """
 
 from __future__ import annotations

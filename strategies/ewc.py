@@ -15,8 +15,8 @@ of labelled examples (`fisher="empirical"`, `batch_size=20` in HAT), which is sm
 over tasks; Avalanche and Mammoth have no 1/2. So lambdas differ between libraries.
 
 Under SGD a weight runs away from its anchor where learning rate * lambda * F > 2, and one bad last step of a task is
-enough: on Permuted-MNIST a last batch of a few rows left a task at 57 %, with a Fisher a hundred times as large. The reference
-trainer goes back to a task's best epoch on validation data; without that it ends at 89.5 instead of 90.3 there.
+enough: on Permuted-MNIST a last batch of a few rows left a task at 57 %, with a Fisher a hundred times as large. The
+reference's trainer goes back to a task's best epoch on validation data; without that it ends at 89.5 there, not 90.3.
 """
 
 from __future__ import annotations

@@ -489,15 +489,17 @@ def test_picture_report_draws_seldom_but_always_at_the_end(tmp_path: Path, monke
 
     from cl.report import picture
 
-    clock = iter([0.0, 0.0, 3.0, 62.9, 62.9, 62.9, 62.9, 62.9, 62.9])
+    # made; 19.9: too early; 20: drawn until 23, which pauses for 60; 82.9: too early; 90: the end draws anyway
+    clock = iter([0.0, 19.9, 20.0, 20.0, 23.0, 82.9, 90.0, 91.0, 92.0])
     monkeypatch.setattr(picture, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     drawn: list[int] = []
     monkeypatch.setattr(picture, "draw", lambda run: drawn.append(now) or draw_accuracy(run, "class"))
     run, report = make_run(3, directory=tmp_path), PictureReport()
-    for now in (0, 1, 3):  # costs 3 s at 0, so nothing before 63 but the last row
+    for now in range(4):
         report.row(run, now)
+    now = 4
     report.finish(run)
-    assert drawn == [0, 3, 3] and next(clock, None) is None
+    assert drawn == [1, 4] and next(clock, None) is None
     with Image.open(tmp_path / "transfer.png") as image:
         image.verify()
     assert [p.name for p in tmp_path.iterdir()] == ["transfer.png"]

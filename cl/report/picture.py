@@ -242,11 +242,11 @@ class PictureReport(Report):
     """
 
     def __init__(self) -> None:
-        self._pause_until = 0.0
+        self._pause_until = time.monotonic() + 20.0  # matplotlib takes a second to load
 
     def row(self, run: Run, after_task: int) -> None:
-        """Draw, unless the last picture is too recent for what it cost."""
-        if time.monotonic() >= self._pause_until or after_task == len(run.task_names):
+        """Draw, unless the last picture is too recent for what it cost, or the end draws it anyway."""
+        if time.monotonic() >= self._pause_until and after_task < len(run.task_names):
             self.finish(run)
 
     def finish(self, run: Run) -> None:

@@ -46,13 +46,15 @@ def run(workload: Workload, tasks: list[Arrays], **options: Any) -> tuple[list[f
     replay: dict[str, Strategy] = {"er": ER(workload.memory, workload.replay)} if workload.replay else {}
     module = learner(workload, there, replay)
     job = Experiment(module, there, partial(pl.Trainer, accelerator="cpu"), epochs=1, **options)
+    matrices: Any = module.matrices
     if workload.name == "evaluate":
         for _ in range(5):
+            for matrix in matrices.values():
+                matrix.reset(0)
             job.evaluate()
     else:
         job.run()
-    matrix: Any = module.matrices["class" if workload.split else "domain"]
-    return matrix.R[module.tasks_learned].tolist(), module.total_steps
+    return matrices["class" if workload.split else "domain"].R[module.tasks_learned].tolist(), module.total_steps
 
 
 def run_with_reports(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:

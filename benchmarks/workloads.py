@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def load(workload: Workload, data: Path | None) -> tuple[list[Arrays], str]:
         arrays = tuple(
             torch.as_tensor(np.asarray(a)) for a in (source.train_x, source.train_y, source.test_x, source.test_y)
         )
-        about = f"{workload.dataset} in {os.path.relpath(root)}"
+        about = f"{workload.dataset}, the real images"
     return _tasks(workload, arrays), about
 
 

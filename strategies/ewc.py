@@ -16,7 +16,8 @@ over tasks; Avalanche and Mammoth have no 1/2. So lambdas differ between librari
 
 Under SGD a weight runs away from its anchor where learning rate * lambda * F > 2, and one bad last step of a task is
 enough: on Permuted-MNIST a last batch of a few rows left a task at 57 %, with a Fisher a hundred times as large. The
-reference's trainer goes back to a task's best epoch on validation data; without that it ends at 89.5 there, not 90.3.
+reference's trainer goes back to a task's best epoch on validation data; without that it ends there at 89.5 and 87.6 on
+two seeds, as this one does (88.7 on three), with it at 90.3.
 """
 
 from __future__ import annotations

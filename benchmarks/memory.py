@@ -72,7 +72,8 @@ def _step(policy: str, size: int, x: Tensor, y: Tensor) -> Callable[[int], objec
     batches = [Batch(x[i : i + ROWS], y[i : i + ROWS], task[:ROWS]) for i in starts]
 
     def step(k: int) -> None:
-        memory.num_seen = 10 * size  # so that a reservoir of any size takes one row in ten
+        if k % 16 == 0:
+            memory.num_seen = 10 * size  # so that a reservoir of any size takes about one row in ten
         memory.insert(batches[k % len(batches)])
         memory.sample(ROWS)
 

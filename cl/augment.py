@@ -89,6 +89,8 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map raw (B, C, ...) of uint8 or floats to new floats of the same shape: x * scale + shift."""
-        shape = (-1, *[1] * (x.ndim - 2))
-        scale = self.scale if x.is_floating_point() else self.byte_scale
-        return (x * scale.view(shape)).add_(self.shift.view(shape))
+        scale, shift = self.scale if x.is_floating_point() else self.byte_scale, self.shift
+        if len(shift) > 1:
+            shape = (-1, *[1] * (x.ndim - 2))
+            scale, shift = scale.view(shape), shift.view(shape)
+        return (x * scale).add_(shift)

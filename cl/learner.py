@@ -302,6 +302,7 @@ class Learner(pl.LightningModule):
     def _train_on(self, batch: Batch, optimizer: Any) -> Tensor:
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
+        incoming = batch
         for _, extend in self._chains["extend_batch"]:
             batch = extend(self, batch)
         batch.view = self.prepare(batch.x, augment=True)
@@ -319,8 +320,7 @@ class Learner(pl.LightningModule):
         self.step += 1
         self.total_steps += 1
         if self._chains["after_step"]:
-            incoming = batch.incoming()
-            stale = logits.detach()[: len(incoming)]
+            incoming.view, stale = batch.view[: len(incoming)], logits.detach()[: len(incoming)]
             for _, hook in self._chains["after_step"]:
                 hook(self, incoming, stale)
         return terms["loss"]

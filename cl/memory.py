@@ -20,6 +20,7 @@ from cl.task import Stream
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 POLICIES = ("reservoir", "class_balanced", "ring")
 STORAGES = ("device", "host", "disk")
+_AHEAD = 1024  # rows whose slots are drawn at once
 
 
 class Memory(nn.Module):
@@ -99,52 +100,67 @@ class Memory(nn.Module):
         self._group = np.full(capacity, -1, dtype=np.int64)  # class_balanced: the group in each slot, -1: free
         self._held = np.zeros(self.num_groups, dtype=np.int64)  # class_balanced: exemplars of each group
         self._stored = 0
+        self._ahead, self._at = np.zeros(0, dtype=np.int64), 0  # reservoir: slots of the rows to come
 
     def __len__(self) -> int:
         return self._stored
 
     def column(self, name: str) -> Tensor:
         """Return all slots of "x", "y", "task" or an extra, (capacity, ...), those still free among them."""
-        return self._off_device[name] if self._off_device else self.get_buffer(f"rows_{name}")
+        return self._off_device[name] if self._off_device else getattr(self, f"rows_{name}")
 
     def sample(self, size: int) -> Batch:
         """Draw without replacement, at most what is stored: rows (size, ...) with their extras."""
         size = min(size, self._stored)
-        rows = self.random.generator.choice(self._stored, size, replace=False, shuffle=False)
+        rows = self._distinct(size)
         if self.policy == "ring":
             ends = np.minimum(self._received, self._size).cumsum()
             group = np.searchsorted(ends, rows, side="right")
             rows = self._start[group] + rows - np.concatenate(([0], ends))[group]
         index = torch.from_numpy(rows).to(self.column("y").device, non_blocking=True)
-        drawn = (self.column(name)[index] for name in ("x", "y", "task", *self._extras))
-        x, y, task, *extras = (rows.to(self.here.device, non_blocking=True) for rows in drawn)
+        drawn = [self.column(name).index_select(0, index) for name in ("x", "y", "task", *self._extras)]
+        if self._off_device:
+            drawn = [values.to(self.here.device, non_blocking=True) for values in drawn]
+        x, y, task, *extras = drawn
         return Batch(x, y, task, dict(zip(self._extras, extras, strict=True)))
 
     def insert(self, batch: Batch) -> None:
         """Offer the rows of a batch, in order; the policy decides which are kept, and where."""
         slots = getattr(self, f"_slots_{self.policy}")(batch)
-        rows = np.flatnonzero(slots >= 0)
-        if len(rows) == 0:
+        # Of two rows for one slot the later stays, as if they had been inserted one by one.
+        kept = {slot: row for row, slot in enumerate(slots.tolist()) if slot >= 0}
+        if not kept:
             return
-        if len(rows) > 1:  # of two rows for one slot the later stays, as if they had been inserted one by one
-            rows = len(slots) - 1 - np.unique(slots[::-1], return_index=True)[1]
-            rows = rows[slots[rows] >= 0]
-        where, which = torch.from_numpy(slots[rows]), torch.from_numpy(rows)
+        where, rows = torch.tensor(list(kept)), torch.tensor(list(kept.values()))
         offered = {"x": batch.x, "y": batch.y, "task": batch.task, **{n: batch.extras[n] for n in self._extras}}
         for name, values in offered.items():
             column = self.column(name)
-            kept = values[which.to(values.device, non_blocking=True)].to(column, non_blocking=True)
-            column[where.to(column.device, non_blocking=True)] = kept
+            chosen = values.index_select(0, rows.to(values.device, non_blocking=True))
+            column.index_copy_(0, where.to(column.device, non_blocking=True), chosen.to(column, non_blocking=True))
+
+    def _distinct(self, size: int) -> Rows:
+        if size * size < self._stored:  # a draw with replacement has no repeat more often than not, and is cheaper
+            while True:
+                rows = self.random.generator.integers(self._stored, size=size)
+                if len(set(rows.tolist())) == size:
+                    return rows
+        return self.random.generator.choice(self._stored, size, replace=False, shuffle=False)
 
     def _slots_reservoir(self, batch: Batch) -> Rows:
-        count = np.arange(self.num_seen, self.num_seen + len(batch))
-        slots = (self.random.generator.random(len(batch)) * (count + 1)).astype(np.int64)
-        slots[slots >= self.capacity] = -1
-        if self._stored < self.capacity:
-            slots = np.where(count < self.capacity, count, slots)
+        if self._at + len(batch) > len(self._ahead):
+            self._draw_ahead(len(batch))
+        slots = self._ahead[self._at : self._at + len(batch)]
+        self._at += len(batch)
         self.num_seen += len(batch)
         self._stored = min(self.capacity, self.num_seen)
         return slots
+
+    def _draw_ahead(self, rows: int) -> None:
+        rest = self._ahead[self._at :]
+        count = self.num_seen + len(rest) + np.arange(max(rows, _AHEAD))
+        draw = (self.random.generator.random(len(count)) * (count + 1)).astype(np.int64)
+        slots = np.where(count < self.capacity, count, np.where(draw < self.capacity, draw, -1))
+        self._ahead, self._at = np.concatenate([rest, slots]), 0
 
     def _slots_ring(self, batch: Batch) -> Rows:
         groups = self._groups(batch)
@@ -195,6 +211,7 @@ class Memory(nn.Module):
             "stored": self._stored,
             "group": torch.from_numpy(self._group.copy()),
             "received": torch.from_numpy(self._received.copy()),
+            "ahead": torch.from_numpy(self._ahead[self._at :].copy()),
             "rows": {name: column.clone() for name, column in self._off_device.items()},
         }
 
@@ -202,6 +219,7 @@ class Memory(nn.Module):
         """Restore what `get_extra_state` returned."""
         self.num_seen, self._stored = state["num_seen"], state["stored"]
         self._group, self._received = state["group"].cpu().numpy().copy(), state["received"].cpu().numpy().copy()
+        self._ahead, self._at = state["ahead"].cpu().numpy().copy(), 0
         self._held = np.bincount(self._group[self._group >= 0], minlength=self.num_groups)
         for name, column in self._off_device.items():
             column.copy_(state["rows"][name])

@@ -96,14 +96,6 @@ class Batch:
         x, y, task = (torch.cat(pair) for pair in pairs)
         return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host)
 
-    def incoming(self) -> Batch:
-        """Return the rows that came from the stream."""
-        n = self.num_incoming
-        if n == len(self):
-            return self
-        view = None if self.view is None else self.view[:n]
-        return Batch(self.x[:n], self.y[:n], self.task[:n], view=view, host=self.host)
-
 
 class Strategy(nn.Module):
     """A method of continual learning; see the module's docstring for when each hook is called.

@@ -161,6 +161,18 @@ def test_every_stored_row_is_drawn_equally_often(policy, num_rows):
     assert uniform(counts, 4000, 3) > ALPHA
 
 
+def test_a_reservoir_does_not_depend_on_how_its_rows_are_cut_into_batches():
+    """Over more rows than slots are drawn ahead, whose last are left over at another place for each size."""
+    kept = []
+    for size in (1, 7, 1000, 3000):
+        store = memory(300)
+        for first in range(0, 3000, size):
+            store.insert(rows([0] * min(size, 3000 - first), first=first))
+        kept.append(held(store))
+    assert kept[0] == kept[1] == kept[2] == kept[3]
+    assert abs(np.mean(kept[0]) - 1500) < 4 * 3000 / np.sqrt(12 * 300), "uniform over all rows"
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_empty_memory_and_an_empty_batch(policy):
     store = memory(20, policy)

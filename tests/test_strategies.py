@@ -91,14 +91,15 @@ class Identity(nn.Module):
 
 
 class Reservoir:
-    """Algorithm R on Python lists, with the generator of a memory at `path`."""
+    """Algorithm R on Python lists, with a memory's generator, which draws for 1024 rows at once."""
 
     def __init__(self, capacity: int, seed: int) -> None:
-        self.capacity, self.rows, self.num_seen = capacity, [], 0
+        self.capacity, self.rows, self.num_seen, self.uniform = capacity, [], 0, []
         self.draw = np.random.Generator(np.random.PCG64(seed))
 
     def add(self, row) -> None:
-        u = self.draw.random()
+        self.uniform = self.uniform or list(self.draw.random(1024))
+        u = self.uniform.pop(0)
         if len(self.rows) < self.capacity:
             self.rows.append(row)
         elif (slot := int(u * (self.num_seen + 1))) < self.capacity:

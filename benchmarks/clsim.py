@@ -36,7 +36,7 @@ def learner(workload: Workload, tasks: Stream, strategies: dict[str, Strategy], 
     backbone = model[:-1]
     backbone.num_features = model[-1].in_features
     optimizer = partial(torch.optim.SGD, lr=workload.lr)
-    options = {"batch_size": workload.batch_size, "train_mask": "domain", **options}
+    options = {"batch_size": workload.batch_size, "train_mask": "domain", "seed": torch.initial_seed(), **options}
     return Learner(tasks, backbone, strategies, optimizer, head=model[-1], **options)
 
 

@@ -48,8 +48,12 @@ class Workload:
         return 10 if self.dataset == "mnist" else 100
 
     def model(self) -> nn.Module:
-        """Return the network, inputs to logits, from the same initial weights for every contestant."""
-        torch.manual_seed(0)
+        """Return the network, inputs to logits, from the same initial weights for every contestant and turn."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self._model()
+
+    def _model(self) -> nn.Module:
         if self.dataset == "mnist":
             return nn.Sequential(
                 nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)

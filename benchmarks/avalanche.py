@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from benchmarks.workloads import MEAN, STD, Arrays, Workload
+from benchmarks.workloads import MEAN, STD, Arrays, Workload, quietly
 
 
+@quietly
 def run(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:
     """Learn every task; return the last row of accuracies and the number of steps."""
-    warnings.simplefilter("ignore")
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import as_classification_dataset
     from avalanche.benchmarks.utils.transform_groups import TransformGroups

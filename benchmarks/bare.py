@@ -62,7 +62,7 @@ def _moments(workload: Workload) -> tuple[Tensor, Tensor]:
 def _evaluate(model: nn.Module, x: Tensor, y: Tensor, sizes: list[int]) -> list[float]:
     model.eval()
     with torch.inference_mode():
-        right = torch.cat([model(part).argmax(1) for part in x.split(1024)]) == y
+        right = torch.cat([model(part).argmax(1) for part in x.split(256)]) == y
     return [float(part.float().mean()) for part in right.split(sizes)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from benchmarks.workloads import MEAN, STD, Arrays, Workload
+from benchmarks.workloads import MEAN, STD, Arrays, Workload, quietly
 
 
 class Module(pl.LightningModule):
@@ -63,9 +62,9 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.model.parameters(), lr=self.workload.lr)
 
 
+@quietly
 def run(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:
     """Learn every task; return the last row of accuracies and the number of steps."""
-    warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     module = Module(workload, tasks[0][0].shape[1:])
     tests = [DataLoader(TensorDataset(x, y), batch_size=1000) for _, _, x, y in tasks]

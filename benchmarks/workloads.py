@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +62,10 @@ class Workload:
             return nn.Sequential(
                 nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
             )
-        from cl.backbones import resnet18
+        from cl.backbones import ResNet18
 
-        backbone = resnet18(input_shape=(3, 32, 32), width=20)
-        return nn.Sequential(backbone, nn.Linear(int(backbone.num_features), 100))  # type: ignore[arg-type]
+        backbone = ResNet18((3, 32, 32), width=20)
+        return nn.Sequential(backbone, nn.Linear(backbone.num_features, 100))
 
 
 WORKLOADS = {
@@ -85,6 +89,19 @@ WORKLOADS = {
     )
 }
 
+
+def quietly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a peer's warnings to itself, also where it switches them on again."""
+
+    @functools.wraps(run)
+    def wrapped(*args: Any) -> Any:
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("ignore")
+            return run(*args)
+
+    return wrapped
+
+
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # train x, train y, test x, test y
 MEAN = {"mnist": [0.1307], "cifar100": [0.5071, 0.4865, 0.4409]}
 STD = {"mnist": [0.3081], "cifar100": [0.2673, 0.2564, 0.2762]}
@@ -95,10 +112,13 @@ def load(workload: Workload, data: Path | None) -> tuple[list[Arrays], str]:
     if data is None:
         arrays, about = _made(workload), "images made on the spot (--data DIR takes the real ones)"
     else:
-        from cl.sources import torchvision_dataset
+        from cl.sources import image_folder, torchvision_dataset
 
-        root = data / "cifar100" if workload.dataset == "cifar100" and (data / "cifar100").is_dir() else data
-        source = torchvision_dataset(name=workload.dataset, root=str(root), download=False)
+        folders = data / "cifar100"
+        if workload.dataset == "cifar100" and (folders / "train").is_dir():
+            source = image_folder(folders)
+        else:
+            source = torchvision_dataset(name=workload.dataset, root=str(data), download=False)
         arrays = tuple(
             torch.as_tensor(np.asarray(a)) for a in (source.train_x, source.train_y, source.test_x, source.test_y)
         )

@@ -77,7 +77,11 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Large minibatches in order, each one `Batch`; all tasks' test sets stand here as one.
+    """Minibatches in order, each one `Batch`; all tasks' test sets stand here as one.
+
+    Args:
+        columns: As in `TrainLoader`.
+        batch_size: Rows of a minibatch; None means 256 on a CPU, whose cache they fit, and 1024 elsewhere.
 
     Example:
         >>> y = torch.arange(10)
@@ -85,8 +89,8 @@ class EvalLoader:
         [8, 2]
     """
 
-    def __init__(self, columns: Columns, batch_size: int) -> None:
-        self.columns, self.batch_size = columns, batch_size
+    def __init__(self, columns: Columns, batch_size: int | None = None) -> None:
+        self.columns, self.batch_size = columns, batch_size or (256 if columns[1].device.type == "cpu" else 1024)
 
     def __len__(self) -> int:
         return -(-len(self.columns[1]) // self.batch_size)

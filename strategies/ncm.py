@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.errors import InputError
+from cl.loader import EvalLoader
 from cl.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ class NCM(Strategy):
     @torch.no_grad()
     def after_task(self, learner: Learner, task: Task) -> None:
         """Add the features of the task's training examples to their classes' sums."""
-        x, y, _ = (column.to(learner.device) for column in task.train.tensors())
+        x, y, label = (column.to(learner.device) for column in task.train.tensors())
         with learner.evaluating():
-            for rows in torch.arange(len(y), device=y.device).split(learner.eval_batch_size):
-                features = learner.backbone(learner.prepare(x[rows]))
-                self.total.index_add_(0, y[rows], features.to(self.total.dtype))
+            for batch in EvalLoader((x, y, label), learner.eval_batch_size):
+                features = learner.backbone(learner.prepare(batch.x))
+                self.total.index_add_(0, batch.y, features.to(self.total.dtype))
         self.count += torch.bincount(y, minlength=len(self.count))[:, None]
 
     def predict(self, learner: Learner, view: Tensor) -> Tensor:

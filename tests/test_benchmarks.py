@@ -22,7 +22,6 @@ def small(name: str, train: int = 600, test: int = 200) -> list[Arrays]:
     return _tasks(WORKLOADS[name], (x[:train], y[:train], test_x[:test], test_y[:test]))
 
 
-@pytest.mark.filterwarnings("ignore")  # the peers' own
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("name", ["online_mlp", "epoch_mlp"])
 def test_every_contestant_takes_the_same_steps_and_learns(name, contestant):

@@ -17,6 +17,8 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from cl import checkpoint
+from cl.augment import Normalize
+from cl.backbones import SimpleCNN
 from cl.errors import DivergenceError, InputError
 from cl.experiment import Experiment
 from cl.head import competing
@@ -30,6 +32,7 @@ from cl.strategies.lwf import LwF
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
+from cl.vit import ViT
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 
@@ -198,6 +201,22 @@ def test_compiled_training_agrees_with_eager_training():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"no mode of torch\.compile called 'fast'"):
         learner.compile("fast")
+
+
+def test_stacks_of_convolutions_get_channels_last_images_with_the_same_answers():
+    x = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    data = TaskData(x, torch.arange(5) % 2)
+    stream = Stream([Task(0, data, data)], num_classes=2, normalize=Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.1]))
+    for backbone, last in (
+        (SimpleCNN((3, 8, 8)), True),
+        (ViT((3, 8, 8), patch_size=4, dim=8, depth=1, heads=2), False),
+    ):
+        learner = Learner(stream, backbone, {}, partial(torch.optim.SGD, lr=0.1)).eval()
+        view = learner.prepare(x)
+        assert view.is_contiguous(memory_format=torch.channels_last) == last
+        plain = stream.normalize(x)
+        assert torch.equal(view, plain), "the same numbers in the same places"
+        torch.testing.assert_close(learner(view), learner(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_clipping_bounds_the_step():

@@ -306,12 +306,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _check_chunks(build: Build, toy: Toy, state: dict[str, Any]) -> None:
-    learner, stream = toy(build(), chunk_size=1)
-    _learn(learner, stream, range(2))
-    for name, value in learner.state_dict().items():
-        assert name.startswith("matrices.") or _same(value, state[name]), (
-            f"{_names(learner)}: {name} depends on chunk_size: count steps in a buffer, not by `learner.step`."
-        )
+    for chunk_size in (1, 7, 64):
+        learner, stream = toy(build(), chunk_size=chunk_size)
+        _learn(learner, stream, range(2))
+        for name, value in learner.state_dict().items():
+            assert name.startswith("matrices.") or _same(value, state[name]), (
+                f"{_names(learner)}: {name} depends on chunk_size: count steps in a buffer, not by chunks."
+            )
 
 
 @functools.cache

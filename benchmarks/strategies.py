@@ -35,7 +35,8 @@ def measure(args: argparse.Namespace, run: Callable[[list[str], int], dict[str, 
     for name, turns in times.items():
         middle = median(turn["processor"] for turn in turns)
         base = median(t["processor"] / f["processor"] for t, f in zip(turns, times["finetune"], strict=True))
-        table.add_row(name, f"{middle:.2f}", f"{base:.2f}", f"{1e6 * middle / turns[0]['steps']:.0f}")
+        steps = turns[0]["steps"]
+        table.add_row(name, f"{middle:.2f}", f"{base:.2f}", f"{1e6 * middle / steps:.0f}" if steps else "-")
     console.print(table)
     return {"workload": "strategies", "runs": times}
 
@@ -57,7 +58,7 @@ def main(name: str, data: str) -> None:
     learner = clsim.learner(workload, stream, {key: instantiate(value) for key, value in (config or {}).items()})
     start = time.process_time()
     Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1).run()
-    result = {"processor": time.process_time() - start, "steps": max(1, learner.total_steps)}
+    result = {"processor": time.process_time() - start, "steps": learner.total_steps}
     os.write(int(os.environ["RESULT_FD"]), json.dumps(result).encode())
 
 

@@ -102,12 +102,15 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _keep_config(config: dict[str, Any], directory: Path) -> None:
-    """Write the resolved configuration, or compare it with the one that the directory holds."""
+    """Write the resolved configuration, or compare it with the one that the directory holds.
+
+    The directory itself is written as ".", so that a run that was moved or copied can be continued.
+    """
     from omegaconf import OmegaConf
 
-    path = directory / "config.yaml"
+    path, text = directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).replace(str(directory), ".")
     if path.exists():
-        old, new = (flatten(c) for c in (OmegaConf.to_container(OmegaConf.load(path)), config))
+        old, new = (flatten(OmegaConf.to_container(c)) for c in (OmegaConf.load(path), OmegaConf.create(text)))
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
             listed = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed[:5])
@@ -116,4 +119,4 @@ def _keep_config(config: dict[str, Any], directory: Path) -> None:
                 "repeat that configuration to continue it."
             )
         return
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_text(path, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,19 +59,21 @@ def _find(tree, mask: str, name: str) -> float:
     return node[name]["value"]
 
 
-def test_the_same_directory_continues_and_another_configuration_is_refused(done):
+@pytest.mark.parametrize("place", ["out", "moved"])
+def test_the_same_configuration_continues_and_another_is_refused(done, place):
     _, out = done
-    before = (out / "checkpoints" / "after_task_002.ckpt").read_bytes()
-    (out / "checkpoints" / "after_task_002.ckpt").unlink()
-    same = cl_run("hydra.run.dir=out", "strategy=[er,gpm,lwf]", *SMALL, cwd=out.parent)
+    if place == "moved":
+        shutil.copytree(out, out.parent / "moved")
+    last = out.parent / place / "checkpoints" / "after_task_002.ckpt"
+    old = torch.load(last, weights_only=True)
+    last.unlink()
+    same = cl_run(f"hydra.run.dir={place}", "strategy=[er,gpm,lwf]", *SMALL, cwd=out.parent)
     assert same.returncode == 0, same.stderr
-    old, new = torch.load(out / "checkpoints/after_task_002.ckpt", weights_only=True), None
-    (out / "again").write_bytes(before)
-    new = torch.load(out / "again", weights_only=True)
+    new = torch.load(last, weights_only=True)
     for key, value in old["state_dict"].items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, new["state_dict"][key]), key
-    other = cl_run("hydra.run.dir=out", "strategy=[er,gpm,lwf]", *SMALL, "seed=3", cwd=out.parent)
+    other = cl_run(f"hydra.run.dir={place}", "strategy=[er,gpm,lwf]", *SMALL, "seed=3", cwd=out.parent)
     assert other.returncode != 0
     assert "another configuration" in other.stderr and "seed: 0 there, 3 here" in other.stderr
 

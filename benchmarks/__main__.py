@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,43 +17,17 @@ from rich.table import Table
 
 from benchmarks import memory, strategies
 from benchmarks.contestant import CONTESTANTS
+from benchmarks.process import take_turns
 from benchmarks.workloads import WORKLOADS
 
 OTHERS = {"memory": memory, "strategies": strategies}
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def measure(arguments: list[str], threads: int) -> dict[str, Any]:
-    """Run `python -m ARGUMENTS` in a process of its own with pinned threads, and return the JSON that it hands over."""
-    reader, writer = os.pipe()
-    pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **pinned, "RESULT_FD": str(writer), "WANDB_MODE": "disabled"},
-        pass_fds=[writer],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    if done.returncode or not text:
-        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(text)
-    return result
 
 
 def race(name: str, against: list[str], args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure contestants in turn, `repeat` times over, so that a change of the machine's speed meets all alike."""
-    runs: dict[str, list[dict[str, Any]]] = {contestant: [] for contestant in against}
-    for turn in range(args.repeat):
-        for contestant in against:
-            console.print(f"{name}: turn {turn + 1} of {args.repeat}, {contestant}", style="dim")
-            data = str(args.data.resolve()) if args.data else ""
-            runs[contestant].append(measure(["benchmarks.contestant", contestant, name, data, str(turn)], args.threads))
+    """Measure contestants on one workload."""
+    runs = take_turns(
+        name, against, lambda who, turn: ["benchmarks.contestant", who, name, args.data, str(turn)], args, console
+    )
     return {"workload": name, "about": WORKLOADS[name].about, "threads": args.threads, "runs": runs}
 
 
@@ -107,6 +80,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder with MNIST and CIFAR-100 as torchvision lays them out")
     parser.add_argument("--json", type=Path, help="where to write every measurement")
     args = parser.parse_args()
+    args.data = str(args.data.resolve()) if args.data else ""
     against = list(dict.fromkeys(["bare", "clsim", *filter(None, args.against.split(","))]))
     strangers = sorted(set(against) - set(CONTESTANTS))
     if strangers or args.repeat < 1:
@@ -117,7 +91,7 @@ def main() -> None:
     results = []
     for name in [*WORKLOADS, *OTHERS] if args.workload == "all" else [args.workload]:
         if name in OTHERS:
-            results.append(OTHERS[name].measure(args, measure, console))
+            results.append(OTHERS[name].measure(args, console))
         else:
             results.append(race(name, against, args, console))
             show(results[-1], console)

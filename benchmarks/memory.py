@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
 import sys
 import time
@@ -17,19 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.process import hand_over, take_turns
+
 CAPACITIES = (10**3, 10**4, 10**5, 10**6)
 POLICIES = ("bare", "reservoir", "class_balanced", "ring")  # bare: the same rows read and written, nothing decided
 ROWS, STEPS = 64, 2000
 
 
-def measure(args: argparse.Namespace, run: Callable[[list[str], int], dict[str, Any]], console: Console) -> Any:
-    """Measure every policy at every capacity, in turn, and print microseconds a step."""
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every policy at every capacity, and print microseconds a step."""
     cases = [(policy, capacity) for policy in POLICIES for capacity in CAPACITIES]
-    times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
-    for turn in range(args.repeat):
-        for policy, capacity in cases:
-            console.print(f"memory: turn {turn + 1} of {args.repeat}, {policy}, {capacity}", style="dim")
-            times[policy, capacity].append(run(["benchmarks.memory", policy, str(capacity)], args.threads)["us"])
+    runs = take_turns("memory", cases, lambda case, _: ["benchmarks.memory", *map(str, case)], args, console)
+    times = {case: [result["us"] for result in results] for case, results in runs.items()}
     table = Table(title=f"insert {ROWS} and sample {ROWS} images of 1x28x28, processor us a step, full memory")
     for column in ("policy", *(f"{c:,}" for c in CAPACITIES), "last / first"):
         table.add_column(column, justify="right")
@@ -55,7 +52,7 @@ def main(policy: str, capacity: str) -> None:
         "us": (time.process_time() - start) / STEPS * 1e6,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    os.write(int(os.environ["RESULT_FD"]), json.dumps(result).encode())
+    hand_over(result)
 
 
 def _step(policy: str, size: int, x: Tensor, y: Tensor) -> Callable[[int], object]:

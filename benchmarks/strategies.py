@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,19 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.process import hand_over, take_turns
 from benchmarks.workloads import WORKLOADS, load
 
 NAMES = ("finetune", "er", "derpp", "ewc", "lwf", "agem", "gpm", "ncm", "cumulative", "joint")
 
 
-def measure(args: argparse.Namespace, run: Callable[[list[str], int], dict[str, Any]], console: Console) -> Any:
-    """Measure every strategy in turn, and print multiples of the first."""
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
-    for turn in range(args.repeat):
-        for name in NAMES:
-            console.print(f"strategies: turn {turn + 1} of {args.repeat}, {name}", style="dim")
-            data = str(args.data.resolve()) if args.data else ""
-            times[name].append(run(["benchmarks.strategies", name, data], args.threads))
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every strategy, and print multiples of the first."""
+    times = take_turns("strategies", NAMES, lambda name, _: ["benchmarks.strategies", name, args.data], args, console)
     table = Table(title="online_mlp's stream under each strategy with its defaults")
     for column in ("strategy", "processor, s", "/ finetune", "us a step"):
         table.add_column(column, justify="right" if column != "strategy" else "left")
@@ -59,7 +52,7 @@ def main(name: str, data: str) -> None:
     start = time.process_time()
     Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1).run()
     result = {"processor": time.process_time() - start, "steps": learner.total_steps}
-    os.write(int(os.environ["RESULT_FD"]), json.dumps(result).encode())
+    hand_over(result)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.__main__ import measure, ratio
+from benchmarks.__main__ import ratio
 from benchmarks.bare import _crop_and_flip
 from benchmarks.contestant import CONTESTANTS
+from benchmarks.process import measure
 from benchmarks.workloads import WORKLOADS, Arrays, _made, _tasks
 
 

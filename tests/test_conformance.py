@@ -137,11 +137,7 @@ class CountsInALostBuffer(Strategy):
     def setup(self, learner, stream):
         self.register_buffer("tasks", torch.zeros(()), persistent=False)
 
-    def after_task(self, learner, task):
-        self.tasks += 1
-
-    def loss(self, learner, batch, logits):
-        return self.tasks * 1e-3 * logits.square().mean()
+    after_task, loss = CountsInAnAttribute.after_task, CountsInAnAttribute.loss
 
 
 class CountsInABuffer(Strategy):
@@ -150,7 +146,7 @@ class CountsInABuffer(Strategy):
     def setup(self, learner, stream):
         self.register_buffer("tasks", torch.zeros(()))
 
-    after_task, loss = CountsInALostBuffer.after_task, CountsInALostBuffer.loss
+    after_task, loss = CountsInAnAttribute.after_task, CountsInAnAttribute.loss
 
 
 class RemembersForPredictionOnly(Strategy):

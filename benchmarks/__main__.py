@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import memory, strategies
+from benchmarks import folder, many_tasks, memory, strategies
 from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import take_turns
 from benchmarks.workloads import WORKLOADS
 
-OTHERS = {"memory": memory, "strategies": strategies}
+OTHERS = {"memory": memory, "strategies": strategies, "many_tasks": many_tasks, "folder": folder}
 
 
 def race(name: str, against: list[str], args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -12,6 +12,13 @@ from cl.files import write_text
 _LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
 
 
+def make(node: Any, *arguments: Any, **options: Any) -> Any:
+    """Return what a configuration with a `_target_` describes; lists and dicts reach it as such."""
+    from hydra.utils import instantiate
+
+    return instantiate(node, *arguments, _convert_="all", **options)
+
+
 def build(cfg: Any, directory: Path) -> Any:
     """Return the `Experiment` of a composed configuration.
 
@@ -23,7 +30,6 @@ def build(cfg: Any, directory: Path) -> Any:
         InputError: If the configuration asks for what cannot work, or another one was begun in the directory.
     """
     import torch
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from cl.backbones import initialise
@@ -33,19 +39,19 @@ def build(cfg: Any, directory: Path) -> Any:
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     _keep_config(config, directory)
-    stream = instantiate(cfg.stream)
+    stream = make(cfg.stream)
     torch.manual_seed(derive(cfg.seed, "initial weights"))
     backbone = _backbone(cfg, stream.input_shape)
-    head = instantiate(cfg.head)(backbone.num_features, stream.num_classes)
+    head = make(cfg.head)(backbone.num_features, stream.num_classes)
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
-    strategies = {name: instantiate(strategy) for name, strategy in (cfg.strategy or {}).items()}
+    strategies = {name: make(strategy) for name, strategy in (cfg.strategy or {}).items()}
     learner = Learner(
         stream,
         backbone,
         strategies,
-        instantiate(cfg.optimizer),
-        instantiate(cfg.scheduler),
+        make(cfg.optimizer),
+        make(cfg.scheduler),
         head=head,
         **{key: cfg[key] for key in _LEARNER},
     )
@@ -55,7 +61,7 @@ def build(cfg: Any, directory: Path) -> Any:
     return Experiment(
         learner,
         stream,
-        instantiate(cfg.trainer),
+        make(cfg.trainer),
         epochs=cfg.epochs,
         directory=directory,
         reports=reports,
@@ -63,6 +69,8 @@ def build(cfg: Any, directory: Path) -> Any:
         callbacks=callbacks,
         config=config,
         notes=_notes(cfg, backbone),
+        columns=(cfg.report or {}).get("columns", "all"),
+        keep=cfg.checkpoint.keep,
     )
 
 
@@ -74,9 +82,8 @@ def _notes(cfg: Any, backbone: Any) -> list[str]:
 
 
 def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
-    from hydra.utils import instantiate
 
-    backbone = instantiate(cfg.backbone, input_shape=input_shape)
+    backbone = make(cfg.backbone, input_shape=input_shape)
     if cfg.weights:
         from cl.backbones import load_backbone
 
@@ -89,12 +96,14 @@ def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
 def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Sort what the groups `report` and `logger` name: reports of ours, Lightning loggers, Lightning callbacks."""
     import pytorch_lightning as pl
-    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
     from pytorch_lightning.loggers import Logger
 
     from cl.report import Report
 
-    parts = [instantiate(part) for group in (cfg.report, cfg.logger) for part in (group or {}).values() if part]
+    parts = [
+        make(part) for group in (cfg.report, cfg.logger) for part in (group or {}).values() if OmegaConf.is_config(part)
+    ]
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
     reports = [part for part in parts if isinstance(part, Report)]

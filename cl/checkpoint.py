@@ -13,21 +13,29 @@ from cl.files import replace_file
 from cl.learner import Learner
 
 
-def save(learner: Learner, folder: Path) -> Path:
+def save(learner: Learner, folder: Path, keep: int | None = None) -> Path:
     """Write `after_task_<k>.ckpt` for the k tasks learned, whole or not at all.
 
     Args:
         learner: Its state dict holds the memories, generators, anchors and R as well as the weights.
         folder: Made where it does not exist.
+        keep: The newest that stay; None keeps all.
     """
     path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
     replace_file(path, lambda temporary: torch.save({"state_dict": learner.state_dict()}, temporary))
+    if keep is not None:
+        for old in sorted(folder.glob("after_task_*.ckpt"), key=_tasks)[:-keep]:
+            old.unlink()
     return path
+
+
+def _tasks(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
 
 
 def latest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a folder, or None."""
-    return max(folder.glob("after_task_*.ckpt"), default=None)
+    return max(folder.glob("after_task_*.ckpt"), default=None, key=_tasks)
 
 
 def load(learner: Learner, path: Path) -> None:

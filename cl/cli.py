@@ -18,6 +18,9 @@ def main() -> None:
     import hydra
     from hydra.errors import ConfigCompositionException, MissingConfigException
 
+    from cl import plugins
+
+    plugins.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below
     application = hydra.main(version_base="1.3", config_path="pkg://cl.conf", config_name="config")(run)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cl.errors import InputError
 from cl.random import derive
-from cl.task import Task, TaskData
+from cl.rows import RESIDENT, Mapped, Rows, first_not_finite
+from cl.target import TARGETS
 
 Array = npt.NDArray[Any]
 Numbers = Sequence[float] | None
@@ -33,6 +34,7 @@ class Dataset:
         mean: Per channel (axis 1), or one for all; images in units of [0, 1].
         std: As `mean`; above 0.
         augment: Train-time augmentation `(x, numpy generator) -> x` on raw batches on the device, or None.
+        target: What the labels are, see `cl.target`; all but "label" take float32 (N, C), one name a column.
 
     Raises:
         InputError: If a part is empty, types or shapes disagree, a label is out of range, or a value is not finite.
@@ -43,18 +45,19 @@ class Dataset:
         2
         >>> Dataset("toy", x, y + 1, x, y, ("cat", "dog"))
         Traceback (most recent call last):
-        cl.errors.InputError: The train set of 'toy' has label 2, outside 0..1: fix the labels or name every class.
+        cl.errors.InputError: The train set of 'toy' has label 2, outside 0..1: fix it or num_classes.
     """
 
     name: str
-    train_x: Tensor
+    train_x: Rows
     train_y: Tensor
-    test_x: Tensor
+    test_x: Rows
     test_y: Tensor
     class_names: tuple[str, ...]
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     augment: nn.Module | None = None
+    target: str = "label"
 
     def __post_init__(self) -> None:
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
@@ -73,26 +76,23 @@ class Dataset:
         if min(self.std) <= 0:
             raise InputError(f"std={list(self.std)} of {self.name!r} is not above 0: give positive numbers.")
 
-    def _check_part(self, what: str, x: Tensor, y: Tensor) -> None:
+    def _check_part(self, what: str, x: Rows, y: Tensor) -> None:
         if len(x) == 0:
             raise InputError(f"{what} is empty: it needs at least one example.")
         if len(x) != len(y):
             raise InputError(f"{what} has {len(x)} inputs but {len(y)} labels: give one label an input.")
-        if x.dtype not in (torch.uint8, torch.float32) or (x.dtype == torch.uint8 and x.ndim != 4) or x.ndim < 2:
+        if (
+            x.dtype not in (torch.uint8, torch.float32)
+            or (x.dtype == torch.uint8 and len(x.shape) != 4)
+            or len(x.shape) < 2
+        ):
             raise InputError(
                 f"{what} holds {x.dtype} inputs of shape {tuple(x.shape)}: "
                 "give uint8 images (N, C, H, W) or float32 arrays (N, *shape)."
             )
-        if y.dtype != torch.int64 or y.ndim != 1:
-            raise InputError(f"{what} has labels of {y.dtype} and shape {tuple(y.shape)}: give int64 (N,).")
-        low, high = (int(value) for value in y.aminmax())
-        if low < 0 or high >= self.num_classes:
-            raise InputError(
-                f"{what} has label {low if low < 0 else high}, outside 0..{self.num_classes - 1}: "
-                "fix the labels or name every class."
-            )
-        if x.is_floating_point() and not all(bool(value.isfinite()) for value in x.aminmax()):
-            row = next(i for i in range(len(x)) if not bool(x[i].isfinite().all()))
+        TARGETS[self.target].check(what, y, self.num_classes)
+        row = first_not_finite(x)
+        if row is not None:
             raise InputError(f"{what} has a NaN or infinite value in row {row}: clean the data.")
 
     @property
@@ -128,7 +128,7 @@ def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Ten
     """
     if not 0 <= fraction < 1:
         raise InputError(f"A validation share of {fraction} is not in [0, 1): give, say, 0.1.")
-    labels = y.cpu().numpy()
+    labels = y.cpu().numpy() if y.ndim == 1 else np.zeros(len(y), dtype=np.int64)  # others are drawn from as a whole
     chosen = np.zeros(len(labels), dtype=bool)
     names, sizes = np.unique(labels, return_counts=True)
     counts = np.floor(fraction * sizes).astype(int)
@@ -148,38 +148,6 @@ def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Ten
     return torch.from_numpy(np.flatnonzero(~chosen)), torch.from_numpy(np.flatnonzero(chosen))
 
 
-def domain_task(
-    dataset: Dataset,
-    index: int,
-    transform: Callable[[Tensor], Tensor] | None,
-    offset: int = 0,
-    val_fraction: float = 0.0,
-    seed: int = 0,
-    name: str = "",
-) -> Task:
-    """Return a task that holds a whole dataset, its inputs transformed and its labels moved by an offset.
-
-    Args:
-        dataset: All of it is used.
-        index: Position in the stream.
-        transform: Deterministic map of inputs, or None.
-        offset: Added to every label, where tasks have labels of their own.
-        val_fraction: Share of the training set that becomes validation.
-        seed: Seed of the validation split.
-        name: What tables call the task.
-
-    Example:
-        >>> from cl.sources import synthetic
-        >>> domain_task(synthetic(num_classes=2), 1, None, offset=2).classes
-        (2, 3)
-    """
-    train_index, val_index = split_validation(dataset.train_y, val_fraction, seed)
-    train_y, test_y = dataset.train_y + offset, dataset.test_y + offset
-    train = TaskData(dataset.train_x, train_y, index, train_index, transform)
-    val = TaskData(dataset.train_x, train_y, index, val_index, transform) if len(val_index) else None
-    return Task(index, train, TaskData(dataset.test_x, test_y, index, None, transform), val, name)
-
-
 def make_dataset(
     name: str,
     arrays: Mapping[str, Array | Tensor],
@@ -190,15 +158,23 @@ def make_dataset(
     augment: nn.Module | None,
 ) -> Dataset:
     """Return the dataset with the mean and std that were asked for, or else its own; float inputs have none."""
-    columns = {part: torch.as_tensor(arrays[part]) for part in ("train_x", "train_y", "test_x", "test_y")}
+    x = [_rows(arrays[part]) for part in ("train_x", "test_x")]
+    y = [torch.as_tensor(arrays[part]) for part in ("train_y", "test_y")]
     if not normalize:
         mean, std = (0.0,), (1.0,)
-    elif columns["train_x"].dtype == torch.uint8 and (mean is None or std is None):
-        own = (arrays["mean"], arrays["std"]) if "mean" in arrays else channel_moments(columns["train_x"].numpy())
+    elif x[0].dtype == torch.uint8 and (mean is None or std is None):
+        own = (arrays["mean"], arrays["std"]) if "mean" in arrays else channel_moments(np.asarray(arrays["train_x"]))
         mean = own[0].tolist() if mean is None else mean
         std = [float(s) or 1.0 for s in own[1]] if std is None else std  # a constant channel is left as it is
     means, stds = (tuple(map(float, given)) for given in (mean or (0.0,), std or (1.0,)))
-    return Dataset(name, **columns, class_names=tuple(class_names), mean=means, std=stds, augment=augment)
+    return Dataset(name, x[0], y[0], x[1], y[1], tuple(class_names), means, stds, augment)
+
+
+def _rows(array: Array | Tensor) -> Rows:
+    """Return an array as a tensor, or as its file where that takes more than is kept in memory."""
+    if isinstance(array, np.memmap) and array.nbytes > RESIDENT:
+        return Mapped(str(array.filename))
+    return torch.as_tensor(array)
 
 
 def channel_moments(x: Array) -> tuple[Array, Array]:

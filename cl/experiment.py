@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import Logger
 
 from cl import checkpoint
 from cl.errors import InputError
 from cl.learner import Learner
-from cl.loader import Columns, EvalLoader
+from cl.loader import EvalLoader
 from cl.report import Report, Run
-from cl.task import Stream, Task, TaskData
+from cl.task import Stream, Task
 
 TrainerFactory = Callable[..., pl.Trainer]
 
@@ -65,6 +66,12 @@ class Experiment:
         callbacks: Lightning callbacks, the same objects in every task.
         config: Resolved configuration, for reports.
         notes: Sentences that belong beside the numbers.
+        columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
+            the k newest of these. The first and the last row are measured on all.
+        keep: The newest checkpoints that stay; None keeps all.
+
+    Raises:
+        InputError: If columns or keep make no sense.
 
     Example:
         >>> from functools import partial
@@ -88,7 +95,13 @@ class Experiment:
         callbacks: Sequence[pl.Callback] = (),
         config: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
+        columns: str | int = "all",
+        keep: int | None = None,
     ) -> None:
+        if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
+            raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
+        if keep is not None and keep < 1:
+            raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, or null.")
         self.learner, self.stream, self.epochs = learner, stream, epochs
         self._trainer, self._logger, self._callbacks = trainer, list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
@@ -100,8 +113,11 @@ class Experiment:
             scenario=stream.scenario,
             matrices=dict(learner.matrices.items()),  # type: ignore[arg-type]
             notes=list(notes),
+            order=stream.order,
+            boundaries=stream.boundaries,
         )
-        self._test: Columns | None = None
+        self.columns, self.keep = columns, keep
+        self._all: EvalLoader | None = None
 
     def run(self) -> Run:
         """Learn the stream, or the rest of it where the directory holds checkpoints.
@@ -181,12 +197,18 @@ class Experiment:
 
     def _evaluate(self) -> None:
         trainer = self._make_trainer()
-        if self._test is None:
-            columns = TaskData.concat([task.test for task in self.stream]).tensors()
-            x, y, label = (column.to(trainer.strategy.root_device) for column in columns)
-            self._test = x, y, label
-        trainer.test(self.learner, EvalLoader(self._test, self.learner.eval_batch_size), verbose=False)
+        trainer.test(self.learner, self._tests(trainer.strategy.root_device), verbose=False)
+
+    def _tests(self, device: torch.device) -> EvalLoader:
+        """Return the test sets of the columns that the present row is measured on."""
+        learned, size = self.learner.tasks_learned, self.learner.eval_batch_size
+        if self.columns != "all" and 0 < learned < len(self.stream):
+            first = 0 if self.columns == "seen" else max(0, learned + 1 - int(self.columns))
+            return EvalLoader([task.test for task in self.stream[first : learned + 1]], device, size)
+        if self._all is None:
+            self._all = EvalLoader([task.test for task in self.stream], device, size)
+        return self._all
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            checkpoint.save(self.learner, self.checkpoints)
+            checkpoint.save(self.learner, self.checkpoints, self.keep)

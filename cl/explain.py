@@ -29,9 +29,31 @@ def cause(error: BaseException | None) -> BaseException | None:
         >>> print(cause(error))
         batch_size=0 must be 1 or more.
     """
+    first = error
     while error is not None and not isinstance(error, InputError | DivergenceError):
         error = error.__cause__ or error.__context__
-    return error
+    return error if error is not None else _wrong_call(first)
+
+
+def _wrong_call(error: BaseException | None) -> InputError | None:
+    """Return a sentence on a `_target_` that is not there or takes other arguments, but not on what failed inside it."""
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import MissingMandatoryValue
+
+    if isinstance(error, MissingMandatoryValue) or isinstance(
+        error.__cause__ if error else None, MissingMandatoryValue
+    ):
+        return InputError(f"{error.full_key} has no default: write {error.full_key}=... on the command line.")
+    if not isinstance(error, InstantiationException):
+        return None
+    inner = error.__cause__ or error.__context__
+    place = inner.__traceback__ if inner is not None else None
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    key = str(error).partition("full_key: ")[2] or "the configuration"
+    if place is None or "hydra" not in place.tb_frame.f_code.co_filename:
+        return None
+    return InputError(f"{key} cannot be made ({' '.join(str(inner).split())}): correct its _target_ or its arguments.")
 
 
 def missing(error: Any) -> str:

@@ -28,7 +28,12 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def diagonal_fisher(
-    module: nn.Module, x: Tensor, classes: Tensor, weights: Tensor | None = None, batch_size: int = 1
+    module: nn.Module,
+    x: Tensor,
+    classes: Tensor,
+    weights: Tensor | None = None,
+    batch_size: int = 1,
+    target: str = "label",
 ) -> Tensor:
     r"""Return :math:`F_i = \mathbb{E}_x \sum_y w(y|x) (\partial \log p(y|x) / \partial \theta_i)^2` as one vector.
 
@@ -38,6 +43,9 @@ def diagonal_fisher(
         classes: The classes that compete, (K,).
         weights: w(y|x), (n, K); None means the model's own p(y|x), which gives the true Fisher.
         batch_size: b > 1 squares the mean gradient of b examples instead, n // b times; each needs one label.
+        target: "label"; or "multilabel" (independent Bernoulli outputs) or "regression" (Gaussian ones of variance 1),
+            whose Fisher is :math:`\mathbb{E}_x \sum_c v_c (\partial z_c / \partial \theta_i)^2` with
+            :math:`v_c = \sigma(z_c)(1 - \sigma(z_c))`, or 1.
 
     Example:
         >>> w = nn.Linear(1, 2, bias=False)
@@ -49,13 +57,13 @@ def diagonal_fisher(
     theta = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
     def log_p(theta: dict[str, Tensor], some: Tensor, y: Tensor) -> Tensor:
-        log_probability = functional_call(module, theta, (some,))[:, classes].float().log_softmax(1)
-        mean: Tensor = log_probability.gather(1, y[:, None]).mean()
+        z = functional_call(module, theta, (some,))[:, classes].float()
+        mean: Tensor = (z.log_softmax(1) if target == "label" else z).gather(1, y[:, None]).mean()
         return mean
 
     if weights is None:
         with torch.no_grad():
-            weights = module(x)[:, classes].float().softmax(1)
+            weights = _own_weights(module(x)[:, classes].float(), target)
     batch_size = min(batch_size, len(x))
     whole = len(x) // batch_size * batch_size
     pairs = [column.view(-1, batch_size) for column in weights[:whole].nonzero(as_tuple=True)]
@@ -68,6 +76,13 @@ def diagonal_fisher(
         share = weights[e, y].mean(1)
         total += flat([share @ g.reshape(len(e), -1).float().square() for g in gradients.values()])
     return total / (whole // batch_size)
+
+
+def _own_weights(z: Tensor, target: str) -> Tensor:
+    """Return what each output's squared gradient counts in the true Fisher, (n, K)."""
+    if target == "label":
+        return z.softmax(1)
+    return z.sigmoid() * (-z).sigmoid() if target == "multilabel" else torch.ones_like(z)
 
 
 def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: Tensor, random: Random) -> Tensor | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
@@ -20,9 +19,10 @@ from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
 from cl.loader import EvalLoader, TrainLoader
 from cl.random import Random, derive
+from cl.score import matrices, start
 from cl.strategy import Batch, Composition, OptimizerFactory, Strategy
+from cl.target import classes_of
 from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
-from cl.transfer import TransferMatrix
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 COMPILERS = ("default", "reduce-overhead", "max-autotune")
@@ -108,7 +108,7 @@ class Learner(pl.LightningModule):
         self.scenario: Scenario = stream.scenario
         self.train_mask = train_mask or stream.scenario
         self.gradient_clip, self.seed = gradient_clip, seed
-        self.augment, self.normalize = stream.augment, stream.normalize
+        self.augment, self.normalize, self.shuffle = stream.augment, stream.normalize, stream.boundaries
         self.augment_random = Random()
         self._optimizer, self._scheduler = optimizer, scheduler
         self._allocate(stream)
@@ -118,29 +118,24 @@ class Learner(pl.LightningModule):
         self.total_steps = 0  # over the stream
         self.step = 0  # within the task
         self.last_loss: Tensor | None = None
-        self._columns: tuple[Tensor, Tensor, Tensor] | None = None
+        self._data: TaskData | None = None
         self._curves = Curves(log_every)
         self.accumulate, self.limit = 1, 1.0
         self._plain = self._compiled = False
         self.strategies = Composition(strategies)
         self._chains, self._owners = self.strategies.chains, self.strategies.owners
-        for name, strategy in strategies.items():
-            strategy.setup(self, stream)
-            for path, module in strategy.named_modules():
-                if isinstance(module, Random):
-                    module.seed(derive(seed, name, path))
+        self.strategies.setup(self, stream)
 
     def _allocate(self, stream: Stream) -> None:
-        """Make what has one row a task: who belongs to it, the masks, and R under each mask that is scored."""
-        self.num_tasks, self.num_classes = len(stream), stream.num_classes
+        """Make what has one row a task: who belongs to it, the masks, and R by mask and metric."""
+        self.num_tasks, self.num_classes, self.target = len(stream), stream.num_classes, stream.target
         membership = torch.zeros(self.num_tasks, self.num_classes, dtype=torch.bool)
         for task in stream:
-            membership[task.index, list(task.classes)] = True
+            membership[task.index, slice(None) if self.target.name == "regression" else list(task.classes)] = True
         self.register_buffer("membership", membership, persistent=False)
         self.register_buffer("seen", torch.zeros(self.num_classes, dtype=torch.bool))
         self.masks = nn.ModuleDict({name: Mask(self.num_tasks, self.num_classes) for name in SCENARIOS})
-        scored = {"class": ("class", "task"), "task": ("task", "class"), "domain": ("domain",)}[stream.scenario]
-        self.matrices = nn.ModuleDict({name: TransferMatrix(self.num_tasks, name) for name in scored})
+        self.matrices = matrices(stream)
         self._update_masks()
 
     # ---- what strategies use ------------------------------------------------------------------------------------
@@ -153,7 +148,7 @@ class Learner(pl.LightningModule):
     @property
     def steps_per_epoch(self) -> int:
         """Minibatches of an epoch of the present task."""
-        rows = 0 if self._columns is None else len(self._columns[1])
+        rows = 0 if self._data is None else len(self._data)
         steps = -(-rows // self.batch_size)
         return min(steps, self.limit) if isinstance(self.limit, int) else int(steps * self.limit)
 
@@ -224,9 +219,9 @@ class Learner(pl.LightningModule):
         masked: Tensor = self.masks[scenario or self.scenario](logits, task)
         return masked
 
-    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy over the classes that compete in training."""
-        return F.cross_entropy(self.mask(logits, batch.task, self.train_mask), batch.y)
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of the stream's target, for labels the cross-entropy, over the classes that compete."""
+        return self.target.loss(self.mask(logits, batch.task, self.train_mask), batch.y)
 
     # ---- a task, called by cl.experiment ------------------------------------------------------------------------
 
@@ -240,11 +235,8 @@ class Learner(pl.LightningModule):
         data: TaskData = self._owners["training_data"](self, task)
         self.seen |= self.membership[task.index]
         if len(data):
-            x, y, label = (column.to(self.device) for column in data.tensors())
-            self._columns = (x.contiguous(), y, label)
-            self.seen[torch.unique(y)] = True
-        else:
-            self._columns = None
+            self._data = data.on(self.device)
+            self.seen[list(classes_of(data.labels))] = True
         self._update_masks()
 
     @property
@@ -256,7 +248,7 @@ class Learner(pl.LightningModule):
         """End a task on the training device: every strategy's hook."""
         for _, hook in self._chains["after_task"]:
             hook(self, task)
-        self._columns = None
+        self._data = None
         self.tasks_learned = task.index + 1
 
     def _update_masks(self) -> None:
@@ -273,10 +265,10 @@ class Learner(pl.LightningModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Return the present task's minibatches."""
-        assert self._columns is not None
-        seed = derive(self.seed, "task", self.task.index)
+        assert self._data is not None
+        seed = derive(self.seed, "task", self.task.index) if self.shuffle else None
         shape = self.batch_size, self.chunk_size, self.steps_per_epoch
-        return TrainLoader(self._columns, *shape, seed, lambda: self.current_epoch)
+        return TrainLoader(self._data, *shape, seed, lambda: self.current_epoch, self.device)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch where it is: the columns were moved once."""
@@ -394,31 +386,28 @@ class Learner(pl.LightningModule):
         """Return the present task's validation examples, never augmented."""
         if self.task.val is None:
             return []
-        return EvalLoader(tuple(c.to(self.device) for c in self.task.val.tensors()), self.eval_batch_size)  # type: ignore[arg-type]
+        return EvalLoader([self.task.val], self.device, self.eval_batch_size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss and accuracy on the present task, weighted by rows."""
-        logits = self.mask(self._predict(batch), batch.task)
-        loss, accuracy = F.cross_entropy(logits, batch.y), (logits.argmax(1) == batch.y).float().mean()
-        self.log_dict({"val/loss": loss, "val/accuracy": accuracy}, batch_size=len(batch), on_epoch=True)
+        """Log the loss, and for labels the accuracy, on the present task, weighted by rows."""
+        logits = self._predict(batch)
+        values = {"val/loss": self.criterion(logits, batch)}
+        if self.target.name == "label":
+            values["val/accuracy"] = (self.mask(logits, batch.task).argmax(1) == batch.y).float().mean()
+        self.log_dict(values, batch_size=len(batch), on_epoch=True)
 
     def on_test_epoch_start(self) -> None:
-        """Start the counts of a row of R."""
-        self._correct = {name: torch.zeros(self.num_tasks, device=self.device) for name in self.matrices}
-        self._total = torch.zeros(self.num_tasks, device=self.device)
+        """Start the scores of a row of R."""
+        self._score = start(self.target, list(self.matrices), self.mask, self.membership)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count the right answers of each task, under every mask."""
-        logits = self._predict(batch)
-        self._total.index_add_(0, batch.task, torch.ones_like(batch.y, dtype=self._total.dtype))
-        for name, correct in self._correct.items():
-            right = self.mask(logits, batch.task, name).argmax(1) == batch.y
-            correct.index_add_(0, batch.task, right.to(correct.dtype))
+        """Score a batch of any tasks."""
+        self._score.update(self._predict(batch), batch)
 
     def on_test_epoch_end(self) -> None:
-        """Write the row of R; a task without test rows divides 0 by 0 and stays NaN."""
-        for name, matrix in self.matrices.items():
-            matrix.record(self.tasks_learned, self._correct[name] / self._total)  # type: ignore[operator]
+        """Write the row of R."""
+        for name, row in self._score.rows().items():
+            self.matrices[name].record(self.tasks_learned, row)  # type: ignore[operator]
 
     def _predict(self, batch: Batch) -> Tensor:
         logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))

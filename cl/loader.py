@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cl.random import derive
 from cl.strategy import Batch, Labels
+from cl.task import TaskData
 
-Columns = tuple[Tensor, Tensor, Tensor]
 _LARGEST, _BRISK = 64, 0.1  # steps of a chunk that chooses its size; seconds that it should not take
 
 
@@ -20,36 +20,39 @@ class TrainLoader:
     """Shuffled minibatches in chunks of K, as lists of `Batch`.
 
     A Lightning "batch" is a chunk, so that its cost a step is paid once in K steps. The order of the examples is a
-    function of (seed, task, epoch) alone, and the minibatches are the same for every K.
+    function of (seed, task, epoch) alone, and the minibatches are the same for every K. Where the data stay in their
+    file, the next chunk is read while the present one is trained on.
 
     Args:
-        columns: Inputs (N, *input), labels (N,) and task labels (N,) on the training device.
+        data: The examples, on the training device or read part by part.
         batch_size: Rows of a minibatch; the last one of an epoch may be smaller.
         chunk_size: Minibatches a chunk, K; None begins with one and doubles while a chunk is brisk, so that bars move
             where a step is slow. Then there is no length to tell.
         num_steps: Minibatches an epoch, at most what the rows give.
-        seed: Seed of the task's order.
+        seed: Seed of the task's order; None keeps the rows as they stand.
         epoch: Tells the present epoch.
+        device: Where minibatches go.
 
     Example:
-        >>> y = torch.arange(10)
-        >>> loader = TrainLoader((y.float(), y, y), batch_size=4, chunk_size=2, num_steps=3, seed=0, epoch=lambda: 0)
+        >>> data, cpu = TaskData(torch.arange(10.0), torch.arange(10)), torch.device("cpu")
+        >>> loader = TrainLoader(data, 4, chunk_size=2, num_steps=3, seed=0, epoch=lambda: 0, device=cpu)
         >>> [[len(batch) for batch in chunk] for chunk in loader]
         [[4, 4], [2]]
     """
 
     def __init__(
         self,
-        columns: Columns,
+        data: TaskData,
         batch_size: int,
         chunk_size: int | None,
         num_steps: int,
-        seed: int,
+        seed: int | None,
         epoch: Callable[[], int],
+        device: torch.device,
     ) -> None:
-        self.columns, self.batch_size, self.chunk_size = columns, batch_size, chunk_size
-        self.num_steps, self.seed, self.epoch = num_steps, seed, epoch
-        self._host = [column.cpu().numpy() for column in columns[1:]]
+        self.data, self.batch_size, self.chunk_size = data, batch_size, chunk_size
+        self.num_steps, self.seed, self.epoch, self.device = num_steps, seed, epoch, device
+        self._host = [column.cpu().numpy() for column in (data.labels, data.tasks)]
 
     def __len__(self) -> int:
         if self.chunk_size is None:
@@ -57,8 +60,13 @@ class TrainLoader:
         return -(-self.num_steps // self.chunk_size)
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        draw = np.random.default_rng(derive(self.seed, "order", self.epoch()))
-        order = draw.permutation(len(self.columns[1]))[: self.num_steps * self.batch_size]
+        order = np.arange(len(self.data))
+        if self.seed is not None:
+            order = np.random.default_rng(derive(self.seed, "order", self.epoch())).permutation(len(self.data))
+        order = order[: self.num_steps * self.batch_size]
+        return self._held(order) if self.data.resident else self._read(order)
+
+    def _held(self, order: Labels) -> Iterator[list[Batch]]:
         size = self.chunk_size or 1
         while len(order):
             began = time.perf_counter()
@@ -67,12 +75,22 @@ class TrainLoader:
             if self.chunk_size is None and time.perf_counter() - began < _BRISK:
                 size = min(2 * size, _LARGEST)
 
+    def _read(self, order: Labels) -> Iterator[list[Batch]]:
+        step = (self.chunk_size or 8) * self.batch_size
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._chunk, order[:step])
+            for start in range(step, len(order) + step, step):
+                chunk = ahead.result()
+                if start < len(order):
+                    ahead = reader.submit(self._chunk, order[start : start + step])
+                yield chunk
+
     def _chunk(self, rows: Labels) -> list[Batch]:
-        index = torch.from_numpy(rows).to(self.columns[1].device)
-        columns = (column[index].split(self.batch_size) for column in self.columns)
+        columns = self.data.take(torch.from_numpy(rows).to(self.data.y.device)).tensors()
+        parts = (column.to(self.device, non_blocking=True).split(self.batch_size) for column in columns)
         cuts = range(self.batch_size, len(rows), self.batch_size)
         host = (np.split(labels[rows], cuts) for labels in self._host)
-        pairs = zip(zip(*columns, strict=True), zip(*host, strict=True), strict=True)
+        pairs = zip(zip(*parts, strict=True), zip(*host, strict=True), strict=True)
         return [Batch(x, y, task, host=labels) for (x, y, task), labels in pairs]
 
 
@@ -80,20 +98,30 @@ class EvalLoader:
     """Minibatches in order, each one `Batch`; all tasks' test sets stand here as one.
 
     Args:
-        columns: As in `TrainLoader`.
+        parts: Examples, one after the other; those below a gibibyte are gathered on the device once.
+        device: Where minibatches go.
         batch_size: Rows of a minibatch; None means 256 on a CPU, whose cache they fit, and 1024 elsewhere.
 
     Example:
-        >>> y = torch.arange(10)
-        >>> [len(batch) for batch in EvalLoader((y.float(), y, y), batch_size=8)]
+        >>> data = TaskData(torch.arange(10.0), torch.arange(10))
+        >>> [len(batch) for batch in EvalLoader([data], torch.device("cpu"), batch_size=8)]
         [8, 2]
     """
 
-    def __init__(self, columns: Columns, batch_size: int | None = None) -> None:
-        self.columns, self.batch_size = columns, batch_size or (256 if columns[1].device.type == "cpu" else 1024)
+    def __init__(self, parts: Sequence[TaskData], device: torch.device, batch_size: int | None = None) -> None:
+        self.parts = [TaskData.concat(parts).on(device)] if TaskData.fit(parts) else list(parts)
+        self.device, self.batch_size = device, batch_size or (256 if device.type == "cpu" else 1024)
 
     def __len__(self) -> int:
-        return -(-len(self.columns[1]) // self.batch_size)
+        return sum(-(-len(part) // self.batch_size) for part in self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (Batch(*rows) for rows in zip(*(c.split(self.batch_size) for c in self.columns), strict=True))
+        for part in self.parts:
+            if part.index is None and part.transform is None and part.resident:
+                columns = (column.split(self.batch_size) for column in part.tensors())
+                yield from (Batch(*rows) for rows in zip(*columns, strict=True))
+                continue
+            for start in range(0, len(part), self.batch_size):
+                rows = torch.arange(start, min(start + self.batch_size, len(part)))
+                x, y, task = (column.to(self.device) for column in part.take(rows).tensors())
+                yield Batch(x, y, task)

@@ -67,12 +67,7 @@ class Memory(nn.Module):
         storage: str = "device",
     ) -> None:
         super().__init__()
-        if policy not in POLICIES:
-            raise unknown("memory policy", policy, POLICIES)
-        if storage not in STORAGES:
-            raise unknown("memory storage", storage, STORAGES)
-        if capacity < 1:
-            raise InputError(f"A memory of {capacity} exemplars holds nothing: set memory_size to 1 or more.")
+        _check(capacity, stream, policy, storage)
         self.capacity, self.policy, self.num_classes = capacity, policy, stream.num_classes
         self.num_groups = stream.num_classes * (len(stream) if stream.scenario == "domain" else 1)
         if policy == "ring" and capacity < self.num_groups:
@@ -85,7 +80,11 @@ class Memory(nn.Module):
         self._extras = tuple(extras or {})
         self._off_device: dict[str, Tensor] = {}
         self.register_buffer("here", torch.empty(0), persistent=False)  # follows the learner
-        columns = {"x": (stream.input_shape, stream.input_dtype), "y": ((), torch.int64), "task": ((), torch.int64)}
+        columns = {
+            "x": (stream.input_shape, stream.input_dtype),
+            "y": stream.target.row(stream.num_classes),
+            "task": ((), torch.int64),
+        }
         for name, (shape, dtype) in {**columns, **{n: (s, torch.float32) for n, s in (extras or {}).items()}}.items():
             if storage == "device":
                 self.register_buffer(f"rows_{name}", torch.zeros(capacity, *shape, dtype=dtype))
@@ -223,6 +222,20 @@ class Memory(nn.Module):
         self._held = np.bincount(self._group[self._group >= 0], minlength=self.num_groups)
         for name, column in self._off_device.items():
             column.copy_(state["rows"][name])
+
+
+def _check(capacity: int, stream: Stream, policy: str, storage: str) -> None:
+    if policy not in POLICIES:
+        raise unknown("memory policy", policy, POLICIES)
+    if storage not in STORAGES:
+        raise unknown("memory storage", storage, STORAGES)
+    if policy != "reservoir" and stream.target.name != "label":
+        raise InputError(
+            f"A {policy} memory counts classes, but the targets of {stream.name!r} are {stream.target.name}: use "
+            "policy=reservoir."
+        )
+    if capacity < 1:
+        raise InputError(f"A memory of {capacity} exemplars holds nothing: set memory_size to 1 or more.")
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ A run, with each hook marked where it is called (`cl/experiment.py` and `cl/lear
                 batch.view = normalize(augment(batch.x))                 # once, after the replayed rows are in
                 features = strategy.encode(learner, batch.view)          # one owner; default: learner.backbone
                 logits = learner.head(features)                          # (B, C), full width
-                loss = strategy.criterion(learner, batch, logits)        # one owner; default: masked cross-entropy
+                loss = strategy.criterion(learner, batch, logits)        # one owner; default: the target's masked loss
                 loss += strategy.loss(learner, batch, logits)            # every strategy; None adds nothing
                 loss.backward()
                 strategy.project_gradients(learner)                      # in place on .grad, before clipping
@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl.errors import InputError
+from cl.random import Random, derive
 
 if TYPE_CHECKING:
     from cl.learner import Learner
@@ -59,7 +60,7 @@ class Batch:
 
     Args:
         x: Raw inputs (B, *input), uint8 where the data are images.
-        y: Stream-wide labels, int64 (B,).
+        y: Stream-wide labels, int64 (B,); or other targets, float32 (B, C).
         task: Task labels, int64 (B,).
         extras: Named tensors with one row an example, such as stored logits (B, C).
         num_incoming: The first rows that come from the stream; the others were appended by `extend_batch`.
@@ -110,6 +111,20 @@ class Strategy(nn.Module):
         (True, False)
     """
 
+    targets: tuple[str, ...] = ("label",)  # what it can learn, of cl.target
+
+    def check_target(self, stream: Stream) -> None:
+        """Refuse a stream whose targets the method does not know.
+
+        Raises:
+            InputError: Naming both.
+        """
+        if stream.target.name not in self.targets:
+            raise InputError(
+                f"{type(self).__name__} learns from targets of kind {' or '.join(self.targets)}, but those of "
+                f"{stream.name!r} are {stream.target.name}: choose another strategy or another stream."
+            )
+
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate every tensor at its final shape and refuse what cannot work."""
 
@@ -138,7 +153,7 @@ class Strategy(nn.Module):
 
     def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
         """Return the classification loss in place of the default; one owner."""
-        return learner.cross_entropy(logits, batch)
+        return learner.criterion(logits, batch)
 
     def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return a scalar, already weighted, to be added; None where there is nothing to add yet."""
@@ -197,6 +212,16 @@ class Composition(nn.ModuleDict):
             )
         owner: Callable[..., Any] = getattr(strategies[names[0]] if names else Strategy(), hook)
         return owner
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Let each strategy refuse the stream or allocate, and seed its generators by its name."""
+        for name, strategy in self.items():
+            assert isinstance(strategy, Strategy)
+            strategy.check_target(stream)
+            strategy.setup(learner, stream)
+            for path, module in strategy.named_modules():
+                if isinstance(module, Random):
+                    module.seed(derive(learner.seed, name, path))
 
     def owned(self, hook: str) -> bool:
         """Say whether a strategy defines a hook with one owner."""

@@ -19,18 +19,22 @@ A stream needs no base class. A function that returns a `Stream` is enough:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl.errors import InputError
+from cl.errors import InputError, unknown
+from cl.random import derive
+from cl.rows import RESIDENT, Items, Rows, row_bytes, to_tensor
+from cl.target import TARGETS, Target, classes_of
 
 Scenario = Literal["class", "task", "domain"]
 SCENARIOS: tuple[Scenario, ...] = ("class", "task", "domain")
+Order = Sequence[int] | Literal["shuffled"] | None
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,14 @@ class TaskData:
     """Labelled examples: a view of base arrays until `tensors` gathers them.
 
     Args:
-        x: Base inputs as stored, (N, *input): uint8 images or float32 arrays, possibly memory-mapped.
-        y: Stream-wide labels of the N base rows, int64 (N,).
+        x: Base inputs as stored, (N, *input): uint8 images or float32 arrays; a tensor, or what reads by rows.
+        y: Stream-wide labels of the N base rows, int64 (N,); or targets, float32 (N, C), see `cl.target`.
         task: Task label, one for all rows or int64 (N,).
         index: The rows of the base arrays that belong, in order; None means all of them.
-        transform: A deterministic map of gathered inputs (a permutation of pixels, a rotation), applied once.
+        transform: A deterministic map of gathered inputs (a permutation of pixels, a rotation), row by row.
     """
 
-    x: Tensor
+    x: Rows
     y: Tensor
     task: int | Tensor = 0
     index: Tensor | None = None
@@ -62,12 +66,13 @@ class TaskData:
             >>> data.tensors()[0].tolist(), data.tensors()[1].tolist()
             ([[4, 5], [0, 1]], [2, 0])
         """
-        x, y = (self.x, self.y) if self.index is None else (self.x[self.index], self.y[self.index])
+        if self.index is not None:
+            x = self.x[self.index]
+        else:
+            x = self.x if isinstance(self.x, Tensor) else self.x[torch.arange(len(self.x))]
         if self.transform is not None:
             x = self.transform(x)
-        if isinstance(self.task, int):
-            return x, y, torch.full_like(y, self.task)
-        return x, y, self.task if self.index is None else self.task[self.index]
+        return x, self.labels, self.tasks
 
     def take(self, rows: Tensor) -> TaskData:
         """Return the view of some of this view's rows.
@@ -84,29 +89,114 @@ class TaskData:
         """The labels of the rows that belong, (n,)."""
         return self.y if self.index is None else self.y[self.index]
 
+    @property
+    def tasks(self) -> Tensor:
+        """The task labels of the rows that belong, (n,)."""
+        if isinstance(self.task, int):
+            return torch.full((len(self),), self.task, dtype=torch.int64, device=self.y.device)
+        return self.task if self.index is None else self.task[self.index]
+
+    def renumbered(self, task: int, moved: Tensor | None = None) -> TaskData:
+        """Return the same examples with another task label.
+
+        Args:
+            task: The label, where all rows have one.
+            moved: The new label of each old one, for rows that belong to several tasks.
+
+        Raises:
+            InputError: If rows belong to several tasks and nothing says where those went.
+        """
+        if isinstance(self.task, int) or len(torch.unique(self.tasks)) < 2:
+            return replace(self, task=task)
+        if moved is None:
+            raise InputError("Rows of several tasks cannot be given to one: change the stream before it blends.")
+        return replace(self, task=moved[self.task])
+
+    def then(self, transform: Callable[[Tensor], Tensor]) -> TaskData:
+        """Return the same examples, transformed once more."""
+        return replace(self, transform=transform if self.transform is None else _Chain(self.transform, transform))
+
+    @property
+    def resident(self) -> bool:
+        """Whether the examples are held on the training device as a whole, below a gibibyte or in memory anyway."""
+        return TaskData.fit([self])
+
+    @staticmethod
+    def fit(parts: Sequence[TaskData]) -> bool:
+        """Say whether what several read from files is less than a gibibyte, and none is read anew each time."""
+        read = [part for part in parts if not isinstance(part.x, Tensor)]
+        small = sum(len(part) * row_bytes(part.x) for part in read) <= RESIDENT
+        return small and not any(isinstance(part.x, Items) for part in read)
+
+    def on(self, device: torch.device) -> TaskData:
+        """Return the examples gathered on a device; or as they are, where they are read part by part."""
+        if not self.resident:
+            return self
+        x, y, task = (column.to(device) for column in self.tensors())
+        return TaskData(x.contiguous(), y, task)
+
     @staticmethod
     def concat(parts: Sequence[TaskData]) -> TaskData:
-        """Return the union of several, one after the other, gathered.
+        """Return the union of several, one after the other: a view where they share their arrays, else gathered.
 
         Example:
             >>> one = TaskData(torch.zeros(2, 3), torch.tensor([0, 1]), task=4)
-            >>> TaskData.concat([one, one]).task.tolist()
+            >>> TaskData.concat([one, one]).tasks.tolist()
             [4, 4, 4, 4]
         """
+        first = parts[0]
+        if all(p.x is first.x and p.y is first.y and p.transform is first.transform for p in parts):
+            index = torch.cat([torch.arange(len(p.y)) if p.index is None else p.index for p in parts])
+            task = torch.zeros(len(first.y), dtype=torch.int64)
+            if len(torch.unique(index)) == len(index):  # each row has one task label
+                task[index] = torch.cat([p.tasks for p in parts])
+                return TaskData(first.x, first.y, task, index, first.transform)
         x, y, task = (torch.cat(column) for column in zip(*(part.tensors() for part in parts), strict=True))
         return TaskData(x, y, task)
 
     @staticmethod
-    def from_dataset(dataset: Sequence[tuple[object, int]], task: int = 0) -> TaskData:
-        """Read any map-style dataset of (input, label) pairs into arrays, once.
+    def from_dataset(dataset: Any, task: int = 0, lazy: bool = False) -> TaskData:
+        """Take any map-style dataset of (input, label, ...) items.
+
+        Args:
+            dataset: Its items are read once, into arrays.
+            task: Task label.
+            lazy: Read inputs anew each time instead, where they are drawn anew; labels are read once all the same.
 
         Example:
             >>> TaskData.from_dataset([(torch.zeros(2), 0), (torch.ones(2), 1)]).x.shape
             torch.Size([2, 2])
         """
-        pairs = [dataset[i] for i in range(len(dataset))]
-        inputs = [torch.as_tensor(np.asarray(x)) for x, _ in pairs]
-        return TaskData(torch.stack(inputs), torch.tensor([int(y) for _, y in pairs]), task)
+        if lazy:
+            known = getattr(dataset, "targets", None)
+            labels = [dataset[i][1] for i in range(len(dataset))] if known is None else known
+            return TaskData(Items(dataset), _targets(labels), task)
+        items = [dataset[i] for i in range(len(dataset))]
+        inputs = [to_tensor(item[0]) for item in items]
+        shapes = {tuple(x.shape) for x in inputs}
+        if len(shapes) != 1:
+            odd = next((i for i, x in enumerate(inputs) if x.shape != inputs[0].shape), 0)
+            raise InputError(
+                f"Item {odd} of the dataset has shape {tuple(inputs[odd].shape)} where item 0 has "
+                f"{tuple(inputs[0].shape)}: bring all to one shape."
+                if inputs
+                else "The dataset is empty: every task needs at least one example."
+            )
+        return TaskData(torch.stack(inputs), _targets([item[1] for item in items]), task)
+
+
+def _targets(values: Any) -> Tensor:
+    y = torch.as_tensor(np.asarray(values))
+    return y.to(torch.float32) if y.ndim > 1 or y.is_floating_point() else y.to(torch.int64)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    first: Callable[[Tensor], Tensor]
+    second: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
 
 
 @dataclass(frozen=True)
@@ -119,6 +209,7 @@ class Task:
         test: Test examples, never trained on.
         val: Validation examples, drawn from the training set only and never augmented, or None.
         name: What tables and pictures call it.
+        unlabelled: Inputs whose label is withheld (y = -1), for strategies that use such, or None.
     """
 
     index: int
@@ -126,11 +217,29 @@ class Task:
     test: TaskData
     val: TaskData | None = None
     name: str = ""
+    unlabelled: TaskData | None = None
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
-        """The stream-wide classes of the task, ascending."""
-        return tuple(torch.unique(self.train.labels).tolist())
+        """The stream-wide classes of the task, ascending: those of the rows that carry its label, trained or tested."""
+        parts = [part.labels[part.tasks == self.index] for part in (self.train, self.test)]
+        return classes_of(torch.cat(parts))
+
+    def each(self, change: Callable[[TaskData], TaskData], **fields: Any) -> Task:
+        """Return the task with a change made to its training, validation, test and unlabelled examples.
+
+        Args:
+            change: Examples to examples.
+            fields: Other fields to replace, such as the name.
+
+        Example:
+            >>> data = TaskData(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+            >>> Task(0, data, data).each(lambda part: part.renumbered(5), index=5).classes
+            (0, 1)
+        """
+        parts = {name: getattr(self, name) for name in ("train", "test", "val", "unlabelled")}
+        changed = {name: None if part is None else change(part) for name, part in parts.items()}
+        return replace(self, **{**changed, **fields})
 
 
 class Stream(Sequence[Task]):
@@ -140,16 +249,24 @@ class Stream(Sequence[Task]):
         tasks: The tasks, or a function from the position to the task, called when it is first needed.
         scenario: What is known at test: "class" (all seen classes compete), "task" (those of the given
             task), "domain" (the same labels in every task).
-        num_classes: Width of the label space over the whole stream.
+        num_classes: Width of the label space over the whole stream; of other targets, their number.
         num_tasks: Length; needed where `tasks` is a function.
         augment: Train-time augmentation, `(x, numpy generator) -> x`, on raw batches.
         normalize: Maps a raw batch to what the backbone receives; the default only divides uint8 by 255.
         class_names: Names of the classes.
         name: What reports call the stream.
+        target: What a row's target is: "label", "multilabel" or "regression", see `cl.target`.
+        repeats: Whether classes may come again in later tasks of a class- or task-incremental stream.
+        boundaries: Whether a task begins and ends for the learner. Without, tasks are evaluation points of a stream
+            that drifts: their rows are trained on in the order in which they stand.
+        order: The order in which the tasks are learned: their positions, or "shuffled"; None leaves it as it is.
+        seed: Seed of a shuffled order.
+
+    Attributes:
+        order: The positions in the order of learning, stored beside the results.
 
     Raises:
-        InputError: If a task is empty, a label lies outside the range, or a class stands in two tasks of
-            a class- or task-incremental stream.
+        InputError: If scenario, target or order is unknown, or there are no tasks.
     """
 
     def __init__(
@@ -163,20 +280,70 @@ class Stream(Sequence[Task]):
         normalize: nn.Module | None = None,
         class_names: Sequence[str] = (),
         name: str = "stream",
+        target: str = "label",
+        repeats: bool = False,
+        boundaries: bool = True,
+        order: Order = None,
+        seed: int = 0,
     ) -> None:
         if scenario not in SCENARIOS:
             raise InputError(f"scenario={scenario!r} is unknown: use one of {', '.join(SCENARIOS)}.")
+        if target not in TARGETS:
+            raise unknown("target", target, TARGETS)
         self._build = tasks if callable(tasks) else tasks.__getitem__
         length = num_tasks if callable(tasks) else len(tasks)
         if not length:
             raise InputError(f"Stream {name!r} has no tasks: give at least one.")
         self._tasks: list[Task | None] = [None] * length
+        self.order = self._places = _resolve(order, length, seed, name)
         self.scenario: Scenario = scenario
         self.num_classes = num_classes
         self.augment = augment
         self.normalize = normalize
         self.class_names = tuple(class_names)
         self.name = name
+        self.target: Target = TARGETS[target]
+        self.repeats, self.boundaries = repeats, boundaries
+
+    @staticmethod
+    def from_datasets(train: Sequence[Any], test: Sequence[Any], **options: Any) -> Stream:
+        """Make a task of each pair of map-style datasets of (input, label) items.
+
+        Args:
+            train: One a task.
+            test: One a task.
+            options: Of `Stream`; `num_classes` defaults to the highest label and one, the scenario to
+                "domain" where tasks share classes.
+
+        Example:
+            >>> cats, dogs = [(torch.zeros(2), 0), (torch.ones(2), 1)], [(torch.zeros(2), 2), (torch.ones(2), 3)]
+            >>> stream = Stream.from_datasets([cats, dogs], [cats, dogs])
+            >>> stream.num_classes, stream.scenario
+            (4, 'class')
+        """
+        if len(train) != len(test):
+            raise InputError(f"{len(train)} training sets but {len(test)} test sets: give one of each a task.")
+        parts = [[TaskData.from_dataset(data, t) for t, data in enumerate(side)] for side in (train, test)]
+        tasks = [Task(t, *pair) for t, pair in enumerate(zip(*parts, strict=True))]
+        classes = [c for task in tasks for c in task.classes]
+        shared = len(set(classes)) < len(classes)
+        defaults = {"num_classes": max(classes) + 1, "scenario": "domain" if shared else "class"}
+        return Stream(tasks, **{**defaults, **options})
+
+    def derive(self, build: Callable[[int], Task], num_tasks: int | None = None, **changes: Any) -> Stream:
+        """Return a stream of other tasks that is alike in all but the changes.
+
+        Args:
+            build: Position to task.
+            num_tasks: Its length; None means as many tasks as here.
+            changes: Arguments of `Stream`.
+        """
+        alike = ("scenario", "num_classes", "augment", "normalize", "class_names", "name", "repeats", "boundaries")
+        same = {key: getattr(self, key) for key in alike} | {"target": self.target.name}
+        made = Stream(build, num_tasks=num_tasks or len(self), **{**same, **changes})
+        if num_tasks is None and changes.get("order") is None:
+            made.order = self.order  # its tasks stand in it already
+        return made
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -191,7 +358,11 @@ class Stream(Sequence[Task]):
         position = range(len(self))[index]
         task = self._tasks[position]
         if task is None:
-            task = self._tasks[position] = self._build(position)
+            task = self._build(self._places[position])
+            if self._places != tuple(range(len(self))):
+                moved = torch.tensor(self._places).argsort()
+                task = task.each(lambda part: part.renumbered(position, moved), index=position)
+            self._tasks[position] = task
         return task
 
     def __iter__(self) -> Iterator[Task]:
@@ -223,6 +394,8 @@ class Stream(Sequence[Task]):
         Raises:
             InputError: One sentence naming the task, the value and the remedy.
         """
+        if self.target.name == "regression" and self.scenario != "domain":
+            raise InputError(f"{self.name!r} has numbers as targets, which no class owns: set scenario=domain.")
         owner: dict[int, int] = {}
         for position, task in enumerate(self):
             if task.index != position:
@@ -230,17 +403,18 @@ class Stream(Sequence[Task]):
             for part, data in (("train", task.train), ("val", task.val), ("test", task.test)):
                 if data is not None:
                     self._check_part(f"The {part} set of task {position} of {self.name!r}", data)
-            strangers = set(task.test.labels.unique().tolist()) - set(task.classes)
-            if strangers:
+            strangers = set(classes_of(task.test.labels)) - set(classes_of(task.train.labels))
+            if strangers and self.boundaries and self.target.name != "regression":
                 raise InputError(
                     f"Task {position} of {self.name!r} tests classes {sorted(strangers)} that it never trains: "
                     "remove them from its test set or add training examples."
                 )
-            for label in task.classes if self.scenario != "domain" else ():
+            for label in task.classes if self.scenario != "domain" and not self.repeats else ():
                 if label in owner:
                     raise InputError(
                         f"Class {label} stands in tasks {owner[label]} and {position} of {self.name!r}, which "
-                        f"scenario={self.scenario} does not allow: give each class one task, or use scenario=domain."
+                        f"scenario={self.scenario} does not allow: give each class one task, use scenario=domain, or "
+                        "say repeats=True where classes come again."
                     )
                 owner[label] = position
 
@@ -249,13 +423,26 @@ class Stream(Sequence[Task]):
             raise InputError(f"{what} is empty: every task needs at least one example.")
         if len(data.x) != len(data.y):
             raise InputError(f"{what} has {len(data.x)} inputs but {len(data.y)} labels: give one label an input.")
-        low, high = int(data.labels.min()), int(data.labels.max())
-        if low < 0 or high >= self.num_classes:
-            bad = low if low < 0 else high
-            raise InputError(f"{what} has label {bad}, outside 0..{self.num_classes - 1}: fix it or num_classes.")
+        if len(data.tasks) != len(data):
+            raise InputError(f"{what} has {len(data)} rows but {len(data.tasks)} task labels: give one label a row.")
+        self.target.check(what, data.labels, self.num_classes)
         first = data.take(torch.tensor([0])).tensors()[0]
         if first.dtype != self.input_dtype or tuple(first.shape[1:]) != self.input_shape:
             raise InputError(
                 f"{what} holds {first.dtype} inputs of shape {tuple(first.shape[1:])} where task 0 has "
                 f"{self.input_dtype} of {self.input_shape}: bring them to one shape and type."
             )
+
+
+def _resolve(order: Order, length: int, seed: int, name: str) -> tuple[int, ...]:
+    """Return an order as positions, each once."""
+    if isinstance(order, str) and order != "shuffled":
+        raise InputError(
+            f"order={order!r} of {name!r} is unknown: give null, shuffled, or the positions 0..{length - 1}."
+        )
+    if order == "shuffled":
+        order = np.random.default_rng(derive(seed, "task order")).permutation(length).tolist()
+    positions = tuple(range(length)) if order is None else tuple(int(t) for t in order)
+    if sorted(positions) != list(range(length)):
+        raise InputError(f"order={list(positions)} of {name!r}: name each of the positions 0..{length - 1} once.")
+    return positions

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.report import Run
+from cl.rows import Mapped
 from cl.strategy import Batch, Strategy
+from cl.target import classes_of
 from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
 
 _trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, barebones=False)
@@ -353,7 +355,7 @@ def check_stream(stream: Stream | Callable[[], Stream]) -> None:
     for task in stream:
         for part in ("train", "val", "test"):
             if getattr(task, part) is not None:
-                _check_part(f"The {part} set of task {task.index} of {stream.name!r}", task.index, getattr(task, part))
+                _check_part(f"The {part} set of task {task.index} of {stream.name!r}", stream, task, part)
                 if again is not None:
                     same = _equal(getattr(task, part).tensors(), getattr(again[task.index], part).tensors())
                     assert same, f"{stream.name!r} differs when built twice: draw from its seed alone."
@@ -381,16 +383,26 @@ def _check_iteration(stream: Stream) -> None:
     assert names in (0, stream.num_classes), f"{stream.name!r} names {names} of {stream.num_classes} classes: name all."
 
 
-def _check_part(what: str, index: int, data: TaskData) -> None:
+def _check_part(what: str, stream: Stream, task: Task, part: str) -> None:
+    data: TaskData = getattr(task, part)
     first = [column.clone() for column in data.tensors()]  # a transform in place would change both readings
     assert _equal(first, data.tensors()), (
         f"{what} differs when read twice: draw from a fixed seed, copy before changing."
     )
     lengths = {len(column) for column in (*first, data.labels)}
     assert lengths == {len(data)}, f"{what} has columns of lengths {sorted(lengths)} and says {len(data)}."
-    assert first[1].dtype == torch.int64, f"{what} has labels of {first[1].dtype}: make them int64."
+    shape, dtype = stream.target.row(stream.num_classes)
+    assert (first[1].dtype, first[1].shape[1:]) == (dtype, shape), (
+        f"{what} has labels of {first[1].dtype}: make them {dtype}."
+    )
     labels = first[2].unique().tolist()
-    assert labels == [index], f"{what} carries the task labels {labels}: give its rows the task's index."
+    if part != "train" or not stream.repeats:
+        assert labels == [task.index], f"{what} carries the task labels {labels}: give its rows the task's index."
+    for label in labels:  # rows that come in another task keep the label of their own
+        strange = set(classes_of(first[1][first[2] == label])) - set(stream[label].classes)
+        assert not strange, (
+            f"{what} has rows of classes {sorted(strange)} labelled as task {label}, which has none such."
+        )
     if first[0].is_floating_point():
         assert bool(torch.isfinite(first[0]).all()), f"{what} has NaN or infinity: clean the data."
 
@@ -426,7 +438,10 @@ def _check_leaks(stream: Stream) -> None:
 def _addresses(data: TaskData) -> Tensor:
     """Return where each row begins in memory, (n,)."""
     index = torch.arange(len(data.y)) if data.index is None else data.index.cpu()
-    return data.x.data_ptr() + index * data.x.stride(0) * data.x.element_size()
+    if isinstance(data.x, Tensor):
+        return data.x.data_ptr() + index * data.x.stride(0) * data.x.element_size()
+    source = data.x.path.resolve() if isinstance(data.x, Mapped) else id(getattr(data.x, "dataset", data.x))
+    return (hash(source) % 2**31 << 32) + index
 
 
 def _copies(a: TaskData, b: TaskData) -> int:

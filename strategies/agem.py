@@ -77,7 +77,7 @@ class AGEM(Strategy):
             return
         parameters = [p for p in learner.parameters() if p.grad is not None]
         batch = self.memory.sample(self.batch_size)
-        loss = learner.cross_entropy(learner(learner.prepare(batch.x, True)), batch)
+        loss = learner.criterion(learner(learner.prepare(batch.x, True)), batch)
         reference = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = project(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference]))

@@ -29,6 +29,8 @@ class Cumulative(Strategy):
         >>> check_strategy(Cumulative)
     """
 
+    targets = ("label", "multilabel", "regression")
+
     def __init__(self, restart: bool = False) -> None:
         super().__init__()
         self.restart = restart

@@ -53,6 +53,8 @@ class DERpp(Strategy):
         >>> check_strategy(DERpp, memory_size=20)
     """
 
+    targets = ("label", "multilabel", "regression")
+
     def __init__(
         self,
         memory_size: int = 200,
@@ -81,7 +83,7 @@ class DERpp(Strategy):
             terms.append(self.alpha * dark_knowledge(learner(learner.prepare(first.x, True)), first.extras["logits"]))
         if self.beta:
             second = self.memory.sample(size)
-            terms.append(self.beta * learner.cross_entropy(learner(learner.prepare(second.x, True)), second))
+            terms.append(self.beta * learner.criterion(learner(learner.prepare(second.x, True)), second))
         return torch.stack(terms).sum()
 
     def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:

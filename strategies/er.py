@@ -39,6 +39,8 @@ class ER(Strategy):
         >>> check_strategy(ER, memory_size=20)
     """
 
+    targets = ("label", "multilabel", "regression")
+
     def __init__(
         self,
         memory_size: int = 200,

@@ -59,6 +59,7 @@ class EWC(Strategy):
         >>> check_strategy(EWC)
     """
 
+    targets = ("label", "multilabel", "regression")
     importance: Tensor
     anchor: Tensor
 
@@ -84,6 +85,10 @@ class EWC(Strategy):
         """Allocate F and the anchor as vectors."""
         if learner.strategies.owned("encode"):
             raise InputError("EWC measures backbone and head, but another strategy owns encode: drop one of the two.")
+        if stream.target.name != "label" and self.fisher != "true":
+            raise InputError(
+                f"ewc.fisher={self.fisher} draws one label, but {stream.name!r} has others: use fisher=true."
+            )
         size = sum(p.numel() for p in self._theta(learner))
         self.register_buffer("importance", torch.zeros(size))
         self.register_buffer("anchor", torch.zeros(size))
@@ -110,7 +115,7 @@ class EWC(Strategy):
         view, classes = learner.prepare(x), learner.competing(task)
         with learner.evaluating():
             weights = label_weights(self.fisher, module, view, y, classes, self.random)
-            new = diagonal_fisher(module, view, classes, weights, self.batch_size)
+            new = diagonal_fisher(module, view, classes, weights, self.batch_size, learner.target.name)
         theta = flat([p.detach() for p in self._theta(learner)])
         t = learner.tasks_learned
         keep, add = (t / (t + 1), 1 / (t + 1)) if self.merge == "mean" else (self.gamma, 1.0)

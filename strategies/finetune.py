@@ -15,3 +15,5 @@ class Finetune(Strategy):
         >>> from cl.testing import check_strategy
         >>> check_strategy(Finetune)
     """
+
+    targets = ("label", "multilabel", "regression")

@@ -84,6 +84,8 @@ class GPM(Strategy):
         >>> check_strategy(GPM)
     """
 
+    targets = ("label", "multilabel", "regression")
+
     def __init__(
         self,
         threshold: float | Sequence[float] = 0.97,

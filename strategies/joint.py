@@ -26,6 +26,8 @@ class Joint(Strategy):
         True
     """
 
+    targets = ("label", "multilabel", "regression")
+
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Keep the union as views until it is needed."""
         self._parts = [task.train for task in stream]

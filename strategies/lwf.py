@@ -6,7 +6,8 @@ The network of before the task, frozen, teaches its outputs on the new data, sof
           \mathrm{softmax}(f(x)/T)\big) \text{ over the old classes}
 
 In the task-incremental scenario the divergence is taken within each old task and summed; else over all old classes at
-once (in the domain-incremental one over all classes).
+once (in the domain-incremental one over all classes). Targets that are no single label are distilled by the binary
+cross-entropy with the teacher's sigmoids (multi-label) or the squared distance (regression).
 
 Differences from the paper: the softened cross-entropy is written as the divergence (same gradient) with the factor T^2
 of Hinton et al. 2015, so that alpha keeps its meaning when T changes; no warm-up of the new outputs.
@@ -43,6 +44,13 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
+def imitation(student: Tensor, teacher: Tensor, target: str) -> Tensor:
+    """Return how far outputs (B, K) are from the teacher's where no softmax joins them: BCE of sigmoids, or MSE."""
+    if target == "multilabel":
+        return F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
+    return F.mse_loss(student, teacher)
+
+
 class LwF(Strategy):
     """Distils the network of before the task into the present one, on the present data.
 
@@ -57,6 +65,8 @@ class LwF(Strategy):
         >>> from cl.testing import check_strategy
         >>> check_strategy(LwF)
     """
+
+    targets = ("label", "multilabel", "regression")
 
     def __init__(self, alpha: float = 1.0, temperature: float = 2.0) -> None:
         super().__init__()
@@ -83,5 +93,9 @@ class LwF(Strategy):
         n = batch.num_incoming
         with torch.no_grad():
             taught = self.teacher["head"](self.teacher["backbone"](batch.view[:n]))
-        terms = [distillation(logits[:n, group], taught[:, group], self.temperature) for group in self._groups]
+        pairs = [(logits[:n, group], taught[:, group]) for group in self._groups]
+        if learner.target.name == "label":
+            terms = [distillation(*pair, self.temperature) for pair in pairs]
+        else:
+            terms = [imitation(*pair, learner.target.name) for pair in pairs]
         return self.alpha * torch.stack(terms).sum()

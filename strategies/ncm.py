@@ -60,12 +60,11 @@ class NCM(Strategy):
     @torch.no_grad()
     def after_task(self, learner: Learner, task: Task) -> None:
         """Add the features of the task's training examples to their classes' sums."""
-        x, y, label = (column.to(learner.device) for column in task.train.tensors())
         with learner.evaluating():
-            for batch in EvalLoader((x, y, label), learner.eval_batch_size):
+            for batch in EvalLoader([task.train], learner.device, learner.eval_batch_size):
                 features = learner.backbone(learner.prepare(batch.x))
                 self.total.index_add_(0, batch.y, features.to(self.total.dtype))
-        self.count += torch.bincount(y, minlength=len(self.count))[:, None]
+                self.count[:, 0] += torch.bincount(batch.y, minlength=len(self.count))
 
     def predict(self, learner: Learner, view: Tensor) -> Tensor:
         """Return the cosine to every class mean, (B, C)."""

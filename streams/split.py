@@ -11,7 +11,8 @@ from cl.augment import Normalize
 from cl.data import Dataset, split_validation
 from cl.errors import InputError
 from cl.random import derive
-from cl.task import Scenario, Stream, Task, TaskData
+from cl.rows import Rows
+from cl.task import Order, Scenario, Stream, Task, TaskData
 
 
 def split(
@@ -21,8 +22,9 @@ def split(
     first_task: int | None = None,
     class_order: str | Sequence[int] = "natural",
     classes: Sequence[int] | None = None,
-    scenario: Scenario = "class",
+    scenario: Scenario | None = None,
     val_fraction: float = 0.0,
+    order: Order = None,
     seed: int = 0,
 ) -> Stream:
     """Split a dataset by class.
@@ -35,11 +37,13 @@ def split(
         num_tasks: Tasks of equal size; give this or `classes_per_task`.
         classes_per_task: Classes of every task, or of each.
         first_task: Classes of a larger first task; the others share the rest.
-        class_order: "natural", "shuffled" (by `seed`), or the classes in order.
+        class_order: "natural", "shuffled" (by `seed`), "curriculum" (as `cl.curriculum` designs it, from the raw
+            inputs of at most 200 training examples a class), or the classes in order.
         classes: The classes to use; None means all.
-        scenario: "class", "task" or "domain".
+        scenario: "class" (the default), "task" or "domain".
         val_fraction: Share of the training set that becomes validation.
-        seed: Seed of the order and of the validation split.
+        order: The order in which the tasks are learned, whose classes stay as they are; see `Stream`.
+        seed: Seed of the orders and of the validation split.
 
     Raises:
         InputError: If the classes cannot be split so.
@@ -50,38 +54,55 @@ def split(
         >>> [task.classes for task in stream]
         [(0, 1, 2), (3, 4)]
     """
-    order = _class_order(dataset, class_order, classes, seed)
-    sizes = _sizes(len(order), num_tasks, classes_per_task, first_task)
+    classes_in_order = _class_order(dataset, class_order, classes, seed)
+    sizes = _sizes(len(classes_in_order), num_tasks, classes_per_task, first_task)
     label = np.full(dataset.num_classes, -1, dtype=np.int64)
     starts = np.cumsum([0, *sizes])
     for start, size in zip(starts, sizes, strict=False):
-        for position, name in enumerate(order[start : start + size]):
+        for position, name in enumerate(classes_in_order[start : start + size]):
             label[name] = position if scenario == "domain" else start + position
     train_index, val_index = split_validation(dataset.train_y, val_fraction, seed)
     table = torch.from_numpy(label)
+    train_y, test_y = table[dataset.train_y], table[dataset.test_y]
+    train_rows = rows_of_each(dataset.train_y, train_index, dataset.num_classes)
+    val_rows = rows_of_each(dataset.train_y, val_index, dataset.num_classes)
+    test_rows = rows_of_each(dataset.test_y, torch.arange(len(dataset.test_y)), dataset.num_classes)
 
     def build(t: int) -> Task:
-        own = torch.tensor(order[starts[t] : starts[t + 1]])
+        own = classes_in_order[starts[t] : starts[t + 1]]
 
-        def part(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> TaskData:
-            return TaskData(x, table[y], t, index[torch.isin(y[index], own)])
+        def part(x: Rows, y: torch.Tensor, rows: list[torch.Tensor]) -> TaskData:
+            return TaskData(x, y, t, torch.cat([rows[c] for c in own]).sort().values)
 
-        train = part(dataset.train_x, dataset.train_y, train_index)
-        val = part(dataset.train_x, dataset.train_y, val_index) if len(val_index) else None
-        test = part(dataset.test_x, dataset.test_y, torch.arange(len(dataset.test_y)))
-        return Task(t, train, test, val, name=_name([dataset.class_names[c] for c in own.tolist()]))
+        train, test = part(dataset.train_x, train_y, train_rows), part(dataset.test_x, test_y, test_rows)
+        val = part(dataset.train_x, train_y, val_rows) if len(val_index) else None
+        return Task(t, train, test, val, name=_name([dataset.class_names[c] for c in own]))
 
-    names = [dataset.class_names[c] for c in order] if scenario != "domain" else []
+    names = [dataset.class_names[c] for c in classes_in_order] if scenario != "domain" else []
     return Stream(
         build,
-        scenario=scenario,
-        num_classes=max(sizes) if scenario == "domain" else len(order),
+        scenario=scenario or "class",
+        num_classes=max(sizes) if scenario == "domain" else len(classes_in_order),
         num_tasks=len(sizes),
         augment=dataset.augment,
         normalize=Normalize(dataset.mean, dataset.std),
         class_names=names,
         name=f"split {dataset.name}",
+        order=order,
+        seed=seed,
     )
+
+
+def rows_of_each(y: torch.Tensor, index: torch.Tensor, num_classes: int) -> list[torch.Tensor]:
+    """Return the rows of each class among those of an index, from one sort.
+
+    Example:
+        >>> [rows.tolist() for rows in rows_of_each(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), 2)]
+        [[1], [0, 2]]
+    """
+    labels, place = y[index].sort(stable=True)
+    sizes = torch.bincount(labels, minlength=num_classes).tolist()
+    return list(index[place].split(sizes))
 
 
 def _class_order(
@@ -93,8 +114,10 @@ def _class_order(
     elif class_order == "shuffled":
         draw = np.random.default_rng(derive(seed, "class order"))
         order = [known[i] for i in draw.permutation(len(known))]
+    elif class_order == "curriculum":
+        order = _curriculum(dataset, known)
     elif isinstance(class_order, str):
-        raise InputError(f"class_order={class_order!r} is unknown: use natural, shuffled, or a list of classes.")
+        raise InputError(f"class_order={class_order!r} is unknown: use natural, shuffled, curriculum, or a list.")
     else:
         order = [int(c) for c in class_order]
     outside = [c for c in order if not 0 <= c < dataset.num_classes]
@@ -104,6 +127,19 @@ def _class_order(
         twice = next(c for c in order if order.count(c) > 1)
         raise InputError(f"Class {twice} stands twice in the class order: name each class once.")
     return order
+
+
+def _curriculum(dataset: Dataset, classes: list[int]) -> list[int]:
+    """Return the classes in the order that the Curriculum Designer puts first, before any training."""
+    from cl.curriculum import class_distances, design_orders
+
+    if len(classes) < 2:
+        return classes
+    rows = rows_of_each(dataset.train_y, torch.arange(len(dataset.train_y)), dataset.num_classes)
+    some = [rows[c][:200] for c in classes]
+    features = dataset.train_x[torch.cat(some)].flatten(1).double()
+    labels = torch.repeat_interleave(torch.arange(len(some)), torch.tensor([len(part) for part in some]))
+    return [classes[i] for i in design_orders(class_distances(features, labels))[0]]
 
 
 def _sizes(

@@ -136,7 +136,7 @@ def test_every_yaml_composes_and_its_targets_exist(group, option):
 
     names = list(targets(cfg))
     assert names
-    for name in names:
+    for name in set(names) - {"???"}:  # the user's own
         try:
             get_class(name)
         except ValueError:

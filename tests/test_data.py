@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl.cache import Allocate, cached, fingerprint
-from cl.data import Array, Dataset, channel_moments, domain_task, split_validation
+from cl.compose import copies, transform
+from cl.data import Array, Dataset, channel_moments, split_validation
 from cl.errors import InputError
 
 X = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
@@ -101,18 +102,18 @@ def test_validation_refusals() -> None:
     assert len(train) == 11 and len(val) == 0
 
 
-def test_domain_task_keeps_validation_apart() -> None:
+def test_a_copy_of_a_dataset_keeps_validation_apart() -> None:
     x = torch.arange(20.0).view(20, 1)
     data = Dataset("toy", x, torch.arange(20) % 2, x + 100, torch.arange(20) % 2, ("a", "b"))
-    task = domain_task(data, 3, torch.neg, offset=4, val_fraction=0.2, seed=1)
+    task = transform(copies(data, 4, "task", val_fraction=0.2, seed=1), lambda t: torch.neg, "negative")[3]
     assert task.val is not None
     train, val = task.train.tensors(), task.val.tensors()
     assert len(train[0]) == 16 and len(val[0]) == 4
     assert sorted((-torch.cat([train[0], val[0]])).flatten().tolist()) == list(range(20))
     for inputs, labels, tasks in (train, val):
-        assert torch.equal(labels, (-inputs.flatten()).long() % 2 + 4)
+        assert torch.equal(labels, (-inputs.flatten()).long() % 2 + 6)
         assert set(tasks.tolist()) == {3}
-    assert len(task.test) == 20 and task.classes == (4, 5)
+    assert len(task.test) == 20 and task.classes == (6, 7)
 
 
 def test_channel_moments_are_those_of_numpy() -> None:

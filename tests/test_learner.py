@@ -178,7 +178,7 @@ def test_chunks_grow_while_they_are_brisk(seconds, sizes, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr("cl.loader.time.perf_counter", lambda: next(clock) * seconds)
     y = torch.arange(1000)
-    loader = TrainLoader((y, y, y), 2, None, 500, 0, lambda: 0)
+    loader = TrainLoader(TaskData(y, y), 2, None, 500, 0, lambda: 0, y.device)
     assert [len(chunk) for chunk in loader][:8] == sizes
     assert sorted(int(v) for chunk in loader for batch in chunk for v in batch.y) == list(range(1000))
 
@@ -291,7 +291,7 @@ def test_the_order_is_a_function_of_seed_task_and_epoch():
     y = torch.arange(20)
 
     def order(seed: int, epoch: int) -> list[int]:
-        loader = TrainLoader((y, y, y), 6, 2, 4, seed, lambda: epoch)
+        loader = TrainLoader(TaskData(y, y), 6, 2, 4, seed, lambda: epoch, y.device)
         return [int(v) for chunk in loader for batch in chunk for v in batch.y]
 
     assert sorted(order(0, 0)) == list(range(20))
@@ -396,7 +396,7 @@ def test_loss_terms_add_and_batches_chain_in_order():
         def criterion(self, learner, batch, logits):
             assert len(batch) == 4 * batch.num_incoming
             assert batch.view is not None and len(batch.view) == len(logits) == len(batch)
-            return learner.cross_entropy(logits, batch)
+            return learner.criterion(logits, batch)
 
     learner, stream = toy_learner({"one": Twice(), "count": Count(), "two": Twice()}, num_tasks=1)
     Experiment(learner, stream, trainer).run()

@@ -259,7 +259,7 @@ def test_the_learners_gradients_are_projected_as_one_vector(scenario):
     memory: Memory = learner.strategies["method"].memory
     assert len(memory) == 8
     batch = memory.sample(64)  # all of it, so that the draw does not matter
-    loss = learner.cross_entropy(learner(learner.prepare(batch.x)), batch)
+    loss = learner.criterion(learner(learner.prepare(batch.x)), batch)
     parameters = list(learner.parameters())
     reference = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
     draw = torch.Generator().manual_seed(1)

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cl.compose import permute_pixels, turn
+from cl.compose import resize as to_shape
 from cl.errors import InputError
 from cl.sources import digits, synthetic
-from cl.streams.domains import domains, to_shape
-from cl.streams.permuted import permute_pixels, permuted
-from cl.streams.rotated import rotated, turn
+from cl.streams.domains import domains
+from cl.streams.permuted import permuted
+from cl.streams.rotated import rotated
 from cl.streams.split import split
 from cl.task import Stream
 
@@ -48,6 +50,17 @@ def test_labels_follow_the_order_of_learning():
     assert [task.classes for task in stream] == [tuple(range(5)), tuple(range(5, 10))]
     domain = split(DIGITS, num_tasks=5, scenario="domain")
     assert domain.num_classes == 2 and all(task.classes == (0, 1) for task in domain)
+
+
+def test_a_designed_order_is_that_of_the_designer_and_moves_with_the_names_of_the_classes():
+    from cl.curriculum import class_distances, design_orders
+
+    stream = split(DIGITS, num_tasks=5, class_order="curriculum")
+    designed = design_orders(class_distances(DIGITS.train_x.flatten(1).double(), DIGITS.train_y))[0]
+    assert stream.class_names == tuple(str(c) for c in designed)  # no class has more than 200 examples
+    some = split(DIGITS, num_tasks=2, classes=[7, 1, 4, 9], class_order="curriculum")
+    assert sorted(some.class_names) == ["1", "4", "7", "9"]
+    assert some.class_names == split(DIGITS, num_tasks=2, classes=[9, 4, 1, 7], class_order="curriculum").class_names
 
 
 def test_shuffled_order_is_a_function_of_the_seed():
@@ -171,8 +184,8 @@ def test_domains_share_or_own_their_labels():
         stream.check()
     four = synthetic(num_classes=4, input_shape=(1, 8, 8), image=True)
     with pytest.raises(InputError, match=r"\[10, 4\] classes"):
-        domains({"digits": DIGITS, "four": four})
-    assert domains({"digits": DIGITS, "four": four}, scenario="class").num_classes == 14
+        domains({"digits": DIGITS, "four": four}, scenario="domain")
+    assert domains({"digits": DIGITS, "four": four}).num_classes == 14
 
 
 def test_domains_bring_images_to_one_shape():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import subprocess
+import time
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,8 @@ class Run:
         scenario: "class", "task" or "domain".
         matrices: Transfer matrices by mask; the first key is the mask of the scenario.
         notes: Sentences that belong beside the numbers.
+        order: The positions of the tasks in the order in which they are learned.
+        boundaries: Whether rows of R stand at the ends of tasks; else at evaluation points of a stream that drifts.
 
     Example:
         >>> from cl.transfer import TransferMatrix
@@ -60,6 +63,16 @@ class Run:
     scenario: str
     matrices: dict[str, TransferMatrix]
     notes: list[str] = field(default_factory=list)
+    order: tuple[int, ...] = ()
+    boundaries: bool = True
+
+    def __post_init__(self) -> None:
+        self._scalars: dict[tuple[str, int], dict[str, float]] = {}
+
+    @property
+    def rows(self) -> str:
+        """What a row of R counts."""
+        return "tasks learned" if self.boundaries else "evaluation points passed"
 
     @property
     def primary(self) -> TransferMatrix:
@@ -82,7 +95,11 @@ class Run:
 
         if self.tasks_learned < 1:
             return dict.fromkeys(SCALARS, math.nan)
-        return self.matrices[mask].scalars(after_task=self.tasks_learned)
+        key = mask, self.tasks_learned
+        if key not in self._scalars:
+            self._scalars = {k: v for k, v in self._scalars.items() if k[1] == key[1]}
+            self._scalars[key] = self.matrices[mask].scalars(after_task=self.tasks_learned)
+        return dict(self._scalars[key])
 
 
 class Report:
@@ -106,6 +123,37 @@ class Report:
         """React to the last row having been measured."""
 
 
+class Pace:
+    """Lets a report be made again when at most a twentieth of the time would go to it.
+
+    Args:
+        pause: Seconds before the first time.
+
+    Example:
+        >>> pace = Pace()
+        >>> pace.ready()
+        True
+        >>> with pace:
+        ...     time.sleep(0.01)
+        >>> pace.ready()
+        False
+    """
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self._until = time.monotonic() + pause
+
+    def ready(self) -> bool:
+        """Say whether it is time."""
+        return time.monotonic() >= self._until
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        ended = time.monotonic()
+        self._until = ended + 20 * (ended - self._began)
+
+
 def percent(value: float, signed: bool = False, digits: int = 1) -> str:
     """Return a fraction as it is shown everywhere: in percent, "-" where unmeasured.
 
@@ -123,7 +171,9 @@ def headline(run: Run, mask: str) -> str:
     """Return the scalars that a reader looks for first, as one line in percent."""
     scalars = run.scalars(mask)
     signed = {"bwt_gem", "fwt_gem"}
-    parts = [f"{words} {percent(scalars[name], name in signed)}" for name, words in HEADLINE.items()]
+    metric = run.matrices[mask].metric
+    words = {name: text.replace("accuracy", metric) for name, text in HEADLINE.items()}
+    parts = [f"{text} {percent(scalars[name], name in signed)}" for name, text in words.items()]
     return f"{mask}: " + ", ".join(parts)
 
 
@@ -131,8 +181,9 @@ def remarks(run: Run) -> list[str]:
     """Return the sentences that belong beside the numbers: the run's notes, then the caveat of forward transfer."""
     from cl.transfer import caveat
 
-    about = caveat("fwt_gem", run.primary.mask)
-    return run.notes + ([f"Forward transfer, {about.rstrip('.')}."] if about else [])
+    about = caveat("fwt_gem", run.primary.mask) if run.primary.metric == "accuracy" else None
+    drift = "No boundaries: a row of R is an evaluation point, where strategies do what they do at the end of a task."
+    return run.notes + [drift] * (not run.boundaries) + ([f"Forward transfer, {about.rstrip('.')}."] if about else [])
 
 
 def versions() -> dict[str, str]:

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from cl.files import write_text
-from cl.report import Report, Run, versions
+from cl.report import Pace, Report, Run, versions
 
 
 def strict_json(value: Any) -> str:
@@ -32,19 +33,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def transfer_csv(run: Run) -> str:
-    """Return every cell of every R as a long table, exact to the last bit of float32.
+def transfer_csv(run: Run, rows: Iterable[int]) -> str:
+    """Return the measured cells of some rows of every R as a long table, exact to the last bit of float32.
 
-    Columns: after_task (0: untrained .. T), task (1 .. T), mask, metric, value ("nan" where unmeasured).
+    Columns: after_task (0: untrained .. T), task (1 .. T), mask, metric, value. What was not measured is not there.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["after_task", "task", "mask", "metric", "value"])
-    for mask, matrix in run.matrices.items():
-        # numpy prints the shortest decimal that reads back as the same float32
-        for after_task, row in enumerate(matrix.R.cpu().numpy()):
-            for task, value in enumerate(row, start=1):
-                table.writerow([after_task, task, mask, matrix.metric, str(value)])
+    for after_task in rows:
+        for matrix in run.matrices.values():
+            # numpy prints the shortest decimal that reads back as the same float32
+            for task, value in enumerate(matrix.R[after_task].cpu().numpy(), start=1):
+                if not math.isnan(value):
+                    table.writerow([after_task, task, matrix.mask, matrix.metric, str(value)])
     return text.getvalue()
 
 
@@ -78,6 +79,8 @@ def transfer_json(run: Run) -> str:
             "num_tasks": len(run.task_names),
             "tasks_learned": run.tasks_learned,
             "task_names": run.task_names,
+            "order": list(run.order),
+            "rows": run.rows,
             "notes": run.notes,
             "masks": masks,
         }
@@ -92,18 +95,32 @@ class FileReport(Report):
         >>> from pathlib import Path
         >>> from cl.transfer import TransferMatrix, worked_example
         >>> run = Run(Path(tempfile.mkdtemp()), {}, ["a", "b", "c"], "task", {"task": TransferMatrix(3, "task")})
+        >>> report = FileReport()
+        >>> report.start(run, after_task=-1)
         >>> for i, row in enumerate(worked_example()):
         ...     run.primary.record(i, row)
-        >>> FileReport().row(run, after_task=3)
+        ...     report.row(run, after_task=i)
         >>> (run.directory / "transfer.csv").read_text().splitlines()[-1]
         '3,3,task,accuracy,0.8'
     """
 
+    def __init__(self) -> None:
+        self._pace = Pace()
+
     def start(self, run: Run, after_task: int) -> None:
-        """Write `versions.json`."""
+        """Write `versions.json`, and the rows of `transfer.csv` that are known."""
         write_text(run.directory / "versions.json", strict_json(versions()))
+        header = "after_task,task,mask,metric,value\n"
+        write_text(run.directory / "transfer.csv", header + transfer_csv(run, range(after_task + 1)))
 
     def row(self, run: Run, after_task: int) -> None:
-        """Write `transfer.csv` and `transfer.json`."""
-        write_text(run.directory / "transfer.csv", transfer_csv(run))
-        write_text(run.directory / "transfer.json", transfer_json(run))
+        """Append to `transfer.csv`; write `transfer.json`, unless its scalars would take more than a twentieth."""
+        with (run.directory / "transfer.csv").open("a", encoding="utf-8", newline="") as file:
+            file.write(transfer_csv(run, [after_task]))
+        if self._pace.ready():
+            self.finish(run)
+
+    def finish(self, run: Run) -> None:
+        """Write `transfer.json`."""
+        with self._pace:
+            write_text(run.directory / "transfer.json", transfer_json(run))

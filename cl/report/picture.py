@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cl.files import replace_file
-from cl.report import Report, Run, headline, percent, remarks
+from cl.report import Pace, Report, Run, headline, percent, remarks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,17 +241,15 @@ class PictureReport(Report):
     """
 
     def __init__(self) -> None:
-        self._pause_until = time.monotonic() + 20.0  # matplotlib takes a second to load
+        self._pace = Pace(20.0)  # matplotlib takes a second to load
 
     def row(self, run: Run, after_task: int) -> None:
         """Draw, unless the last picture is too recent for what it cost, or the end draws it anyway."""
-        if time.monotonic() >= self._pause_until and after_task < len(run.task_names):
+        if self._pace.ready() and after_task < len(run.task_names):
             self.finish(run)
 
     def finish(self, run: Run) -> None:
         """Draw the picture."""
-        began = time.monotonic()
-        figure = draw(run)
-        replace_file(run.directory / "transfer.png", lambda temporary: figure.savefig(temporary, format="png"))
-        ended = time.monotonic()
-        self._pause_until = ended + 20 * (ended - began)
+        with self._pace:
+            figure = draw(run)
+            replace_file(run.directory / "transfer.png", lambda temporary: figure.savefig(temporary, format="png"))

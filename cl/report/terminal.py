@@ -177,9 +177,9 @@ class TerminalReport(Report):
             if whole is None:
                 self._print(self._line(run, mask, after_task))
             elif matrix is run.primary:
-                self._block(f"{matrix.metric} in %, row: tasks learned, column: task tested, {mask} mask", whole)
+                self._block(f"{matrix.metric} in %, row: {run.rows}, column: task tested, {mask} mask", whole)
                 self._drawn = True
-        if after_task:
+        if after_task and len(run.task_names) <= MAX_TASKS:  # the scalars of a long stream take their time
             for mask in run.matrices:
                 self._print(headline(run, mask))
 

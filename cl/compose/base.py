@@ -1,0 +1,105 @@
+"""Datasets as streams, and what the building blocks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl.augment import Normalize
+from cl.data import Dataset, split_validation
+from cl.errors import InputError
+from cl.random import derive
+from cl.task import Order, Scenario, Stream, Task, TaskData
+
+Source = Stream | Dataset
+
+
+def copies(
+    dataset: Dataset,
+    num_tasks: int = 1,
+    scenario: Scenario | None = None,
+    val_fraction: float = 0.0,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
+    """Make a stream whose every task is the whole dataset, to be changed task by task.
+
+    Args:
+        dataset: Any dataset.
+        num_tasks: T.
+        scenario: "domain" (the default) shares the labels; "class" and "task" give each task labels of its own.
+        val_fraction: Share of the training set that becomes validation.
+        order: See `Stream`.
+        seed: Seed of the validation split and of a shuffled order.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> [task.classes for task in copies(synthetic(num_classes=2), 2, "task")]
+        [(0, 1), (2, 3)]
+    """
+    if num_tasks < 1:
+        raise InputError(f"num_tasks={num_tasks}: a stream needs at least one task.")
+    own = scenario in ("class", "task")
+    train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
+    width = dataset.num_classes * (num_tasks if own else 1)
+
+    def build(t: int) -> Task:
+        train_y, test_y = (shift(y, t * dataset.num_classes * own, width) for y in (dataset.train_y, dataset.test_y))
+        train = TaskData(dataset.train_x, train_y, t, train_rows if len(val_rows) else None)
+        val = TaskData(dataset.train_x, train_y, t, val_rows) if len(val_rows) else None
+        return Task(t, train, TaskData(dataset.test_x, test_y, t), val, name=f"{dataset.name} {t + 1}")
+
+    return Stream(
+        build,
+        scenario=scenario or "domain",
+        num_classes=width,
+        num_tasks=num_tasks,
+        augment=dataset.augment,
+        normalize=Normalize(dataset.mean, dataset.std),
+        name=dataset.name,
+        class_names=() if own else dataset.class_names,
+        target=dataset.target,
+        order=order,
+        seed=seed,
+    )
+
+
+def shift(y: Tensor, offset: int, width: int) -> Tensor:
+    """Move labels, or columns of targets, by an offset into a space of some width."""
+    return y + offset if y.ndim == 1 else F.pad(y, (offset, width - offset - y.shape[1]))
+
+
+def as_stream(source: Source) -> Stream:
+    """Return a dataset as a stream of one task, and a stream as it is."""
+    return copies(source) if isinstance(source, Dataset) else source
+
+
+def labels_only(stream: Stream, what: str) -> None:
+    """Refuse targets that are no single label."""
+    if stream.target.name != "label":
+        raise InputError(f"{what} counts labels, but the targets of {stream.name!r} are {stream.target.name}.")
+
+
+def generator(seed: int, what: str, task: int) -> np.random.Generator:
+    """Return the generator of one task's draws."""
+    return np.random.default_rng(derive(seed, what, task))
+
+
+def choose(y: Tensor, count: Callable[[int], int], seed: int, what: str, task: int, only: int | None = None) -> Tensor:
+    """Draw rows of each class (or of one): ascending; how many is a function of the size of the class."""
+    labels, kept = y.numpy(), []
+    for label in np.unique(labels) if only is None else [only]:
+        rows = np.flatnonzero(labels == label)
+        draw = np.random.default_rng(derive(seed, what, task, int(label)))
+        kept.append(draw.permutation(rows)[: count(len(rows))])
+    return torch.from_numpy(np.sort(np.concatenate(kept)))
+
+
+def check_share(name: str, value: float, open_left: bool = False) -> None:
+    """Refuse a share outside [0, 1], or outside (0, 1]."""
+    if not 0 <= value <= 1 or (open_left and value == 0):
+        raise InputError(f"{name}={value} is not in {'(' if open_left else '['}0, 1]: give, say, 0.1.")

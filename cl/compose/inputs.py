@@ -1,0 +1,163 @@
+"""Blocks that change what is seen: permuted, turned and corrupted inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl.compose.base import Source, as_stream, generator
+from cl.errors import InputError, unknown
+from cl.task import Stream, Task
+
+
+def transform(source: Source, change: Callable[[int], Callable[[Tensor], Tensor] | None], name: str) -> Stream:
+    """Change the inputs of every task, training and test alike.
+
+    Args:
+        source: Stream or dataset.
+        change: Position of a task to a deterministic map of its raw inputs (n, *input), row by row; None leaves them.
+        name: What reports call the stream.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> halved = transform(synthetic(), lambda t: lambda x: x / 2, "halved")
+        >>> bool((halved[0].train.tensors()[0] * 2 == synthetic().train_x).all())
+        True
+    """
+    stream = as_stream(source)
+
+    def build(t: int) -> Task:
+        change_t = change(t)
+        return stream[t] if change_t is None else stream[t].each(lambda part: part.then(change_t))
+
+    return stream.derive(build, name=name)
+
+
+def permute_pixels(x: Tensor, order: Tensor) -> Tensor:
+    """Permute the positions of inputs (N, *shape), channels included.
+
+    Example:
+        >>> permute_pixels(torch.tensor([[5, 6, 7]]), torch.tensor([2, 0, 1])).tolist()
+        [[7, 5, 6]]
+    """
+    return x.flatten(1)[:, order].view_as(x)
+
+
+def permute(source: Source, identity_first: bool = False, seed: int = 0) -> Stream:
+    """Permute the pixels of every input, one permutation a task (Goodfellow et al. 2013, section 4).
+
+    Args:
+        source: Stream or dataset; without augmentation, which would act on permuted pixels.
+        identity_first: Whether the first task keeps its pixels where they are.
+        seed: Seed of the permutations.
+
+    Raises:
+        InputError: If the stream comes with augmentation.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> permute(synthetic())[0].name
+        'permutation 1'
+    """
+    stream = as_stream(source)
+    if stream.augment is not None:
+        raise InputError(f"Permuting {stream.name} would crop or flip permuted pixels: set dataset.augment=null.")
+    size = int(np.prod(stream.input_shape))
+
+    def change(t: int) -> Callable[[Tensor], Tensor] | None:
+        order = torch.from_numpy(generator(seed, "permutation", t).permutation(size))
+        return None if identity_first and t == 0 else partial(permute_pixels, order=order)
+
+    names = ["as stored" if identity_first and t == 0 else f"permutation {t + 1}" for t in range(len(stream))]
+    return _named(transform(stream, change, f"permuted {stream.name}"), names)
+
+
+def turn(x: Tensor, angle: float) -> Tensor:
+    """Turn images (N, C, H, W) counter-clockwise by degrees, bilinear, the corners filled with 0.
+
+    Example:
+        >>> turn(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), 90).squeeze().round().tolist()
+        [[2.0, 4.0], [1.0, 3.0]]
+    """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import rotate
+
+    turned: Tensor = rotate(x, angle, interpolation=InterpolationMode.BILINEAR)
+    return turned
+
+
+def rotate(source: Source, angles: Sequence[float]) -> Stream:
+    """Turn every image, one angle a task (Lopez-Paz and Ranzato 2017, section 5).
+
+    Args:
+        source: Stream or dataset of images.
+        angles: Degrees, counter-clockwise.
+
+    Raises:
+        InputError: If the inputs are no images, or the angles are not one a task.
+
+    Example:
+        >>> from cl.sources import digits
+        >>> rotate(digits(), [30])[0].name
+        '30°'
+    """
+    stream = as_stream(source)
+    _images_only(stream, "rotated")
+    degrees = [float(angle) for angle in angles]
+    if len(degrees) != len(stream):
+        raise InputError(f"{len(degrees)} angles for num_tasks={len(stream)}: give one angle a task.")
+    turned = transform(
+        stream, lambda t: partial(turn, angle=degrees[t]) if degrees[t] else None, f"rotated {stream.name}"
+    )
+    return _named(turned, [f"{angle:g}°" for angle in degrees])
+
+
+def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int = 0) -> Stream:
+    """Corrupt every image, one kind of corruption a task (Hendrycks and Dietterich 2019, section 3).
+
+    Args:
+        source: Stream or dataset of images, uint8.
+        kinds: Of `cl.corruptions.CORRUPTIONS`, or "clean".
+        severity: 1 to 5.
+        seed: Seed of the noise.
+
+    Raises:
+        InputError: If the inputs are no uint8 images, or the kinds are not one a task.
+
+    Example:
+        >>> from cl.compose import copies
+        >>> from cl.sources import digits
+        >>> [task.name for task in corrupt(copies(digits(), 2), ["clean", "fog"])]
+        ['clean', 'fog']
+    """
+    from cl.corruptions import CORRUPTIONS
+    from cl.corruptions import corrupt as corrupted
+
+    stream = as_stream(source)
+    _images_only(stream, "corrupted")
+    if len(kinds) != len(stream):
+        raise InputError(f"{len(kinds)} corruptions for {len(stream)} tasks: give one a task.")
+    strangers = sorted(set(kinds) - {"clean", *CORRUPTIONS})
+    if strangers:
+        raise unknown("corruption", strangers[0], ["clean", *CORRUPTIONS])
+    if severity not in range(1, 6):
+        raise InputError(f"severity={severity} of a corruption: give 1, 2, 3, 4 or 5.")
+
+    def change(t: int) -> Callable[[Tensor], Tensor] | None:
+        return None if kinds[t] == "clean" else partial(corrupted, kind=kinds[t], severity=severity, seed=seed)
+
+    return _named(transform(stream, change, f"corrupted {stream.name}"), list(kinds))
+
+
+def _images_only(stream: Stream, done: str) -> None:
+    if len(stream.input_shape) != 3:
+        raise InputError(f"Inputs of {stream.name} have shape {stream.input_shape}: only images can be {done}.")
+
+
+def _named(stream: Stream, names: Sequence[str]) -> Stream:
+    return stream.derive(lambda t: replace(stream[t], name=names[t]))

@@ -1,0 +1,208 @@
+"""Blocks that change what is said of it: other, wrong and missing labels, fewer rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl.compose.base import Source, as_stream, check_share, choose, generator, labels_only
+from cl.errors import InputError
+from cl.random import derive
+from cl.task import Order, Stream, Task, TaskData
+
+
+def relabel(source: Source, labels: Sequence[int] | Mapping[int, Sequence[int]]) -> Stream:
+    """Replace labels, in training, validation and test.
+
+    Args:
+        source: Stream or dataset of labels.
+        labels: The new label of each old one; or such lists by task, where others keep theirs.
+
+    Raises:
+        InputError: If a list does not name a label for each class.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> data = synthetic(num_classes=3)
+        >>> y = relabel(data, [2, 0, 1])[0].train.labels
+        >>> bool((y == (data.train_y - 1) % 3).all())
+        True
+    """
+    stream = as_stream(source)
+    labels_only(stream, "relabel")
+    tables = dict(labels) if isinstance(labels, Mapping) else {t: labels for t in range(len(stream))}
+    for t, table in tables.items():
+        if len(table) != stream.num_classes or not set(table) <= set(range(stream.num_classes)):
+            raise InputError(
+                f"labels={list(table)} for task {t} of {stream.name!r}: give one of 0..{stream.num_classes - 1} for "
+                f"each of the {stream.num_classes} classes."
+            )
+
+    def build(t: int) -> Task:
+        if t not in tables:
+            return stream[t]
+        table = torch.tensor([int(c) for c in tables[t]])
+        return stream[t].each(lambda part: replace(part, y=table[part.y]))
+
+    return stream.derive(build, class_names=())
+
+
+def label_noise(
+    source: Source, fraction: float = 0.2, kind: str = "symmetric", order: Order = None, seed: int = 0
+) -> Stream:
+    """Make a share of the training labels wrong (Patrini et al. 2017, section 5).
+
+    Args:
+        source: Stream or dataset of labels.
+        fraction: Share of each task's training rows, rounded to a whole number, in [0, 1].
+        kind: "symmetric": any other class of the task, all alike; "pairflip": the task's next class.
+        order: See `Stream`.
+        seed: Seed of the rows and of their labels.
+
+    Raises:
+        InputError: If the share is outside [0, 1], the kind is unknown, or a task has one class.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> data = synthetic(num_train=100)
+        >>> int((label_noise(data, 0.3)[0].train.labels != data.train_y).sum())
+        30
+    """
+    stream = as_stream(source)
+    labels_only(stream, "label_noise")
+    check_share("fraction", fraction)
+    if kind not in ("symmetric", "pairflip"):
+        raise InputError(f"kind={kind!r} of label noise is unknown: use symmetric or pairflip.")
+
+    def build(t: int) -> Task:
+        task, draw = stream[t], generator(seed, "label noise", t)
+        y = task.train.labels.clone()
+        rows = torch.from_numpy(draw.permutation(len(y))[: round(fraction * len(y))])
+        classes = torch.unique(y)
+        if len(classes) < 2 and len(rows):
+            raise InputError(f"Task {t} of {stream.name!r} has one class, so no label of it can be wrong.")
+        step = draw.integers(1, max(2, len(classes)), len(rows)) if kind == "symmetric" else np.ones(len(rows), int)
+        place = (torch.searchsorted(classes, y[rows]) + torch.from_numpy(step)) % len(classes)
+        y[rows] = classes[place]
+        return replace(task, train=_with_labels(task.train, y))
+
+    return stream.derive(build, name=f"{stream.name}, {fraction:.0%} label noise", order=order, seed=seed)
+
+
+def _with_labels(data: TaskData, labels: Tensor) -> TaskData:
+    y = data.y.clone()
+    y[slice(None) if data.index is None else data.index] = labels
+    return replace(data, y=y)
+
+
+def label_scarcity(source: Source, fraction: float = 0.1, order: Order = None, seed: int = 0) -> Stream:
+    """Keep a share of the training labels; the other rows become the task's unlabelled ones.
+
+    Args:
+        source: Stream or dataset of labels.
+        fraction: Share of each class that stays labelled, at least one row, in (0, 1].
+        order: See `Stream`.
+        seed: Seed of the rows.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> task = label_scarcity(synthetic(num_classes=10, num_train=1000), 0.1)[0]
+        >>> len(task.train), len(task.unlabelled), task.unlabelled.labels.unique().tolist()
+        (100, 900, [-1])
+    """
+    stream = as_stream(source)
+    check_share("fraction", fraction, open_left=True)
+
+    def build(t: int) -> Task:
+        task = stream[t]
+        kept = choose(task.train.labels, lambda size: max(1, round(fraction * size)), seed, "label scarcity", t)
+        other = torch.ones(len(task.train), dtype=torch.bool)
+        other[kept] = False
+        rest = task.train.take(other.nonzero().flatten())
+        blank = replace(rest, y=torch.full((len(rest.y),), -1))
+        return replace(task, train=task.train.take(kept), unlabelled=blank if len(rest) else None)
+
+    labels_only(stream, "label_scarcity")
+    return stream.derive(build, name=f"{stream.name}, {fraction:.0%} labelled", order=order, seed=seed)
+
+
+def subsample(
+    source: Source,
+    fraction: float = 1.0,
+    max_per_class: int | None = None,
+    tasks: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Stream:
+    """Keep some of each class's training rows.
+
+    Args:
+        source: Stream or dataset of labels.
+        fraction: Share of each class, at least one row, in (0, 1].
+        max_per_class: Rows of a class at most; None means as many as there are.
+        tasks: The tasks that are thinned out; None means all.
+        seed: Seed of the rows.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> len(subsample(synthetic(num_classes=10), max_per_class=3)[0].train)
+        30
+    """
+    stream = as_stream(source)
+    labels_only(stream, "subsample")
+    check_share("fraction", fraction, open_left=True)
+    most = max_per_class if max_per_class is not None else 2**62
+    if most < 1:
+        raise InputError(f"max_per_class={max_per_class} must be 1 or more.")
+
+    def build(t: int) -> Task:
+        if tasks is not None and t not in tasks:
+            return stream[t]
+        train = stream[t].train
+        kept = choose(train.labels, lambda size: min(most, max(1, round(fraction * size))), seed, "subsample", t)
+        return replace(stream[t], train=train.take(kept))
+
+    return stream.derive(build)
+
+
+def long_tail(
+    source: Source, imbalance: float = 100.0, shuffled: bool = True, order: Order = None, seed: int = 0
+) -> Stream:
+    r"""Give the classes training sets of exponentially falling size (Cui et al. 2019, section 5.1).
+
+    The class of rank r keeps the share :math:`\rho^{-r/(C-1)}` of its rows, at least one. Liu et al. 2022 ("Long-tailed
+    class incremental learning") call ranks in the order of learning ordered, others shuffled.
+
+    Args:
+        source: Stream or dataset of labels.
+        imbalance: rho, the largest share over the smallest, 1 or more.
+        shuffled: Whether ranks are drawn; else the first class is the largest.
+        order: See `Stream`.
+        seed: Seed of ranks and rows.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> long_tail(synthetic(num_classes=3, num_train=300), 100, shuffled=False)[0].train.labels.bincount().tolist()
+        [100, 10, 1]
+    """
+    stream = as_stream(source)
+    labels_only(stream, "long_tail")
+    if not imbalance >= 1:
+        raise InputError(f"imbalance={imbalance} must be 1 or more: the largest class over the smallest.")
+    rank = np.arange(stream.num_classes)
+    if shuffled:
+        rank = np.random.default_rng(derive(seed, "long tail")).permutation(stream.num_classes)
+    share = imbalance ** (-rank / max(1, stream.num_classes - 1))
+
+    def build(t: int) -> Task:
+        train = stream[t].train
+        parts = [
+            choose(train.labels, lambda size, c=c: max(1, round(share[c] * size)), seed, "long tail", t, c)  # type: ignore[misc]
+            for c in stream[t].classes
+        ]
+        return replace(stream[t], train=train.take(torch.cat(parts).sort().values))
+
+    return stream.derive(build, name=f"long-tailed {stream.name}", order=order, seed=seed)

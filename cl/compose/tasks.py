@@ -1,0 +1,218 @@
+"""Blocks that change which tasks there are: in another order, again, one stream after another, cut in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl.compose.base import Source, as_stream, labels_only, shift
+from cl.errors import InputError
+from cl.random import derive
+from cl.task import Order, Scenario, Stream, Task, TaskData
+
+
+def reorder(source: Source, order: Order, seed: int = 0) -> Stream:
+    """Learn the tasks in another order, which the stream stores.
+
+    Example:
+        >>> from cl.compose import copies, permute
+        >>> from cl.sources import digits
+        >>> stream = reorder(permute(copies(digits(), 3)), [2, 0, 1])
+        >>> stream[0].name, stream.order
+        ('permutation 3', (2, 0, 1))
+    """
+    stream = as_stream(source)
+    return stream.derive(lambda t: stream[t], order=order, seed=seed)
+
+
+def repeat(
+    source: Source, times: int = 2, visits: Sequence[int] | None = None, order: Order = None, seed: int = 0
+) -> Stream:
+    """Learn tasks again: the whole stream several times, or the tasks in any sequence.
+
+    Args:
+        source: Stream or dataset.
+        times: How often the stream is gone through.
+        visits: Positions of the tasks to learn, in place of `times`; each may come again.
+        order: See `Stream`.
+        seed: Seed of a shuffled order.
+
+    Raises:
+        InputError: If there is nothing to visit, or a position is not in the stream.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> len(repeat(synthetic(), times=3))
+        3
+    """
+    stream = as_stream(source)
+    path = list(range(len(stream))) * times if visits is None else [int(t) for t in visits]
+    outside = [t for t in path if not 0 <= t < len(stream)]
+    if not path or outside:
+        raise InputError(
+            f"repeat goes to {outside[0] if outside else 'no task'} of {stream.name!r}: give positions in "
+            f"0..{len(stream) - 1}, or times of 1 or more."
+        )
+
+    def build(t: int) -> Task:
+        task, more = stream[path[t]], " again" * (path[t] in path[:t])
+        return task.each(lambda part: part.renumbered(t), index=t, name=f"{task.name}{more}")
+
+    again = stream.repeats or len(set(path)) < len(path)
+    return stream.derive(build, len(path), repeats=again, order=order, seed=seed)
+
+
+def resize(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Bring images (N, C, H, W) to another shape: grey repeated as colour, size by bilinear interpolation.
+
+    Example:
+        >>> resize(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), (3, 16, 16)).shape
+        torch.Size([2, 3, 16, 16])
+    """
+    if tuple(x.shape[1:]) == tuple(shape):
+        return x
+    if x.shape[2:] != tuple(shape[1:]):
+        resized = F.interpolate(x.float(), size=tuple(shape[1:]), mode="bilinear", antialias=True)
+        x = resized.round().clamp(0, 255).to(torch.uint8) if x.dtype == torch.uint8 else resized
+    return x.expand(-1, shape[0], -1, -1) if x.shape[1] == 1 else x
+
+
+def concat(
+    streams: Sequence[Source] | Mapping[str, Source],
+    scenario: Scenario | None = None,
+    input_shape: Sequence[int] | None = None,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
+    """Learn one stream after the other.
+
+    Args:
+        streams: Streams or datasets, in order, or by name.
+        scenario: "domain" shares the labels, so that all need as many classes; "class" and "task" give each stream
+            labels of its own; None means "domain" where the numbers of classes agree, else "class".
+        input_shape: (C, H, W) that all images are brought to; None means they agree already.
+        order: See `Stream`.
+        seed: Seed of a shuffled order.
+
+    Raises:
+        InputError: If shapes, targets or, with shared labels, numbers of classes differ.
+
+    Example:
+        >>> from cl.sources import digits, synthetic
+        >>> other = synthetic(num_classes=4, input_shape=(1, 8, 8), image=True)
+        >>> concat({"digits": digits(), "blobs": other}).num_classes
+        14
+    """
+    named = isinstance(streams, Mapping)
+    names = list(streams) if isinstance(streams, Mapping) else []
+    parts = [as_stream(part) for part in (streams.values() if isinstance(streams, Mapping) else streams)]
+    if not parts:
+        raise InputError("There is nothing to concatenate: name at least one stream or dataset.")
+    names = names or [part.name for part in parts]
+    shape = _one_shape(parts, names, input_shape)
+    scenario, offsets, width = _label_space([part.num_classes for part in parts], scenario)
+    shared = scenario == "domain"
+    starts = np.cumsum([0, *map(len, parts)]).tolist()
+    later = [torch.arange(len(part)) + start for part, start in zip(parts, starts, strict=False)]
+    places = [(k, t) for k, part in enumerate(parts) for t in range(len(part))]
+
+    def build(position: int) -> Task:
+        k, t = places[position]
+        task = parts[k][t]
+
+        def change(part: TaskData) -> TaskData:
+            moved = replace(part, y=shift(part.y, offsets[k], width)).renumbered(position, later[k])
+            return moved if parts[k].input_shape == shape else moved.then(partial(resize, shape=shape))
+
+        name = names[k] if named and len(parts[k]) == 1 else task.name
+        return task.each(change, index=position, name=name)
+
+    own_names = [name for part in parts for name in part.class_names] if not shared else parts[0].class_names
+    return parts[0].derive(
+        build,
+        len(places),
+        scenario=scenario,
+        num_classes=width,
+        class_names=own_names if len(own_names) == width else (),
+        name=" → ".join(names),
+        repeats=any(part.repeats or (part.scenario == "domain" and len(part) > 1) for part in parts),
+        boundaries=all(part.boundaries for part in parts),
+        order=order,
+        seed=seed,
+    )
+
+
+def _label_space(counts: Sequence[int], scenario: Scenario | None) -> tuple[Scenario, list[int], int]:
+    """Return the scenario, where each stream's labels begin, and how many there are in all."""
+    scenario = scenario or ("domain" if len(set(counts)) == 1 else "class")
+    if scenario != "domain":
+        return scenario, [sum(counts[:k]) for k in range(len(counts))], sum(counts)
+    if len(set(counts)) > 1:
+        raise InputError(
+            f"The datasets have {list(counts)} classes, which scenario=domain would share: use scenario=task or class."
+        )
+    return scenario, [0] * len(counts), counts[0]
+
+
+def _one_shape(parts: Sequence[Stream], names: Sequence[str], wanted: Sequence[int] | None) -> tuple[int, ...]:
+    shape = tuple(wanted or parts[0].input_shape)
+    for name, part in zip(names, parts, strict=True):
+        can = wanted and len(shape) == 3 and len(part.input_shape) == 3 and part.input_shape[0] in (1, shape[0])
+        if part.input_shape != shape and not can:
+            raise InputError(f"Inputs of {name!r} have shape {part.input_shape}, not {shape}: set stream.input_shape.")
+        if part.target is not parts[0].target:
+            raise InputError(
+                f"Targets of {name!r} are {part.target.name}, not {parts[0].target.name}: bring them to one."
+            )
+    return shape
+
+
+def partition(source: Source, num_tasks: int = 5, seed: int = 0) -> Stream:
+    """Cut a task into several of the same classes: new instances, no new class (data-incremental).
+
+    Test sets are cut likewise, so that each column of R is a part of the whole test set, drawn alike.
+
+    Args:
+        source: A dataset, or a stream, each of whose tasks is cut.
+        num_tasks: Parts of each task.
+        seed: Seed of the parts.
+
+    Raises:
+        InputError: If a class has fewer rows than there are parts.
+
+    Example:
+        >>> from cl.sources import synthetic
+        >>> stream = partition(synthetic(num_train=1000), 4)
+        >>> [len(task.train) for task in stream]
+        [250, 250, 250, 250]
+    """
+    stream = as_stream(source)
+    labels_only(stream, "partition")
+
+    def build(t: int) -> Task:
+        task, k = stream[t // num_tasks], t % num_tasks
+
+        def part(data: TaskData) -> TaskData:
+            return data.take(_kth(data.labels, k, num_tasks, seed)).renumbered(t)
+
+        return task.each(part, index=t, name=f"part {t + 1}" if len(stream) == 1 else f"{task.name}, part {k + 1}")
+
+    whole = len(stream) * num_tasks
+    return stream.derive(build, whole, repeats=num_tasks > 1, name=f"{stream.name} in {whole} parts")
+
+
+def _kth(y: Tensor, k: int, num_parts: int, seed: int) -> Tensor:
+    """Return the k-th of several parts of each class, ascending."""
+    labels, kept = y.numpy(), []
+    for label in np.unique(labels):
+        rows = np.random.default_rng(derive(seed, "partition", int(label))).permutation(np.flatnonzero(labels == label))
+        if len(rows) < num_parts:
+            raise InputError(f"Class {label} has {len(rows)} rows for {num_parts} parts: ask for fewer.")
+        kept.append(np.array_split(rows, num_parts)[k])
+    return torch.from_numpy(np.sort(np.concatenate(kept)))

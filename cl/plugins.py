@@ -1,0 +1,34 @@
+"""Strategies, streams and configurations of installed packages, found through an entry point.
+
+A package that holds YAML files in the folders of `conf/` (`stream/mine.yaml`) says in its pyproject.toml::
+
+    [project.entry-points."clsim.conf"]
+    mypackage = "mypackage.conf"
+
+and `cl-run stream=mine` finds them.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+GROUP = "clsim.conf"
+
+
+class InstalledPackages(SearchPathPlugin):  # type: ignore[misc]
+    """Adds the configurations of installed packages behind our own, so that none of ours is replaced unawares."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append each package that an entry point names."""
+        for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+            search_path.append(provider=f"clsim plugin {point.name}", path=f"pkg://{point.value}")
+
+
+def register() -> None:
+    """Let Hydra ask the installed packages; once is enough, again changes nothing."""
+    if InstalledPackages not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(InstalledPackages)

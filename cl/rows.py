@@ -1,0 +1,143 @@
+"""Where the inputs of a dataset lie: in memory, in a file that is read by rows, or behind a map-style dataset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl.errors import InputError
+
+RESIDENT = 2**30  # bytes; what takes more stays in its file
+
+
+class Rows(Protocol):
+    """Inputs (N, *input) that can be indexed by rows; a tensor is one."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, *input)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the inputs."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Rows (n, *input), int64 (n,) to a tensor of its own."""
+
+
+class Mapped:
+    """A `.npy` file read by rows through a mapping that lasts as long as the reading.
+
+    So the resident memory holds what is being read, whatever the size of the file; the operating system's cache of the
+    file is not counted as the process's and goes when memory is short.
+
+    Args:
+        path: An array (N, *input) in C order.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.npy"
+        >>> np.save(path, np.arange(6).reshape(3, 2))
+        >>> Mapped(path)[torch.tensor([2, 0])].tolist()
+        [[4, 5], [0, 1]]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        array = np.load(self.path, mmap_mode="r")
+        self.shape = torch.Size(array.shape)
+        self.dtype = torch.as_tensor(np.zeros(0, array.dtype)).dtype
+        self._type, self._offset = array.dtype, array.offset
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        # "c": torch wants memory that may be written, and no write reaches the file
+        array: Any = np.memmap(self.path, self._type, "c", self._offset, tuple(self.shape))
+        return torch.from_numpy(array).index_select(0, index.cpu())
+
+
+class Items:
+    """The inputs of a map-style dataset of (input, ...) items, read when they are asked for, one by one.
+
+    For what cannot be read once: a transform that draws anew each time. It is as slow as the dataset.
+
+    Args:
+        dataset: Its items begin with the input, a tensor, an array or a picture.
+
+    Example:
+        >>> Items([(torch.tensor([1.0]), 0), (torch.tensor([2.0]), 1)])[torch.tensor([1])].tolist()
+        [[2.0]]
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        first = to_tensor(dataset[0][0])
+        self.shape, self.dtype = torch.Size((len(dataset), *first.shape)), first.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        items = [to_tensor(self.dataset[row][0]) for row in index.tolist()]
+        return torch.stack(items) if items else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+
+
+def open_array(path: str | Path) -> Rows:
+    """Open a `.npy` file: mapped as a tensor where it is small, by rows where it takes more than a gibibyte.
+
+    Raises:
+        InputError: If it is missing, or no array of numbers.
+    """
+    try:
+        array = np.load(path, mmap_mode="c")
+        tensor = torch.from_numpy(array)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as a .npy array ({error}): write it with numpy.save.") from error
+    return Mapped(path) if tensor.nbytes > RESIDENT else tensor
+
+
+def to_tensor(x: Any) -> Tensor:
+    """Return an input as a tensor; a picture as uint8 (C, H, W).
+
+    Example:
+        >>> from PIL import Image
+        >>> to_tensor(Image.new("L", (4, 3))).shape
+        torch.Size([1, 3, 4])
+    """
+    if hasattr(x, "getbands"):  # PIL
+        pixels = np.asarray(x)
+        return torch.from_numpy(pixels[None].copy() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    return torch.as_tensor(np.asarray(x)) if not isinstance(x, Tensor) else x
+
+
+def row_bytes(x: Rows) -> int:
+    """Return the bytes of one row."""
+    return math.prod(x.shape[1:]) * torch.empty(0, dtype=x.dtype).element_size()
+
+
+def first_not_finite(x: Rows) -> int | None:
+    """Return the first row that holds NaN or infinity, reading a part at a time, or None.
+
+    Example:
+        >>> first_not_finite(torch.tensor([[1.0], [float("nan")]]))
+        1
+    """
+    if not x.dtype.is_floating_point:
+        return None
+    step = max(1, 2**26 // max(1, row_bytes(x)))
+    for start in range(0, len(x), step):
+        part = x[torch.arange(start, min(start + step, len(x)))]
+        if not all(bool(value.isfinite()) for value in part.aminmax()):
+            return start + int((~part.flatten(1).isfinite().all(1)).nonzero()[0])
+    return None

@@ -1,0 +1,64 @@
+r"""Tasks that fade into each other, with no boundary (the linear decay of Shanahan et al. 2021 and Avalanche).
+
+With time s from 0 to T and tasks of equal size, the share of task t among the rows at time s is 1 in its middle, falls
+linearly to 0 over the zone of width o around each of its ends, and the shares add up to 1. A row of task t stands at
+
+.. math:: s = t + u + o\,(v - 1/2), \qquad u, v \sim U[0, 1]
+
+(whose density is that trapezoid), reflected at 0 and T. Sorted by s, the rows are cut into T pieces of equal size; the
+row of R after each piece is an evaluation point, and column t is the test set of task t.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from cl.compose import reorder
+from cl.errors import InputError
+from cl.random import derive
+from cl.task import Order, Stream, Task, TaskData
+
+
+def boundary_free(source: Stream, overlap: float = 1.0, order: Order = None, seed: int = 0) -> Stream:
+    """Blend each task of a stream into the next.
+
+    Args:
+        source: Any stream with boundaries; rows keep the label of the task that they come from.
+        overlap: o, the width of the zone in which two tasks mix, in tasks, 0 to 1; 0 leaves hard boundaries.
+        order: The order of the tasks before they are blended, see `Stream`.
+        seed: Seed of the times and of a shuffled order.
+
+    Raises:
+        InputError: If the overlap is outside [0, 1].
+
+    Example:
+        >>> from cl.compose import copies, permute
+        >>> from cl.sources import digits
+        >>> drifting = boundary_free(permute(copies(digits(), 3)))
+        >>> drifting.boundaries, drifting[0].train.tasks.unique().tolist(), drifting[1].train.tasks.unique().tolist()
+        (False, [0, 1], [0, 1, 2])
+    """
+    if not 0 <= overlap <= 1:
+        raise InputError(f"overlap={overlap} of a boundary-free stream is not in [0, 1]: give a share of a task.")
+
+    stream = reorder(source, order, seed)
+
+    @cache
+    def whole() -> tuple[TaskData, list[torch.Tensor]]:
+        sizes = [len(task.train) for task in stream]
+        draw = np.random.default_rng(derive(seed, "boundary free"))
+        own = np.repeat(np.arange(len(stream)), sizes)
+        time = own + draw.random(len(own)) + overlap * (draw.random(len(own)) - 0.5)
+        time = np.abs(time)
+        time = np.minimum(time, 2 * len(stream) - time)
+        pieces = np.array_split(np.argsort(time, kind="stable"), len(stream))
+        return TaskData.concat([task.train for task in stream]), [torch.from_numpy(piece) for piece in pieces]
+
+    def build(t: int) -> Task:
+        union, pieces = whole()
+        return Task(t, union.take(pieces[t]), stream[t].test, stream[t].val, name=stream[t].name)
+
+    return stream.derive(build, name=f"drifting {stream.name}", repeats=True, boundaries=False)

@@ -1,0 +1,44 @@
+"""One dataset under a different corruption in each task (Hendrycks and Dietterich 2019; CIFAR-C and its like)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cl.compose import copies, corrupt, reorder
+from cl.data import Dataset
+from cl.task import Order, Scenario, Stream
+
+
+def corrupted(
+    dataset: Dataset,
+    kinds: Sequence[str] | None = None,
+    severity: int = 3,
+    scenario: Scenario | None = None,
+    val_fraction: float = 0.0,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
+    """Corrupt every image, one kind a task, training and test alike.
+
+    Args:
+        dataset: uint8 images.
+        kinds: Of `cl.corruptions.CORRUPTIONS`, or "clean"; None means the clean images and all fifteen after them.
+        severity: 1 to 5.
+        scenario: "domain" (the default) shares the labels; "class" and "task" give each task labels of its own.
+        val_fraction: Share of the training set that becomes validation.
+        order: The order of the kinds, see `Stream`.
+        seed: Seed of the noise, of the validation split and of a shuffled order.
+
+    Raises:
+        InputError: If the inputs are no images, or a kind or severity is unknown.
+
+    Example:
+        >>> from cl.sources import digits
+        >>> [task.name for task in corrupted(digits(), ["clean", "fog", "pixelate"])]
+        ['clean', 'fog', 'pixelate']
+    """
+    from cl.corruptions import CORRUPTIONS
+
+    chosen = ["clean", *CORRUPTIONS] if kinds is None else list(kinds)
+    whole = copies(dataset, len(chosen), scenario, val_fraction, seed=seed)
+    return reorder(corrupt(whole, chosen, severity, seed), order, seed)

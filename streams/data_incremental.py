@@ -1,0 +1,30 @@
+"""One dataset that comes in parts: every task has all classes and new instances of them (New Instances in CORe50)."""
+
+from __future__ import annotations
+
+from cl.compose import copies, partition, reorder
+from cl.data import Dataset
+from cl.task import Order, Stream
+
+
+def data_incremental(
+    dataset: Dataset, num_tasks: int = 5, val_fraction: float = 0.0, order: Order = None, seed: int = 0
+) -> Stream:
+    """Cut a dataset into parts of equal size, the same share of each class; domain-incremental.
+
+    Args:
+        dataset: Any dataset of labels.
+        num_tasks: T.
+        val_fraction: Share of the training set that becomes validation.
+        order: The order of the parts, see `Stream`.
+        seed: Seed of the parts, of the validation split and of a shuffled order.
+
+    Raises:
+        InputError: If a class has fewer rows than there are tasks.
+
+    Example:
+        >>> from cl.sources import digits
+        >>> [len(task.test) for task in data_incremental(digits(), num_tasks=2)]
+        [181, 178]
+    """
+    return reorder(partition(copies(dataset, val_fraction=val_fraction, seed=seed), num_tasks, seed), order, seed)

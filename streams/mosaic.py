@@ -1,0 +1,125 @@
+"""Several labels a row from any image dataset: grids of images, whose targets are the classes in them.
+
+Class- and task-incremental as multi-label streams are: an image of a task shows at least one of its classes and any
+others beside, and its own alone are annotated. The column of another task's class is 0 though the class may be there,
+so training belongs to the task's own outputs (train_mask=task, which the configuration sets).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl.augment import Normalize
+from cl.data import Array, Dataset, split_validation
+from cl.errors import InputError
+from cl.random import derive
+from cl.rows import Rows
+from cl.task import SCENARIOS, Order, Scenario, Stream, Task, TaskData
+
+
+def tile(cells: Tensor, grid: int) -> Tensor:
+    """Lay images (N, g^2, C, H, W) out in grids (N, C, g H, g W), row by row.
+
+    Example:
+        >>> tile(torch.arange(4).view(1, 4, 1, 1, 1), 2).tolist()
+        [[[[0, 1], [2, 3]]]]
+    """
+    rows, _, channels, height, width = cells.shape
+    laid = cells.view(rows, grid, grid, channels, height, width).permute(0, 3, 1, 4, 2, 5)
+    return laid.reshape(rows, channels, grid * height, grid * width)
+
+
+def mosaic(
+    dataset: Dataset,
+    num_tasks: int = 5,
+    num_images: int = 1000,
+    num_test: int = 500,
+    grid: int = 2,
+    scenario: Scenario | None = None,
+    val_fraction: float = 0.0,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
+    """Draw grids of images, g by g; targets are float32 (N, C), 1 where the class is annotated in the grid.
+
+    One cell, at a random place, shows a class of the task, the others any; with replacement, training grids from
+    training images and test grids from test images. The entries of R are mAP, CF1 or OF1 over the task's classes.
+
+    Args:
+        dataset: Images with labels.
+        num_tasks: T; classes are split among the tasks as evenly as they go, in their order.
+        num_images: Training grids of a task, validation grids among them.
+        num_test: Test grids of a task.
+        grid: g, cells a side.
+        scenario: "class" (the default) and "task" give each task classes of its own; "domain" annotates all classes
+            in every task, whose grids are then alike but for the draw, until a block of `cl.compose` turns, permutes
+            or corrupts them.
+        val_fraction: Share of the training images, and of the training grids, that becomes validation.
+        order: See `Stream`.
+        seed: Seed of the grids, of the validation split and of a shuffled order.
+
+    Raises:
+        InputError: If inputs are no images or targets no labels, or a task would have one class, which all its grids
+            would show.
+
+    Example:
+        >>> from cl.sources import digits
+        >>> stream = mosaic(digits(), num_tasks=5)
+        >>> stream.input_shape, stream[1].classes, stream[1].train.labels.shape
+        ((1, 16, 16), (2, 3), torch.Size([1000, 10]))
+    """
+    scenario, width = scenario or "class", dataset.num_classes
+    _check(dataset, num_tasks, grid, scenario)
+    every = np.arange(width)
+    groups = np.array_split(every, num_tasks) if scenario != "domain" else [every] * num_tasks
+    train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
+
+    def draw(t: int, part: str, x: Rows, y: Array, rows: Array, count: int) -> TaskData:
+        random = np.random.default_rng(derive(seed, "mosaic", part, t))
+        cells = random.choice(rows, (count, grid**2))
+        own = rows[np.isin(y[rows], groups[t])]
+        cells[np.arange(count), random.integers(grid**2, size=count)] = random.choice(own, count)
+        target = np.zeros((count, width), dtype=np.float32)
+        np.put_along_axis(target, y[cells], 1.0, axis=1)
+        images = x[torch.from_numpy(cells.ravel())].unflatten(0, cells.shape)
+        return TaskData(tile(images, grid), torch.from_numpy(target * np.isin(every, groups[t])), t)
+
+    def build(t: int) -> Task:
+        y, test_y = dataset.train_y.numpy(), dataset.test_y.numpy()
+        held_out = round(val_fraction * num_images)
+        train = draw(t, "train", dataset.train_x, y, train_rows.numpy(), num_images - held_out)
+        val = draw(t, "val", dataset.train_x, y, val_rows.numpy(), held_out) if held_out else None
+        test = draw(t, "test", dataset.test_x, test_y, np.arange(len(test_y)), num_test)
+        return Task(t, train, test, val, name=" ".join(dataset.class_names[c] for c in groups[t]))
+
+    return Stream(
+        build,
+        scenario=scenario,
+        num_classes=width,
+        num_tasks=num_tasks,
+        augment=dataset.augment,
+        normalize=Normalize(dataset.mean, dataset.std),
+        class_names=dataset.class_names,
+        name=f"mosaics of {dataset.name}",
+        target="multilabel",
+        order=order,
+        seed=seed,
+    )
+
+
+def _check(dataset: Dataset, num_tasks: int, grid: int, scenario: str) -> None:
+    if len(dataset.input_shape) != 3 or dataset.target != "label":
+        raise InputError(
+            f"{dataset.name!r} has inputs of shape {dataset.input_shape} and targets of kind {dataset.target}: mosaics "
+            "are made of images (C, H, W) with one label each."
+        )
+    if scenario not in SCENARIOS:
+        raise InputError(f"scenario={scenario!r} is unknown: use one of {', '.join(SCENARIOS)}.")
+    most = dataset.num_classes // 2
+    if grid < 1 or num_tasks < 1 or (scenario != "domain" and num_tasks > most):
+        raise InputError(
+            f"num_tasks={num_tasks} and grid={grid} for {dataset.num_classes} classes: give 1 to {most} tasks, so that "
+            "each has two classes, and a grid of 1 or more."
+        )

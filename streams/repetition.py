@@ -1,0 +1,128 @@
+"""Class-incremental with repetition: classes come, go and come again (Hemati et al. 2023, section 3).
+
+The sampling-based generator of "Class-Incremental Learning with Repetition". Class c first comes in a task drawn from a
+geometric law, cut at the last task; from then on it comes again in each task with probability p_c. A task's rows are
+shared out evenly among its classes and drawn from all rows of a class, without replacement within a task.
+
+Differences from the paper: a column of R is the test set of the classes of its task, so that what came again can be
+told from what did not; the paper tests on the whole test set. A task in which no class would come gets one that has
+come before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cl.augment import Normalize
+from cl.data import Array, Dataset, split_validation
+from cl.errors import InputError
+from cl.random import derive
+from cl.task import Order, Scenario, Stream, Task, TaskData
+
+
+def occurrences(num_tasks: int, num_classes: int, first: float, again: Sequence[float], seed: int) -> Array:
+    """Draw which classes come in which task, bool (T, C): every class once at least, every task with one at least.
+
+    Example:
+        >>> occurrences(3, 2, first=1.0, again=[0.0, 1.0], seed=0).astype(int).tolist()
+        [[1, 1], [0, 1], [0, 1]]
+    """
+    draw = np.random.default_rng(derive(seed, "repetition"))
+    start = np.minimum(draw.geometric(first, num_classes) - 1, num_tasks - 1)
+    start[draw.integers(num_classes)] = 0  # else the first tasks could be empty
+    tasks = np.arange(num_tasks)[:, None]
+    present: Array = (tasks == start) | ((tasks > start) & (draw.random((num_tasks, num_classes)) < np.asarray(again)))
+    for t in np.flatnonzero(~present.any(1)):
+        present[t, draw.choice(np.flatnonzero(start < t))] = True
+    return present
+
+
+def share_out(labels: Array, classes: Array, count: int, seed: int) -> Array:
+    """Draw rows, ascending: evenly many of each class, one at least.
+
+    Example:
+        >>> share_out(np.array([0, 0, 1, 1, 2]), np.array([0, 2]), 4, seed=0).tolist()
+        [0, 1, 4]
+    """
+    draw, kept = np.random.default_rng(seed), []
+    for c, part in zip(classes, np.array_split(np.arange(count), len(classes)), strict=True):
+        kept.append(draw.permutation(np.flatnonzero(labels == c))[: max(1, len(part))])
+    chosen: Array = np.sort(np.concatenate(kept))
+    return chosen
+
+
+def repetition(
+    dataset: Dataset,
+    num_tasks: int = 20,
+    rows_per_task: int = 200,
+    first: float = 0.3,
+    again: float | Sequence[float] = 0.2,
+    scenario: Scenario | None = None,
+    val_fraction: float = 0.0,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
+    """Sample tasks from a law of the classes' occurrence.
+
+    Args:
+        dataset: Any dataset of labels.
+        num_tasks: T, experiences in the paper.
+        rows_per_task: Training rows of a task, shared out among its classes; fewer where a class has no more.
+        first: Parameter of the geometric law of the first occurrence; 1 brings every class in the first task.
+        again: Probability that a class that has come comes in a later task, one for all or one a class.
+        scenario: "class" (the default) or "task".
+        val_fraction: Share of the training set from which validation rows are drawn likewise.
+        order: See `Stream`.
+        seed: Seed of everything.
+
+    Raises:
+        InputError: If a probability is outside its range, or the scenario is "domain".
+
+    Example:
+        >>> from cl.sources import digits
+        >>> stream = repetition(digits(), num_tasks=6, rows_per_task=60)
+        >>> len(stream), len({c for task in stream for c in task.classes})
+        (6, 10)
+    """
+    chances = [float(p) for p in (again if isinstance(again, Sequence) else [again] * dataset.num_classes)]
+    if scenario == "domain":
+        raise InputError("A repetition stream is about which classes come when: use scenario=class or scenario=task.")
+    if not 0 < first <= 1 or len(chances) != dataset.num_classes or not all(0 <= p <= 1 for p in chances):
+        raise InputError(
+            f"first={first} must lie in (0, 1] and again={again} be one probability, or one for each of the "
+            f"{dataset.num_classes} classes."
+        )
+    if min(num_tasks, rows_per_task) < 1:
+        raise InputError(f"num_tasks={num_tasks} and rows_per_task={rows_per_task} must be 1 or more.")
+    present = occurrences(num_tasks, dataset.num_classes, first, chances, seed)
+    train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
+
+    def some(index: torch.Tensor, t: int, count: int) -> TaskData:
+        rows = share_out(dataset.train_y[index].numpy(), np.flatnonzero(present[t]), count, derive(seed, "rows", t))
+        return TaskData(dataset.train_x, dataset.train_y, t, index[torch.from_numpy(rows)])
+
+    def build(t: int) -> Task:
+        own = torch.from_numpy(np.flatnonzero(present[t]))
+        test = TaskData(dataset.test_x, dataset.test_y, t, torch.isin(dataset.test_y, own).nonzero().flatten())
+        size = round(rows_per_task * len(val_rows) / len(train_rows))
+        val = some(val_rows, t, size) if len(val_rows) else None
+        names = [dataset.class_names[c] for c in own.tolist()]
+        title = "+".join(names[:3]) + " …" * (len(names) > 3)
+        return Task(t, some(train_rows, t, rows_per_task), test, val, name=title)
+
+    return Stream(
+        build,
+        scenario=scenario or "class",
+        num_classes=dataset.num_classes,
+        num_tasks=num_tasks,
+        augment=dataset.augment,
+        normalize=Normalize(dataset.mean, dataset.std),
+        class_names=dataset.class_names,
+        name=f"repeated {dataset.name}",
+        repeats=True,
+        order=order,
+        seed=seed,
+    )

@@ -1,0 +1,146 @@
+"""Streams and strategies from outside the repository: by `_target_`, by `--config-dir`, by an entry point."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# As the README has them.
+STREAM = """\
+import torch
+from cl.task import Stream, Task, TaskData
+
+
+def blobs(num_tasks: int = 3, scenario: str = "class", order=None, seed: int = 0) -> Stream:
+    draw, tasks = torch.Generator().manual_seed(seed), []
+    for t in range(num_tasks):
+        y = torch.arange(200) % 2 + 2 * t
+        x = torch.randn(200, 4, generator=draw) + 3 * y[:, None]
+        tasks.append(Task(t, train=TaskData(x[:150], y[:150], t), test=TaskData(x[150:], y[150:], t)))
+    return Stream(tasks, scenario=scenario, num_classes=2 * num_tasks, order=order, seed=seed)
+"""
+STRATEGY = """\
+from cl.strategy import Strategy
+
+
+class Shrink(Strategy):
+    def loss(self, learner, batch, logits):
+        return 1e-3 * sum(p.square().sum() for p in learner.trunk().parameters())
+"""
+PROJECT = """\
+[build-system]
+requires = ["setuptools>=61"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "blobs"
+version = "1"
+
+[project.entry-points."clsim.conf"]
+blobs = "blobs.conf"
+
+[tool.setuptools]
+packages = ["blobs", "blobs.conf"]
+
+[tool.setuptools.package-data]
+"blobs.conf" = ["**/*.yaml"]
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("outside")
+    files = {
+        "blobs/__init__.py": "",
+        "blobs/stream.py": STREAM,
+        "blobs/shrink.py": STRATEGY,
+        "blobs/conf/__init__.py": "",
+        "blobs/conf/stream/blobs.yaml": "_target_: blobs.stream.blobs\nnum_tasks: 3\norder: null\nseed: ${seed}\n",
+        "blobs/conf/strategy/shrink.yaml": "shrink:\n  _target_: blobs.shrink.Shrink\n",
+        "pyproject.toml": PROJECT,
+    }
+    for name, text in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    return place
+
+
+@pytest.fixture(scope="module")
+def site(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(package)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def cl_run(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    command = [sys.executable, "-m", "cl", *arguments, "trainer.accelerator=cpu", "report=quiet", "epochs=1"]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def tasks_of(run: Path) -> int:
+    with (run / "transfer.csv").open() as file:
+        return max(int(row["task"]) for row in csv.DictReader(file))
+
+
+def test_by_target(package: Path, tmp_path: Path):
+    stream = ["stream=custom", "stream._target_=blobs.stream.blobs", "+stream.num_tasks=2"]
+    strategy = ["strategy=[]", "+strategy.shrink._target_=blobs.shrink.Shrink"]
+    done = cl_run(*stream, *strategy, "hydra.run.dir=out", cwd=tmp_path, path=package)
+    assert done.returncode == 0, done.stderr
+    assert tasks_of(tmp_path / "out") == 2
+
+
+def test_by_a_folder_of_configurations(package: Path, tmp_path: Path):
+    folder = ["--config-dir", str(package / "blobs" / "conf")]
+    done = cl_run(*folder, "stream=blobs", "strategy=shrink", "hydra.run.dir=out", cwd=tmp_path, path=package)
+    assert done.returncode == 0, done.stderr
+    assert tasks_of(tmp_path / "out") == 3
+
+
+def test_by_an_entry_point(site: Path, tmp_path: Path):
+    done = cl_run("stream=blobs", "strategy=[er,shrink]", "hydra.run.dir=out", cwd=tmp_path, path=site)
+    assert done.returncode == 0, done.stderr
+    assert tasks_of(tmp_path / "out") == 3
+    unknown = cl_run("stream=blob", cwd=tmp_path, path=site)
+    assert "no stream called 'blob': did you mean 'blobs'" in unknown.stderr
+    assert "stream=blobs" not in cl_run("stream=blobs", cwd=tmp_path).stdout, "not installed: not known"
+
+
+def test_its_orders_can_be_swept(site: Path, tmp_path: Path):
+    orders = "stream.order=[0,1,2],[2,1,0]"
+    done = cl_run("-m", "stream=blobs", orders, "strategy=finetune", "hydra.sweep.dir=out", cwd=tmp_path, path=site)
+    assert done.returncode == 0, done.stderr
+    import json
+
+    stored = [json.loads(file.read_text())["order"] for file in sorted(tmp_path.glob("out/*/transfer.json"))]
+    assert sorted(stored) == [[0, 1, 2], [2, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["stream=custom"], "stream._target_ has no default: write stream._target_="),
+        (["stream=custom", "stream._target_=blobs.stream.blob"], "stream cannot be made"),
+        (["stream._target_=blobs.stream.blobs"], "unexpected keyword argument 'dataset'"),
+        (["stream=custom", "stream._target_=blobs.stream.blobs", "+stream.order=[0]"], r"order=[0] of 'stream'"),
+    ],
+    ids=["no target", "no such function", "other arguments", "wrong order"],
+)
+def test_what_is_wrong_comes_as_one_sentence(package: Path, tmp_path: Path, arguments, sentence):
+    done = cl_run(*arguments, cwd=tmp_path, path=package)
+    assert done.returncode != 0 and sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_fault_inside_it_keeps_its_traceback(tmp_path: Path):
+    (tmp_path / "faulty.py").write_text("def stream():\n    return len(3)\n")
+    done = cl_run("stream=custom", "stream._target_=faulty.stream", cwd=tmp_path, path=tmp_path)
+    assert done.returncode != 0 and "return len(3)" in done.stderr

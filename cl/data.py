@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from cl.errors import InputError
 from cl.random import derive
-from cl.rows import RESIDENT, Mapped, Rows, first_not_finite
+from cl.rows import Rows, as_rows, first_not_finite, parts
 from cl.target import TARGETS
 
 Array = npt.NDArray[Any]
@@ -150,46 +151,54 @@ def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Ten
 
 def make_dataset(
     name: str,
-    arrays: Mapping[str, Array | Tensor],
+    arrays: Mapping[str, Any],
     class_names: Sequence[str],
     normalize: bool,
     mean: Numbers,
     std: Numbers,
     augment: nn.Module | None,
+    target: str = "label",
 ) -> Dataset:
-    """Return the dataset with the mean and std that were asked for, or else its own; float inputs have none."""
-    x = [_rows(arrays[part]) for part in ("train_x", "test_x")]
+    """Return the dataset with the mean and std that were asked for, or else its own; float inputs have none.
+
+    Args:
+        name: What reports call it.
+        arrays: `train_x`, `train_y`, `test_x`, `test_y`; and `mean` and `std` where they are known.
+        class_names: One a class, or a column of targets.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
+        mean: Per channel in [0, 1]; None computes it from the training images.
+        std: As `mean`.
+        augment: Train-time augmentation.
+        target: See `cl.target`.
+    """
+    x = [as_rows(arrays[part]) for part in ("train_x", "test_x")]
     y = [torch.as_tensor(arrays[part]) for part in ("train_y", "test_y")]
     if not normalize:
         mean, std = (0.0,), (1.0,)
-    elif x[0].dtype == torch.uint8 and (mean is None or std is None):
-        own = (arrays["mean"], arrays["std"]) if "mean" in arrays else channel_moments(np.asarray(arrays["train_x"]))
+    elif x[0].dtype == torch.uint8 and len(x[0].shape) == 4 and len(x[0]) and (mean is None or std is None):
+        own = (arrays["mean"], arrays["std"]) if "mean" in arrays else channel_moments(x[0])
         mean = own[0].tolist() if mean is None else mean
         std = [float(s) or 1.0 for s in own[1]] if std is None else std  # a constant channel is left as it is
     means, stds = (tuple(map(float, given)) for given in (mean or (0.0,), std or (1.0,)))
-    return Dataset(name, x[0], y[0], x[1], y[1], tuple(class_names), means, stds, augment)
+    return Dataset(name, x[0], y[0], x[1], y[1], tuple(class_names), means, stds, augment, target)
 
 
-def _rows(array: Array | Tensor) -> Rows:
-    """Return an array as a tensor, or as its file where that takes more than is kept in memory."""
-    if isinstance(array, np.memmap) and array.nbytes > RESIDENT:
-        return Mapped(str(array.filename))
-    return torch.as_tensor(array)
-
-
-def channel_moments(x: Array) -> tuple[Array, Array]:
+def channel_moments(x: Any) -> tuple[Array, Array]:
     """Return mean and standard deviation of each channel of uint8 images (N, C, H, W), in units of [0, 1], exactly.
+
+    Args:
+        x: An array, a tensor, or rows of a file, which are read part by part.
 
     Example:
         >>> mean, std = channel_moments(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
         >>> mean.tolist(), std.tolist()
         ([0.5], [0.5])
     """
-    total, square, rows = 0, 0, max(1, 2**24 // x[0].size)
-    for start in range(0, len(x), rows):
-        chunk = x[start : start + rows].astype(np.uint32)
-        total = total + chunk.sum((0, 2, 3), dtype=np.int64)
-        square = square + (chunk * chunk).sum((0, 2, 3), dtype=np.int64)
-    count = x.size // x.shape[1]
+    total, square = np.zeros(x.shape[1], dtype=np.int64), np.zeros(x.shape[1], dtype=np.int64)
+    for part in parts(x):
+        values = part.astype(np.uint32)
+        total += values.sum((0, 2, 3), dtype=np.int64)
+        square += (values * values).sum((0, 2, 3), dtype=np.int64)
+    count = math.prod(x.shape) // x.shape[1]
     mean = total / count
     return mean / 255, np.sqrt(np.maximum(square / count - mean**2, 0)) / 255

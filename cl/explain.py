@@ -36,7 +36,7 @@ def cause(error: BaseException | None) -> BaseException | None:
 
 
 def _wrong_call(error: BaseException | None) -> InputError | None:
-    """Return a sentence on a `_target_` that is not there or takes other arguments, but not on what failed inside it."""
+    """Return a sentence on a `_target_` that is not there or takes other arguments, not on what failed inside it."""
     from hydra.errors import InstantiationException
     from omegaconf.errors import MissingMandatoryValue
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +20,13 @@ from torch import nn
 from cl.cache import Allocate, decoded
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError
+from cl.rows import let_go
 
 _log = logging.getLogger(__name__)
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 Pixels = npt.NDArray[np.uint8]
 _BLOCK = 256  # images that a thread decodes at a time
+_OPENING = threading.Lock()
 
 
 def list_images(folder: Path) -> list[tuple[Path, str]]:
@@ -61,34 +66,60 @@ def list_images(folder: Path) -> list[tuple[Path, str]]:
     return found
 
 
-def read_image(file: Path, channels: int = 3, size: tuple[int, int] | None = None) -> Pixels:
+def read_image(
+    file: Path | IO[bytes], channels: int = 3, size: tuple[int, int] | None = None, name: str | None = None
+) -> Pixels:
     """Return an image as uint8 (C, H, W).
 
     Args:
         file: Any format that Pillow reads, with 8 bits a channel.
         channels: 3 for colour, 1 for grey.
         size: (H, W) to crop to shape, centred, and resize to; None keeps the image's own.
+        name: What an error calls it; None means the file.
 
     Raises:
-        InputError: If it cannot be read.
+        InputError: If it cannot be read, or Pillow warns of its pixels.
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as image:
+        with _open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")
-            picture = image.convert("RGB" if channels == 3 else "L")
+            clear = image.mode == "P" and "transparency" in image.info
+            opaque = image.convert("RGBA") if clear else image  # without a warning
+            picture = opaque.convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file} cannot be read as an image ({error}): replace or remove it.") from error
+        raise InputError(f"{name or file} cannot be read as an image ({error}): replace or remove it.") from error
     if size is not None and picture.size != size[::-1]:
         picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
     pixels: Pixels = np.asarray(picture)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
+def _open(file: Path | IO[bytes]) -> Any:
+    """Open an image; what Pillow warns of is an error, unless it concerns metadata alone."""
+    from PIL import Image
+
+    # What happens to warnings is a setting of the process, so one thread at a time changes it.
+    with _OPENING, warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        image = Image.open(file)
+    for warning in noted:
+        # Outside TIFF itself, tags are EXIF; and in TIFF a tag with too many values is read by its first.
+        exif = image.format != "TIFF" and Path(warning.filename).name == "TiffImagePlugin.py"
+        if not exif and not str(warning.message).startswith("Metadata Warning"):
+            image.close()
+            raise ValueError(str(warning.message).strip().rstrip("."))
+    return image
+
+
 def decode(
-    files: Sequence[Path], channels: int, size: tuple[int, int] | None, allocate: Callable[[tuple[int, ...]], Pixels]
+    files: Sequence[Path | IO[bytes]],
+    channels: int,
+    size: tuple[int, int] | None,
+    allocate: Callable[[tuple[int, ...]], Pixels],
+    name: Callable[[int], str] | None = None,
 ) -> Pixels:
     """Return images as uint8 (N, C, H, W), decoded by all cores into what `allocate` gives for that shape.
 
@@ -97,27 +128,77 @@ def decode(
         channels: 3 for colour, 1 for grey.
         size: (H, W) to crop and resize to; None asks that all have the size of the first.
         allocate: Gives the array to fill.
+        name: What errors call the image of a position; None means its file.
 
     Raises:
         InputError: If one cannot be read, or has another size than the first where `size` is None.
     """
-    shape = read_image(files[0], channels, size).shape
+    called = name or (lambda row: str(files[row]))
+    shape = read_image(files[0], channels, size, called(0)).shape
     out = allocate((len(files), *shape))
 
     def fill(start: int) -> None:
         for row in range(start, min(start + _BLOCK, len(files))):
-            pixels = read_image(files[row], channels, size)
+            pixels = read_image(files[row], channels, size, called(row))
             if pixels.shape != shape:
                 here, there = ("x".join(map(str, s[1:])) for s in (pixels.shape, shape))
                 raise InputError(
-                    f"{files[row]} is {here} where {files[0]} is {there}: set image_size to bring all to one size."
+                    f"{called(row)} is {here} where {called(0)} is {there}: set image_size to bring all to one size."
                 )
             out[row] = pixels
+        let_go(out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(fill, range(0, len(files), _BLOCK)):  # an error cancels the blocks still waiting
             pass
     return out
+
+
+def decoded_images(
+    key: str,
+    parts: Mapping[str, Sequence[Path | IO[bytes]]],
+    root: Path,
+    image_size: int | Sequence[int] | None,
+    channels: int,
+    cache: bool,
+    cache_dir: str | Path | None,
+    files: Sequence[Path] | None = None,
+    chosen: object = None,
+    name: Callable[[str, int], str] | None = None,
+) -> dict[str, Array]:
+    """Return `<part>_x` of every part, uint8 (N, C, H, W), and the mean and std of the training images.
+
+    Args:
+        key: Kind of dataset, in the name of the cache's entry.
+        parts: Images of "train" and "test".
+        root: The folder that holds them.
+        image_size: See `image_folder`.
+        channels: See `image_folder`.
+        cache: See `image_folder`.
+        cache_dir: See `image_folder`.
+        files: The files that the images are read from; None means the images.
+        chosen: How images are chosen among those of the files.
+        name: What errors call the image of a part and position; None means its file.
+
+    Raises:
+        InputError: As `decode` and `cl.cache.cached` do, or if `channels` or `image_size` cannot be.
+    """
+    if channels not in (1, 3):
+        raise InputError(f"channels={channels}: images are read as 3 (colour) or 1 (grey).")
+    size = None if image_size is None else _height_width(image_size)
+
+    def build(allocate: Allocate) -> dict[str, Array]:
+        _log.info("Decoding the %d images of %s.", sum(map(len, parts.values())), root)
+        return {
+            f"{part}_x": decode(
+                images, channels, size, partial(allocate, f"{part}_x"), None if name is None else partial(name, part)
+            )
+            for part, images in parts.items()
+        }
+
+    every: Any = [image for images in parts.values() for image in images] if files is None else files
+    settings = ({part: len(images) for part, images in parts.items()}, size, channels, chosen)
+    return decoded(key, every, root, settings, build, cache, cache_dir)
 
 
 def image_folder(
@@ -162,30 +243,31 @@ def image_folder(
             train and test differ, or the two share a file.
     """
     root = Path(root)
-    if channels not in (1, 3):
-        raise InputError(f"channels={channels}: images are read as 3 (colour) or 1 (grey).")
-    size = None if image_size is None else _height_width(image_size)
-    parts = _split(root, train, test, test_fraction, seed)
+    parts = list_parts(root, train, test, test_fraction, seed)
     names = sorted({label for _, label in parts["train"]})
     number = {label: c for c, label in enumerate(names)}
     files = {part: [file for file, _ in rows] for part, rows in parts.items()}
     check_disjoint(root.name, files["train"], files["test"])
-
-    def build(allocate: Allocate) -> dict[str, Array]:
-        _log.info("Decoding the %d images of %s.", sum(map(len, files.values())), root)
-        arrays: dict[str, Array] = {}
-        for part, rows in parts.items():
-            arrays[f"{part}_x"] = decode(files[part], channels, size, partial(allocate, f"{part}_x"))
-            arrays[f"{part}_y"] = np.array([number[label] for _, label in rows], dtype=np.int64)
-        return arrays
-
-    every = [*files["train"], *files["test"]]
-    settings = (len(files["train"]), names, size, channels)
-    arrays = decoded("image_folder", every, root, settings, build, cache, cache_dir)
-    return make_dataset(name or root.resolve().name, arrays, names, normalize, mean, std, augment)
+    arrays = decoded_images("image_folder", files, root, image_size, channels, cache, cache_dir)
+    labels = {f"{part}_y": np.array([number[label] for _, label in rows]) for part, rows in parts.items()}
+    return make_dataset(name or root.resolve().name, arrays | labels, names, normalize, mean, std, augment)
 
 
-def _split(root: Path, train: str, test: str | None, fraction: float, seed: int) -> dict[str, list[tuple[Path, str]]]:
+def list_parts(
+    root: Path, train: str, test: str | None, fraction: float, seed: int
+) -> dict[str, list[tuple[Path, str]]]:
+    """Return (file, class) of every image of "train" and "test".
+
+    Args:
+        root: The folder that holds both.
+        train: Its training folder.
+        test: Its test folder; None draws the test set from the training folder.
+        fraction: Share of each class that is drawn.
+        seed: Seed of the draw.
+
+    Raises:
+        InputError: If a folder is missing, or the classes of train and test differ.
+    """
     listed = list_images(root / train)
     names = sorted({label for _, label in listed})
     if test is None:

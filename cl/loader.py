@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from cl.random import derive
+from cl.rows import row_bytes
 from cl.strategy import Batch, Labels
 from cl.task import TaskData
 
 _LARGEST, _BRISK = 64, 0.1  # steps of a chunk that chooses its size; seconds that it should not take
+_AHEAD = 2**25  # bytes of a chunk that is read ahead
 
 
 class TrainLoader:
@@ -76,7 +78,8 @@ class TrainLoader:
                 size = min(2 * size, _LARGEST)
 
     def _read(self, order: Labels) -> Iterator[list[Batch]]:
-        step = (self.chunk_size or 8) * self.batch_size
+        held = _AHEAD // max(1, self.batch_size * row_bytes(self.data.x))
+        step = (self.chunk_size or min(max(held, 1), _LARGEST)) * self.batch_size
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._chunk, order[:step])
             for start in range(step, len(order) + step, step):

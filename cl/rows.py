@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from cl.errors import InputError
 
 RESIDENT = 2**30  # bytes; what takes more stays in its file
+PART = 2**26  # bytes that are read at a time
 
 
 class Rows(Protocol):
@@ -43,6 +45,9 @@ class Mapped:
     Args:
         path: An array (N, *input) in C order.
 
+    Raises:
+        InputError: If it is in another order.
+
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "x.npy"
@@ -54,6 +59,10 @@ class Mapped:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         array = np.load(self.path, mmap_mode="r")
+        if not array.flags.c_contiguous:
+            raise InputError(
+                f"{path} is stored in Fortran order: write it with numpy.save(numpy.ascontiguousarray(x))."
+            )
         self.shape = torch.Size(array.shape)
         self.dtype = torch.as_tensor(np.zeros(0, array.dtype)).dtype
         self._type, self._offset = array.dtype, array.offset
@@ -107,6 +116,41 @@ def open_array(path: str | Path) -> Rows:
     return Mapped(path) if tensor.nbytes > RESIDENT else tensor
 
 
+def as_rows(array: Any) -> Rows:
+    """Return an array as a tensor; as rows of its file where it is mapped and takes more than a gibibyte.
+
+    Example:
+        >>> as_rows(np.arange(3)).tolist()
+        [0, 1, 2]
+    """
+    if isinstance(array, np.memmap) and array.nbytes > RESIDENT:
+        return Mapped(str(array.filename))
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array  # type: ignore[no-any-return]
+
+
+def parts(x: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """Read an array, a tensor or rows of a file part by part, in order, no more than 64 MiB at a time.
+
+    Example:
+        >>> [part.tolist() for part in parts(torch.tensor([[1], [2]]))]
+        [[[1], [2]]]
+    """
+    step = max(1, PART // max(1, x[:1].nbytes if isinstance(x, np.ndarray) else row_bytes(x)))
+    for start in range(0, len(x), step):
+        if isinstance(x, np.ndarray):
+            yield x[start : start + step]
+            let_go(x)
+        else:
+            yield x[torch.arange(start, min(start + step, len(x)))].numpy()
+
+
+def let_go(array: Any) -> None:
+    """Take the pages of a mapped file out of the process's memory; the file keeps what was written to them."""
+    shared = isinstance(array, np.memmap) and array.mode != "c"  # a private page would be lost
+    if shared and hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
 def to_tensor(x: Any) -> Tensor:
     """Return an input as a tensor; a picture as uint8 (C, H, W).
 
@@ -135,9 +179,9 @@ def first_not_finite(x: Rows) -> int | None:
     """
     if not x.dtype.is_floating_point:
         return None
-    step = max(1, 2**26 // max(1, row_bytes(x)))
-    for start in range(0, len(x), step):
-        part = x[torch.arange(start, min(start + step, len(x)))]
-        if not all(bool(value.isfinite()) for value in part.aminmax()):
-            return start + int((~part.flatten(1).isfinite().all(1)).nonzero()[0])
+    start = 0
+    for part in parts(x):
+        if not (np.isfinite(part.min()) and np.isfinite(part.max())):
+            return start + int(np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(1))[0])
+        start += len(part)
     return None

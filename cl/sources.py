@@ -18,6 +18,7 @@ from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError, unknown
 from cl.images import image_folder as image_folder
 from cl.random import derive
+from cl.task import TaskData
 
 TORCHVISION = {
     "mnist": "MNIST",
@@ -120,6 +121,43 @@ def synthetic(
         z = np.rint(128 + 32 * z).clip(0, 255).astype(np.uint8) if image else z.astype(np.float32)
         arrays |= {f"{part}_x": torch.from_numpy(z.reshape(count, *shape)), f"{part}_y": torch.from_numpy(y)}
     return make_dataset("synthetic", arrays, [str(c) for c in range(num_classes)], normalize, mean, std, augment)
+
+
+def map_style(
+    train: Any,
+    test: Any,
+    name: str = "dataset",
+    class_names: Sequence[str] | None = None,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+) -> Dataset:
+    """Read any two map-style datasets of (input, label) items into arrays, once.
+
+    Args:
+        train: Training items; pictures become uint8 (C, H, W), arrays and tensors stay as they are.
+        test: Test items.
+        name: What reports call it.
+        class_names: One name a class; None means the labels.
+        normalize: See `digits`.
+        mean: See `digits`; float inputs are left as they are where it is None.
+        std: As `mean`.
+        augment: Train-time augmentation, in place of what the items' own transforms would draw.
+
+    Raises:
+        InputError: If there are no items, or their shapes differ.
+
+    Example:
+        >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
+        >>> map_style(pairs, pairs).class_names
+        ('0', '1')
+    """
+    sides = {"train": TaskData.from_dataset(train), "test": TaskData.from_dataset(test)}
+    arrays = {f"{part}_{k}": getattr(data, k) for part, data in sides.items() for k in ("x", "y")}
+    arrays |= {key: x.float() for key, x in arrays.items() if x.dtype == torch.float64}
+    names = class_names or [str(c) for c in range(int(sides["train"].y.max()) + 1)]
+    return make_dataset(name, arrays, names, normalize, mean, std, augment)
 
 
 def torchvision_dataset(

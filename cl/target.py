@@ -161,8 +161,8 @@ def _f1(precision: Tensor, recall: Tensor) -> Tensor:
 class Regression(_Vector):
     """Numbers, one an output.
 
-    R2 = 1 - sum (y - f)^2 / sum (y - mean y)^2, the mean over outputs whose test targets vary; at most 1, 0 for the mean
-    of the test rows.
+    R2 = 1 - sum (y - f)^2 / sum (y - mean y)^2, the mean over outputs whose test targets vary; at most 1, 0 for the
+    mean of the test rows.
 
     Example:
         >>> y = torch.tensor([[0.0], [2.0]])

@@ -1,8 +1,8 @@
 """Disjoint and blurry classes at once: i-Blurry-N-M (Koh et al. 2022, section 3).
 
 "Online Continual Learning on Class Incremental Blurry Task Configuration with Anytime Inference", ICLR. N percent of
-the classes are disjoint: all their rows come in one task. Each of the others has a task of its own, too, but M percent of
-its rows are spread evenly over the other tasks.
+the classes are disjoint: all their rows come in one task. Each of the others has a task of its own, too, but M percent
+of its rows are spread evenly over the other tasks.
 
 Differences from the paper: with its own task a class is tested, in one column of R; the paper tests all classes seen.
 Differences from the released code: shares are exact for each class; rows keep the label of their class's task.

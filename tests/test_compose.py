@@ -26,7 +26,7 @@ from cl.compose import (
 )
 from cl.data import Dataset
 from cl.errors import InputError
-from cl.sources import digits, synthetic
+from cl.sources import digits, map_style, synthetic
 from cl.streams.boundary_free import boundary_free
 from cl.streams.i_blurry import blend, i_blurry
 from cl.streams.repetition import occurrences, repetition
@@ -355,6 +355,15 @@ def test_any_map_style_dataset_becomes_a_task():
     assert [task.classes for task in stream] == [(0, 1), (2, 3)]
     x = stream[1].train.tensors()[0]
     assert x[3, :, 0, 0].tolist() == [3, 2, 7]
+
+
+def test_any_map_style_dataset_can_be_split_by_class():
+    from PIL import Image
+
+    pictures = [(Image.new("L", (4, 4), 10 * i), i % 4) for i in range(20)]
+    stream = split(map_style(pictures, pictures[:8]), num_tasks=2)
+    assert stream.input_dtype == torch.uint8 and [task.classes for task in stream] == [(0, 1), (2, 3)]
+    assert [int(x[0, 0, 0]) for x in stream[1].train.tensors()[0][:4]] == [20, 30, 60, 70]
 
 
 def test_a_lazy_dataset_draws_anew_each_time_it_is_read():

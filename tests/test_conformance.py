@@ -118,7 +118,9 @@ def test_strategy_keeps_the_contract(row, scenario):
 
 
 def test_every_strategy_has_a_row_under_its_own_name():
-    assert {row.name for row in METHODS} == files("strategies", ".py") == files("conf/strategy", ".yaml")
+    elsewhere = {"avalanche"}  # cannot be continued, and refuses to be: test_avalanche.py
+    rows = {row.name for row in METHODS} | elsewhere
+    assert rows == files("strategies", ".py") == files("conf/strategy", ".yaml")
     for row in METHODS:
         assert row.make.__module__ == f"cl.strategies.{row.name}" and row.make.__name__.lower() == row.name
         module = importlib.import_module(row.make.__module__)

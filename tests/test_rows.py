@@ -20,7 +20,7 @@ from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.loader import EvalLoader, TrainLoader
-from cl.rows import Items, Mapped, first_not_finite, open_array, row_bytes
+from cl.rows import Items, Mapped, first_not_finite, let_go, open_array, row_bytes
 from cl.task import TaskData
 from cl.testing import ToyBackbone, toy_stream
 
@@ -131,6 +131,18 @@ def test_a_union_of_views_of_one_array_is_a_view():
     assert all(torch.equal(a, b) for a, b in zip(union.tensors(), gathered, strict=True))
     twice = TaskData.concat([parts[0], parts[0].renumbered(1)])  # a row with two task labels is there twice
     assert twice.tasks.tolist() == [2] * 5 + [1] * 5 and len(twice) == 10
+
+
+def test_letting_go_keeps_what_was_written(tmp_path: Path):
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.uint8, shape=(3, 10_000))
+    x[1] = 5
+    let_go(x)
+    x[2] = 6
+    private = np.load(tmp_path / "x.npy", mmap_mode="c")
+    private[0] = 9
+    let_go(private)
+    let_go(np.zeros(3))
+    assert x.sum(1).tolist() == [0, 50_000, 60_000] and private[0, 0] == 9
 
 
 def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path):

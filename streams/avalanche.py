@@ -1,0 +1,180 @@
+"""Any classification benchmark of Avalanche (Carta et al. 2023), its transforms and labels kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl.errors import InputError
+from cl.interop import drawing, quietly
+from cl.random import derive
+from cl.task import Order, Scenario, Stream, Task, TaskData
+
+_VALIDATION = ("valid", "validation", "val")  # what Avalanche and its users call it
+
+
+def avalanche(
+    benchmark: Any, lazy: bool = False, scenario: Scenario | None = None, order: Order = None, seed: int = 0
+) -> Stream:
+    """Turn a benchmark's experiences into tasks.
+
+    Test experience i belongs to training experience i. Where there is one for all of them, every task tests on it: on
+    the whole of it in the domain-incremental scenario, else on the rows of its own classes. Labels are stream-wide as
+    they are; only where a task-incremental benchmark uses them again under another task label, each task label's
+    classes follow those of the labels before. Several experiences under one task label are tasks of their own.
+
+    Args:
+        benchmark: An Avalanche benchmark with the streams "train" and "test", and "valid" if it has one.
+        lazy: Read inputs anew whenever they are asked for, at the speed of the dataset, so that random training
+            transforms act; labels are then those of `dataset.targets`. `cl.testing.check_stream`, which reads twice and
+            compares, refuses such draws. Else everything is read once, and random transforms are drawn from the seed.
+        scenario: "class", "task" or "domain"; None means "task" where task labels differ, else "domain" where
+            experiences share classes, else "class". Classes that come again in a class-incremental stream may.
+        order: Order of the tasks, see `cl.task.Stream`.
+        seed: Seed of a shuffled order, and of transforms that are read once.
+
+    Raises:
+        InputError: If it is no such benchmark, has no experiences, or they do not fit together.
+
+    Example:
+        >>> from cl.interop import to_avalanche
+        >>> from cl.testing import check_stream, toy_stream
+        >>> stream = avalanche(to_avalanche(toy_stream(num_tasks=3)))
+        >>> stream.scenario, [task.classes for task in stream]
+        ('class', [(0, 1), (2, 3), (4, 5)])
+        >>> check_stream(stream)
+    """
+    sides = _datasets(benchmark)
+    heads = [_task_labels(dataset) for dataset in sides["train"]]
+    parts = _read(sides, lazy, derive(seed, "avalanche"))
+    _check_inputs([data for side in parts.values() for data in side])
+    classes = [data.labels.unique() for data in parts["train"]]
+    if scenario is None:
+        again = len(torch.cat(classes)) > len(torch.cat(classes).unique())
+        scenario = "task" if len(set(heads)) > 1 else "domain" if again else "class"
+    if scenario != "domain" and all(data is parts["test"][0] for data in parts["test"][1:]):
+        own = [torch.isin(data.labels, seen) for data, seen in zip(parts["test"], classes, strict=True)]
+        parts["test"] = [data.take(rows.nonzero().flatten()) for data, rows in zip(parts["test"], own, strict=True)]
+    offsets = _offsets(heads, list(zip(*parts.values(), strict=True))) if scenario == "task" else [0] * len(heads)
+    moved = {side: [_move(data, t, offsets[t]) for t, data in enumerate(found)] for side, found in parts.items()}
+    held_out: Sequence[TaskData | None] = moved.get("val") or [None] * len(heads)
+    columns = zip(moved["train"], moved["test"], held_out, strict=True)
+    tasks = [Task(t, *row) for t, row in enumerate(columns)]
+    return Stream(
+        tasks,
+        scenario=scenario,
+        num_classes=1 + max(int(data.labels.max()) for side in moved.values() for data in side if len(data)),
+        name="avalanche",
+        repeats=len({c for task in tasks for c in task.classes}) < sum(len(task.classes) for task in tasks),
+        order=order,
+        seed=seed,
+    )
+
+
+def unnamed(**options: Any) -> Any:
+    """Stand where the benchmark's function must be named.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError(
+        "stream=avalanche needs a benchmark: name its function, say "
+        "stream.benchmark._target_=avalanche.benchmarks.classic.SplitMNIST, and its arguments, say "
+        "+stream.benchmark.n_experiences=5."
+    )
+
+
+def _datasets(benchmark: Any) -> dict[str, list[Any]]:
+    """Return each side's datasets under their transforms, as many of each as there are tasks."""
+    streams = dict(getattr(benchmark, "streams", {}))
+    found = next((name for name in _VALIDATION if name in streams), None)
+    try:
+        sides = {"train": [experience.dataset.train() for experience in streams["train"]]}
+        sides["test"] = [experience.dataset.eval() for experience in streams["test"]]
+        if found:
+            sides["val"] = [experience.dataset.eval() for experience in streams[found]]
+        for dataset in (dataset for side in sides.values() for dataset in side if len(dataset)):
+            int(dataset.targets[0])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{type(benchmark).__name__} is no classification benchmark of Avalanche: give an object with a train and "
+            "a test stream, whose experiences hold datasets with one integer label a row."
+        ) from error
+    num_tasks = len(sides["train"])
+    if len(sides["test"]) == 1:
+        sides["test"] *= num_tasks
+    for side, datasets in sides.items():
+        if not datasets:
+            raise InputError(f"The {side} stream of the benchmark has no experiences: give one a task.")
+        if len(datasets) != num_tasks:
+            raise InputError(
+                f"The benchmark has {len(datasets)} {side} experiences for {num_tasks} training experiences: give one "
+                "each, or one test experience for all."
+            )
+    return sides
+
+
+def _task_labels(dataset: Any) -> tuple[int, ...]:
+    labels = getattr(dataset, "targets_task_labels", None)
+    return tuple(sorted(map(int, labels.uniques))) if labels is not None else (0,)
+
+
+def _read(sides: dict[str, list[Any]], lazy: bool, seed: int) -> dict[str, list[TaskData]]:
+    """Read every dataset once, also one that stands in several places."""
+    known: dict[int, TaskData] = {}
+    with drawing(seed), quietly():
+        for side, datasets in sides.items():
+            for t, dataset in enumerate(datasets):
+                if id(dataset) not in known:
+                    known[id(dataset)] = _read_one(f"The {side} set of experience {t}", dataset, lazy)
+    return {side: [known[id(dataset)] for dataset in datasets] for side, datasets in sides.items()}
+
+
+def _read_one(what: str, dataset: Any, lazy: bool) -> TaskData:
+    if not len(dataset):
+        raise InputError(f"{what} is empty: every task needs at least one example.")
+    try:
+        data = TaskData.from_dataset(dataset, lazy=lazy)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    if data.y.ndim != 1 or data.y.is_floating_point():
+        raise InputError(f"{what} has labels of {data.y.dtype}, shape {tuple(data.y.shape)}: give one integer a row.")
+    return data
+
+
+def _move(data: TaskData, task: int, offset: int) -> TaskData:
+    return replace(data, y=data.y + offset if offset else data.y, task=task)
+
+
+def _check_inputs(parts: Sequence[TaskData]) -> None:
+    kinds = {(tuple(part.x.shape[1:]), part.x.dtype): None for part in parts}
+    if len(kinds) > 1:
+        (first, a), (other, b) = list(kinds)[:2]
+        raise InputError(
+            f"The benchmark's experiences hold {a} inputs of shape {first} and {b} of {other}: bring them to one shape "
+            "and type by their transforms."
+        )
+
+
+def _offsets(heads: list[tuple[int, ...]], parts: list[tuple[TaskData, ...]]) -> list[int]:
+    """Return what to add to each task's labels so that no two task labels share one; nothing where none do."""
+    mixed = next((t for t, head in enumerate(heads) if len(head) > 1), None)
+    if mixed is not None:
+        raise InputError(
+            f"Training experience {mixed} mixes the task labels {list(heads[mixed])}, where scenario=task needs one: "
+            "give stream.scenario=class or stream.scenario=domain."
+        )
+    labels: dict[int, Tensor] = {}
+    for (head,), sides in zip(heads, parts, strict=True):
+        here = torch.cat([part.labels for part in sides]).unique()
+        labels[head] = torch.cat([labels.get(head, here), here]).unique()
+    if len(torch.cat(list(labels.values())).unique()) == sum(map(len, labels.values())):
+        return [0] * len(heads)
+    start, starts = 0, {}
+    for head, own in labels.items():
+        starts[head], start = start, start + int(own.max()) + 1
+    return [starts[head] for (head,) in heads]

@@ -1,0 +1,107 @@
+"""Your own folders of images: one folder a task, in it one folder a class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cl.data import Numbers, make_dataset
+from cl.errors import InputError
+from cl.images import check_disjoint, decoded_images, list_parts
+from cl.own_data import by_task
+from cl.random import derive
+from cl.task import Order, Scenario, Stream
+
+
+def image_folders(
+    root: str | Path,
+    folders: Sequence[str] | None = None,
+    train: str = "train",
+    test: str | None = "test",
+    image_size: int | Sequence[int] | None = None,
+    channels: int = 3,
+    test_fraction: float = 0.2,
+    scenario: Scenario | None = None,
+    val_fraction: float = 0.0,
+    name: str | None = None,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
+    """Make a task of each folder, `<root>/<task>/<train>/<class>/**/*.png`, its images as uint8 (C, H, W).
+
+    A class is known by its name over the whole stream; labels are numbered as classes first appear, task by task. One
+    tree whose classes are to be split into tasks is `stream=split dataset=image_folder`.
+
+    Args:
+        root: The folder that holds the tasks' folders.
+        folders: Their names, in order; None means all, sorted as text (so "10" stands before "9").
+        train: The training folder in each; "." where the classes lie in the task's folder itself.
+        test: The test folder in each; None draws the test set from the training folder.
+        image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
+            None means that all have one size already.
+        channels: 3 for colour, 1 for grey.
+        test_fraction: Share of each class of a task that becomes the test set where `test` is None.
+        scenario: None means "class" where no two tasks share a class, else "domain".
+        val_fraction: Share of each task's training images that becomes validation.
+        name: What reports call the stream; None means the name of the root.
+        cache: Whether to keep the decoded images as memory-mapped files.
+        cache_dir: Where; None means `<root>/.clsim-cache`.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
+        mean: Per channel in [0, 1]; None computes it from all tasks' training images.
+        std: As `mean`.
+        augment: Train-time augmentation.
+        order: The order of the tasks, whose labels stay as they are; see `Stream`.
+        seed: Seed of test and validation sets and of a shuffled order.
+
+    Raises:
+        InputError: If a folder is missing, an image cannot be read, sizes differ without `image_size`, train and test
+            of a task differ in their classes, or a test image is trained on in any task.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for place in ("day/train/cat", "day/test/cat", "night/train/cat", "night/test/cat"):
+        ...     (root / place).mkdir(parents=True)
+        ...     Image.new("RGB", (8, 8)).save(root / place / "0.png")
+        >>> stream = image_folders(root)
+        >>> stream.task_names, stream.scenario, stream.class_names
+        (['day', 'night'], 'domain', ('cat',))
+    """
+    root = Path(root)
+    tasks = [str(folder) for folder in folders] if folders is not None else _tasks(root, train)
+    if not tasks:
+        raise InputError(f"{root} holds no folder: put one folder a task into it.")
+    listed = [list_parts(root / task, train, test, test_fraction, derive(seed, "test", task)) for task in tasks]
+    rows = {p: [(t, *row) for t, parts in enumerate(listed) for row in parts[p]] for p in ("train", "test")}
+    names = list(dict.fromkeys(label for _, _, label in rows["train"]))
+    number = {label: c for c, label in enumerate(names)}
+    files = {part: [file for _, file, _ in own] for part, own in rows.items()}
+    name = name or root.resolve().name
+    check_disjoint(name, files["train"], files["test"])
+    arrays = decoded_images("image_folders", files, root, image_size, channels, cache, cache_dir)
+    labels = {f"{part}_y": torch.tensor([number[label] for _, _, label in own]) for part, own in rows.items()}
+    train_task, test_task = (torch.tensor([t for t, _, _ in own]) for own in rows.values())
+    dataset = make_dataset(name, arrays | labels, names, normalize, mean, std, augment)
+    return by_task(dataset, train_task, test_task, tasks, None, scenario, val_fraction, order, seed)
+
+
+def _tasks(root: Path, train: str) -> list[str]:
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: put one folder a task into it, or name another.")
+    if train != "." and (root / train).is_dir():
+        raise InputError(
+            f"{root} holds {train!r} itself, so it is one dataset: name its tasks' folders, or split its classes with "
+            "stream=split dataset=image_folder."
+        )
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")

@@ -1,0 +1,335 @@
+"""Your own list of images: a CSV or Parquet file that gives each its label, task or time, and split."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl.data import Numbers, make_dataset, split_validation
+from cl.errors import InputError, unknown
+from cl.images import decoded_images
+from cl.own_data import by_task, number_classes
+from cl.random import derive
+from cl.table import Table, read_table, rename
+from cl.target import TARGETS
+from cl.task import Order, Scenario, Stream
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ("path", "label", "task", "split", "timestamp")
+Whole = npt.NDArray[np.int64]
+_TRAIN, _VAL, _TEST = range(3)
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def manifest(
+    path: str | Path,
+    root: str | Path | None = None,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
+    image_size: int | Sequence[int] | None = None,
+    channels: int = 3,
+    target: str = "label",
+    by: str = "task",
+    num_tasks: int | None = None,
+    test_fraction: float = 0.2,
+    scenario: Scenario | None = None,
+    val_fraction: float = 0.0,
+    name: str | None = None,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
+    """Make a stream of the images that a table lists, one a row, as uint8 (C, H, W).
+
+    =========  ==============================================================================================
+    column     its cells
+    =========  ==============================================================================================
+    path       the image, absolute or below `root`
+    label      one label; for "multilabel" any number, for "regression" one number or more, with ";" between
+    task       the row's task; not needed with by="time"
+    split      train, val or test; where the column is missing, test rows are drawn
+    timestamp  a number, or a date and time as in ISO 8601 (UTC where it names no zone); only with by="time"
+    =========  ==============================================================================================
+
+    Classes and tasks stand in ascending order: as numbers where all are numbers, else as text. With by="time" rows
+    are sorted by time and cut into periods of equal numbers of training rows; other rows belong to the period
+    that began last before them. Errors number rows as a person counts: in CSV the header is row 1.
+
+    Args:
+        path: A CSV file with a header, or a file whose name ends in .parquet.
+        root: The folder that paths start from; None means the table's.
+        columns: What the table calls a column, such as {label: species}; several columns as a list.
+        image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
+            None means that all have one size already.
+        channels: 3 for colour, 1 for grey.
+        target: "label", "multilabel" or "regression", see `cl.target`.
+        by: What makes a task: "task", the column, or "time", a period.
+        num_tasks: The number of periods; None means 5.
+        test_fraction: Share of each class in each task that becomes the test set where no column says it.
+        scenario: None means "domain" for periods and where tasks share a class, else "class".
+        val_fraction: Share of each task's training rows that becomes validation where no row is called val.
+        name: What reports call the stream; None means the table's name.
+        cache: Whether to keep the decoded images as memory-mapped files.
+        cache_dir: Where; None means `<root>/.clsim-cache`.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
+        mean: Per channel in [0, 1]; None computes it from all tasks' training images.
+        std: As `mean`.
+        augment: Train-time augmentation.
+        order: The order of the tasks, see `Stream`.
+        seed: Seed of test and validation sets and of a shuffled order.
+
+    Raises:
+        InputError: Naming file and row, if a column or an image is missing, an image cannot be read, a split, label or
+            time is no such thing, a task is empty, a test label is not trained in its task, or an image stands
+            in two splits.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for k in range(4):
+        ...     Image.new("RGB", (8, 8)).save(root / f"{k}.png")
+        >>> rows = ["path,label,task,split", "0.png,cat,1,train", "1.png,cat,1,test", "2.png,eel,2,train"]
+        >>> _ = (root / "all.csv").write_text(chr(10).join([*rows, "3.png,eel,2,test"]))
+        >>> stream = manifest(root / "all.csv")
+        >>> stream.scenario, stream.class_names, stream.task_names
+        ('class', ('cat', 'eel'), ['1', '2'])
+    """
+    if by not in ("task", "time"):
+        raise InputError(f"by={by!r} is unknown: use task or time.")
+    if target not in TARGETS:
+        raise unknown("target", target, TARGETS)
+    table = _renamed(read_table(path), columns or {})
+    root = table.path.parent if root is None else Path(root)
+    if by == "time":
+        table = table.take(np.argsort(_times(table), kind="stable").tolist())
+    files = [root / cell for cell in table.column("path")]
+    y, names = _targets(table, target)
+    split = _splits(table)
+    _check_files(table, files, split)
+    task, tasks = _periods(table, split, num_tasks) if by == "time" else _named_tasks(table, num_tasks)
+    if split is None:
+        split = _draw(table, y, task, tasks, test_fraction, seed)
+    _check_tasks(table, split, task, tasks)
+    if target != "regression":
+        _check_trained(table, split, task, tasks, y, names)
+    val = split[split != _TEST] == _VAL
+    if val.any() and val_fraction > 0:
+        raise InputError(f"{table.path} has val rows, and val_fraction={val_fraction} would draw more: keep one.")
+    rows = {"train": np.flatnonzero(split != _TEST), "test": np.flatnonzero(split == _TEST)}
+    arrays = _decode(table, files, rows, root, image_size, channels, cache, cache_dir)
+    arrays |= {f"{part}_y": y[torch.from_numpy(own)] for part, own in rows.items()}
+    dataset = make_dataset(name or table.path.stem, arrays, names, normalize, mean, std, augment, target)
+    train_task, test_task = (torch.from_numpy(task[own]) for own in rows.values())
+    held = torch.from_numpy(val) if val.any() else None
+    scenario = scenario or ("domain" if by == "time" else None)
+    return by_task(dataset, train_task, test_task, tasks, held, scenario, val_fraction, order, seed)
+
+
+def _decode(
+    table: Table,
+    files: Sequence[Path],
+    rows: Mapping[str, Whole],
+    root: Path,
+    image_size: int | Sequence[int] | None,
+    channels: int,
+    cache: bool,
+    cache_dir: str | Path | None,
+) -> dict[str, Any]:
+    def name(part: str, k: int) -> str:
+        i = rows[part][k]
+        return f"{files[i]} (row {table.rows[i]} of {table.path})"
+
+    images = {part: [files[i] for i in own] for part, own in rows.items()}
+    return decoded_images("manifest", images, root, image_size, channels, cache, cache_dir, name=name)
+
+
+def _renamed(table: Table, columns: Mapping[str, str | Sequence[str]]) -> Table:
+    for name in columns:
+        if name not in COLUMNS:
+            raise unknown("column", name, COLUMNS)
+    return rename(table, columns)
+
+
+def _times(table: Table) -> list[float]:
+    """Return seconds, or the numbers that stand there."""
+    cells, times = table.column("timestamp"), []
+    for i, cell in enumerate(cells):
+        try:
+            times.append(_time(cell))
+        except ValueError as error:
+            raise InputError(
+                f"{table.where(i)} has the timestamp {cell!r}: give a number, or a time such as 2024-05-01T12:30."
+            ) from error
+    return times
+
+
+def _time(cell: str) -> float:
+    try:
+        number = float(cell)
+    except ValueError:
+        time = datetime.fromisoformat(cell.replace("Z", "+00:00"))  # the letter is new in Python 3.11
+        return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
+    if not np.isfinite(number):
+        raise ValueError(cell)
+    return number
+
+
+def _splits(table: Table) -> Whole | None:
+    if "split" not in table.columns:
+        return None
+    cells = table.columns["split"]
+    for i, cell in enumerate(cells):
+        if cell not in SPLITS:
+            raise InputError(f"{table.where(i)} has the split {cell!r}: give train, val or test.")
+    return np.array([SPLITS.index(cell) for cell in cells])
+
+
+def _targets(table: Table, target: str) -> tuple[Tensor, list[str]]:
+    """Return labels (N,), or targets (N, C), and what labels or columns are called."""
+    cells = table.column("label")
+    if target == "regression":
+        return _numbers(table, cells)
+    if target == "label":
+        empty = next((i for i, cell in enumerate(cells) if not cell), None)
+        if empty is not None:
+            raise InputError(f"{table.where(empty)} has no label: give one or remove the row.")
+        names = number_classes(cells)
+        number = {label: c for c, label in enumerate(names)}
+        return torch.tensor([number[cell] for cell in cells]), names
+    sets = [[label.strip() for label in cell.split(";") if label.strip()] for cell in cells]
+    names = number_classes(label for own in sets for label in own)
+    if not names:
+        raise InputError(f"{table.path} has no label in any row: give some, with ';' between those of one row.")
+    number = {label: c for c, label in enumerate(names)}
+    y = torch.zeros(len(sets), len(names))
+    for i, own in enumerate(sets):
+        y[i, [number[label] for label in own]] = 1
+    return y, names
+
+
+def _numbers(table: Table, cells: Sequence[str]) -> tuple[Tensor, list[str]]:
+    rows: list[list[float]] = []
+    for i, cell in enumerate(cells):
+        try:
+            row = [float(number) for number in cell.split(";")]
+        except ValueError:
+            row = [np.nan]
+        if not all(abs(number) <= _LARGEST for number in row) or len(row) != len((rows or [row])[0]):
+            count = len(rows[0]) if rows else "finite"
+            raise InputError(f"{table.where(i)} has the label {cell!r}: give {count} numbers, with ';' between.")
+        rows.append(row)
+    return torch.tensor(rows), [str(k) for k in range(len(rows[0]))]
+
+
+def _check_files(table: Table, files: Sequence[Path], split: Whole | None) -> None:
+    """Refuse rows without a file, and files in two splits, by whichever path or link."""
+    first: dict[tuple[int, int], int] = {}
+    for i, file in enumerate(files):
+        try:
+            found = os.stat(file)
+        except (OSError, ValueError):
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{table.where(i)} names {file}, which is no file: put it there or remove the row.")
+        j = first.setdefault((found.st_dev, found.st_ino), i)
+        if split is None and j != i:
+            raise InputError(
+                f"{table.where(i)} names {file} again, after row {table.rows[j]}, so that it could be drawn "
+                "for training and test: remove one, or add a split column."
+            )
+        if split is not None and split[i] != split[j]:
+            raise InputError(
+                f"{table.where(i)} puts {file} into {SPLITS[split[i]]}, and row {table.rows[j]} into "
+                f"{SPLITS[split[j]]}: keep the two apart."
+            )
+
+
+def _named_tasks(table: Table, num_tasks: int | None) -> tuple[Whole, list[str]]:
+    cells = table.column("task")
+    empty = next((i for i, cell in enumerate(cells) if not cell), None)
+    if empty is not None:
+        raise InputError(f"{table.where(empty)} has no task: give one, or use by=time.")
+    names = number_classes(cells)
+    if num_tasks not in (None, len(names)):
+        raise InputError(f"num_tasks={num_tasks}, but {table.path} names {len(names)} tasks: leave num_tasks out.")
+    number = {task: t for t, task in enumerate(names)}
+    return np.array([number[cell] for cell in cells]), names
+
+
+def _periods(table: Table, split: Whole | None, num_tasks: int | None) -> tuple[Whole, list[str]]:
+    """Cut rows that are sorted by time."""
+    count = 5 if num_tasks is None else num_tasks
+    trained = np.arange(len(table)) if split is None else np.flatnonzero(split == _TRAIN)
+    if not 1 <= count <= len(trained):
+        raise InputError(f"num_tasks={count} for the {len(trained)} training rows of {table.path}: give fewer periods.")
+    parts = np.array_split(trained, count)
+    times = np.array(_times(table))
+    # A row of a period's first instant belongs to it; what came before all training rows, to the first.
+    task = np.searchsorted(times[[part[0] for part in parts]], times, side="right") - 1
+    task = task.clip(0)
+    for t, part in enumerate(parts):
+        task[part] = t
+    cells = table.columns["timestamp"]
+    return task, [f"{cells[part[0]]} – {cells[part[-1]]}" for part in parts]
+
+
+def _draw(table: Table, y: Tensor, task: Whole, tasks: Sequence[str], fraction: float, seed: int) -> Whole:
+    """Draw test rows of every task."""
+    if not 0 < fraction < 1:
+        raise InputError(f"test_fraction={fraction} is not between 0 and 1: give, say, 0.2, or a split column.")
+    split = np.zeros(len(table), dtype=np.int64)
+    for t, name in enumerate(tasks):
+        rows = np.flatnonzero(task == t)
+        try:
+            _, drawn = split_validation(y[torch.from_numpy(rows)], fraction, derive(seed, "test", t))
+        except InputError as error:
+            raise InputError(
+                f"Task {name!r} of {table.path}, that of row {table.rows[rows[0]]}, has too few rows of a class "
+                f"to draw test_fraction={fraction}: give it more, another share, or a split column."
+            ) from error
+        split[rows[drawn.numpy()]] = _TEST
+    return split
+
+
+def _check_tasks(table: Table, split: Whole, task: Whole, tasks: Sequence[str]) -> None:
+    present = np.zeros((len(tasks), len(SPLITS)), dtype=bool)
+    present[task, split] = True
+    for t, name in enumerate(tasks):
+        for part in (_TRAIN, _TEST):
+            if not present[t, part]:
+                row = table.rows[np.flatnonzero(task == t)[0]]
+                raise InputError(
+                    f"Task {name!r} of {table.path}, that of row {row}, has no {SPLITS[part]} row: give it one."
+                )
+
+
+def _check_trained(
+    table: Table, split: Whole, task: Whole, tasks: Sequence[str], y: Tensor, names: Sequence[str]
+) -> None:
+    """Refuse test and validation rows of labels that their task never trains."""
+    told = F.one_hot(y, len(names)).bool() if y.ndim == 1 else y > 0
+    trained = torch.zeros(len(tasks), len(names), dtype=torch.bool)
+    for t in range(len(tasks)):
+        trained[t] = told[torch.from_numpy((task == t) & (split == _TRAIN))].any(0)
+    strange = told & ~trained[torch.from_numpy(task)]
+    if strange.any():
+        i, c = (int(k) for k in strange.nonzero()[0])
+        raise InputError(
+            f"{table.where(i)} has the {SPLITS[split[i]]} label {names[c]!r}, which no train row of its task "
+            f"{tasks[task[i]]!r} has: leave it out or add train rows."
+        )

@@ -168,6 +168,7 @@ class Experiment:
         without = {} if task.val else {"limit_val_batches": 0}
         trainer = self._make_trainer(max_epochs=self.epochs, callbacks=self._callbacks, **without)
         self._take_over(trainer)
+        self.learner.trainer = trainer  # tells the epochs, even where Lightning has nothing to fit
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
         self.learner.to(trainer.strategy.root_device)
         self.learner.before_task(task)

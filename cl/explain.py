@@ -40,9 +40,7 @@ def _wrong_call(error: BaseException | None) -> InputError | None:
     from hydra.errors import InstantiationException
     from omegaconf.errors import MissingMandatoryValue
 
-    if isinstance(error, MissingMandatoryValue) or isinstance(
-        error.__cause__ if error else None, MissingMandatoryValue
-    ):
+    if isinstance(error, MissingMandatoryValue):
         return InputError(f"{error.full_key} has no default: write {error.full_key}=... on the command line.")
     if not isinstance(error, InstantiationException):
         return None

@@ -256,3 +256,35 @@ def to_network(backbone: nn.Module, head: nn.Module, competing: Tensor | None = 
         forward_single_task = forward
 
     return Network() if competing is None else MultiHead()
+
+
+def take_back(network: Any, backbone: nn.Module, head: nn.Module) -> None:
+    """Copy the weights of a network back, where a strategy went on with a copy of it, as GDumb does.
+
+    Args:
+        network: What the strategy trained.
+        backbone: Gets the weights of its `feature_extractor`.
+        head: Gets those of its `classifier`.
+
+    Raises:
+        InputError: If the strategy went on with a network of another kind.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> head = nn.Linear(1, 1)
+        >>> copy = deepcopy(to_network(nn.Flatten(), head))
+        >>> _ = copy.classifier.weight.data.fill_(7.0)
+        >>> take_back(copy, nn.Flatten(), head)
+        >>> head.weight.item()
+        7.0
+    """
+    for name, own in (("feature_extractor", backbone), ("classifier", head)):
+        trained = getattr(network, name, None)
+        try:
+            if trained is not own:
+                own.load_state_dict(trained.state_dict())  # type: ignore[union-attr]
+        except (AttributeError, RuntimeError) as error:
+            raise InputError(
+                "The strategy of Avalanche goes on with a network of another kind, which R would not be of: choose one "
+                "that trains the network it is given."
+            ) from error

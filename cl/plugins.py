@@ -19,7 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 GROUP = "clsim.conf"
 
 
-class InstalledPackages(SearchPathPlugin):  # type: ignore[misc]
+class InstalledPackages(SearchPathPlugin):
     """Adds the configurations of installed packages behind our own, so that none of ours is replaced unawares."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

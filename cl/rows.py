@@ -125,7 +125,7 @@ def as_rows(array: Any) -> Rows:
     """
     if isinstance(array, np.memmap) and array.nbytes > RESIDENT:
         return Mapped(str(array.filename))
-    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array  # type: ignore[no-any-return]
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
 def parts(x: Any) -> Iterator[np.ndarray[Any, Any]]:
@@ -148,7 +148,7 @@ def let_go(array: Any) -> None:
     """Take the pages of a mapped file out of the process's memory; the file keeps what was written to them."""
     shared = isinstance(array, np.memmap) and array.mode != "c"  # a private page would be lost
     if shared and hasattr(mmap, "MADV_DONTNEED"):
-        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def to_tensor(x: Any) -> Tensor:

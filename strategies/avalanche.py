@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cl.errors import DivergenceError, InputError
-from cl.interop import drawing, preparation, quietly, to_experience, to_network
+from cl.interop import drawing, preparation, quietly, take_back, to_experience, to_network
 from cl.random import derive
 from cl.strategy import Strategy
 from cl.task import TaskData
@@ -121,6 +121,7 @@ class Avalanche(Strategy):
         self._inner.device = learner.device
         with quietly(), drawing(derive(learner.seed, "avalanche", task.index)):
             self._inner.train(experience, eval_streams=[], shuffle=learner.shuffle)
+        take_back(self._inner.model, learner.backbone, learner.head)
         if not all(bool(torch.isfinite(p).all()) for p in learner.trunk().parameters()):
             raise DivergenceError(f"Weights are not finite after task {task.index + 1}: lower the learning rate.")
         self._learned = task.index + 1

@@ -687,3 +687,10 @@ def test_preparation_leaves_the_streams_module_alone():
     prepare, expected = preparation(stream.normalize), stream.normalize(x)
     stream.normalize.to("meta")  # as the learner takes it to its device
     assert torch.equal(prepare(x), expected) and torch.equal(x, kept)
+
+
+def test_a_strategy_that_goes_on_with_a_copy_of_the_network_is_measured_on_it():
+    """GDumb trains a copy of the initial network from its memory after each task."""
+    inner = Avalanche("avalanche.training.GDumb", epochs=20, mem_size=60)
+    R = toy_run(inner, lr=0.2).matrices["class"].R
+    assert R[3].min() > 0.7, "all classes are in the memory"

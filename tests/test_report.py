@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -418,6 +419,15 @@ def test_scales_are_centred_at_zero_and_do_not_shout_about_noise() -> None:
     for i in range(3):
         still.primary.record(i, torch.tensor([0.50, 0.50 + 0.001 * i]))
     assert panels(still)[2].limit == 0.05
+
+
+def test_the_picture_says_what_a_row_counts_and_names_the_metric():
+    run = make_run(3)
+    assert {panel.row for panel in panels(run)[:3]} == {"tasks learned"}
+    drifting = dataclasses.replace(run, boundaries=False)
+    assert {panel.row for panel in panels(drifting)[:3]} == {"evaluation points passed"}
+    several = dataclasses.replace(run, matrices={"class": TransferMatrix(3, "class", "mAP")})
+    assert panels(run)[0].title.startswith("Accuracy") and panels(several)[0].title.startswith("mAP")
 
 
 def text_of(run: Run) -> str:

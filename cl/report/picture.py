@@ -58,22 +58,25 @@ def _limit(values: Tensor) -> float:
     return max(float(values.nan_to_num().abs().max()), 0.05)
 
 
-def _accuracy_panel(matrix: TransferMatrix) -> Panel:
+def _accuracy_panel(matrix: TransferMatrix, run: Run) -> Panel:
     R = matrix.R.cpu()
-    title = f"{matrix.metric.capitalize()}, in %  [{matrix.mask} mask]"
+    metric = matrix.metric.capitalize() if matrix.metric.islower() else matrix.metric
+    title = f"{metric}, in %  [{matrix.mask} mask]"
     reading = "How well each task is done, before training and after each task"
+    if not run.boundaries:
+        reading = "How well each task is done, before training and at each evaluation point"
     # levels end at 100 %; a metric such as R2 may go below 0, which takes the colour of 0
-    return Panel(title, reading, "tasks learned", "task tested", R, R.isnan(), 0.5, signed=False)
+    return Panel(title, reading, run.rows, "task tested", R, R.isnan(), 0.5, signed=False)
 
 
-def _backward_panel(matrix: TransferMatrix) -> Panel:
+def _backward_panel(matrix: TransferMatrix, run: Run) -> Panel:
     from cl.transfer import backward_transfer
 
     values = backward_transfer(matrix.R)
     title = f"Backward transfer, in points  [{matrix.mask} mask]"
     reading = "Change of an earlier task since it was just learned"
     region = values.isnan().tril(-1)
-    return Panel(title, reading, "tasks learned", "earlier task", values, region, 0.5, limit=_limit(values))
+    return Panel(title, reading, run.rows, "earlier task", values, region, 0.5, limit=_limit(values))
 
 
 def _forward_panel(matrix: TransferMatrix, run: Run) -> Panel:
@@ -85,7 +88,7 @@ def _forward_panel(matrix: TransferMatrix, run: Run) -> Panel:
     if matrix is not run.primary:
         reading += f"\n({matrix.mask} mask: classes of other tasks do not compete)"
     region = values.isnan().triu(1)
-    return Panel(title, reading, "tasks learned", "task still to come", values, region, -0.5, limit=_limit(values))
+    return Panel(title, reading, run.rows, "task still to come", values, region, -0.5, limit=_limit(values))
 
 
 def _step_panel(matrix: TransferMatrix) -> Panel:
@@ -102,8 +105,8 @@ def _step_panel(matrix: TransferMatrix) -> Panel:
 def panels(run: Run) -> list[Panel]:
     """Return R, backward transfer, forward transfer and step effect, the third under the mask that can measure it."""
     return [
-        _accuracy_panel(run.primary),
-        _backward_panel(run.primary),
+        _accuracy_panel(run.primary, run),
+        _backward_panel(run.primary, run),
         _forward_panel(run.zero_shot, run),
         _step_panel(run.primary),
     ]
@@ -145,7 +148,7 @@ def draw_accuracy(run: Run, mask: str) -> Figure:
 
     side = _side(run)
     figure = Figure(figsize=(_LEFT + side + _RIGHT, _ABOVE + side + _BELOW), dpi=110)
-    _draw_panel(figure, (_LEFT, _BELOW), side, _accuracy_panel(run.matrices[mask]))
+    _draw_panel(figure, (_LEFT, _BELOW), side, _accuracy_panel(run.matrices[mask], run))
     return figure
 
 

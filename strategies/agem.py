@@ -87,5 +87,6 @@ class AGEM(Strategy):
     def after_task(self, learner: Learner, task: Task) -> None:
         """Remember examples of the task; a ring that is offered them all keeps the last of a random order."""
         order = torch.from_numpy(self.memory.random.generator.permutation(len(task.train)))
-        x, y, label = (column.to(learner.device) for column in task.train.take(order).tensors())
-        self.memory.insert(Batch(x, y, label))
+        for rows in order.split(4096):  # a task that stays in its file is not read at once
+            x, y, label = (column.to(learner.device) for column in task.train.take(rows).tensors())
+            self.memory.insert(Batch(x, y, label))

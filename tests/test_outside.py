@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-# As the README has them.
-STREAM = """\
-import torch
-from cl.task import Stream, Task, TaskData
-
-
-def blobs(num_tasks: int = 3, scenario: str = "class", order=None, seed: int = 0) -> Stream:
-    draw, tasks = torch.Generator().manual_seed(seed), []
-    for t in range(num_tasks):
-        y = torch.arange(200) % 2 + 2 * t
-        x = torch.randn(200, 4, generator=draw) + 3 * y[:, None]
-        tasks.append(Task(t, train=TaskData(x[:150], y[:150], t), test=TaskData(x[150:], y[150:], t)))
-    return Stream(tasks, scenario=scenario, num_classes=2 * num_tasks, order=order, seed=seed)
-"""
-STRATEGY = """\
-from cl.strategy import Strategy
-
-
-class Shrink(Strategy):
-    def loss(self, learner, batch, logits):
-        return 1e-3 * sum(p.square().sum() for p in learner.trunk().parameters())
-"""
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+STREAM = next(block for block in BLOCKS if "def blobs" in block)
+STRATEGY = next(block for block in BLOCKS if "class Shrink" in block)
 PROJECT = """\
 [build-system]
 requires = ["setuptools>=61"]
@@ -88,6 +71,10 @@ def cl_run(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.C
 def tasks_of(run: Path) -> int:
     with (run / "transfer.csv").open() as file:
         return max(int(row["task"]) for row in csv.DictReader(file))
+
+
+def test_the_stream_of_the_readme_has_about_ten_lines():
+    assert len(STREAM.strip().splitlines()) <= 14
 
 
 def test_by_target(package: Path, tmp_path: Path):

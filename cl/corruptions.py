@@ -38,6 +38,14 @@ _BLOCK = {"cpu": 2**18}  # values corrupted at a time, to fit the cache; else 2^
 _GOLDEN = -7046029254386353131  # 2^64 over the golden ratio as int64: the step of splitmix64
 
 
+def check_corruption(kind: str, severity: int) -> None:
+    """Refuse a kind or severity that does not exist."""
+    if kind not in _KINDS:
+        raise unknown("corruption", kind, CORRUPTIONS)
+    if severity not in range(1, 6):
+        raise InputError(f"severity={severity} of {kind} is not in 1..5: choose one of these.")
+
+
 def corrupt(x: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
     """Corrupt images as CIFAR-C does (Hendrycks & Dietterich 2019, section 4).
 
@@ -61,10 +69,7 @@ def corrupt(x: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
         >>> corrupt(x, "fog", 3)[:1].equal(corrupt(x[:1], "fog", 3))
         True
     """
-    if kind not in _KINDS:
-        raise unknown("corruption", kind, CORRUPTIONS)
-    if severity not in range(1, 6):
-        raise InputError(f"severity={severity} of {kind} is not in 1..5: choose one of these.")
+    check_corruption(kind, severity)
     if seed < 0:
         raise InputError(f"seed={seed} of {kind} is negative: give 0 or more.")
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
@@ -465,5 +470,5 @@ _KINDS: dict[str, tuple[Callable[..., Tensor], Sequence[tuple[float, ...]]]] = {
     "jpeg_compression": (_jpeg_compression, [(80,), (65,), (58,), (50,), (40,)]),
 }
 
+# Three kinds of noise, four of blur, four of weather and four of colour, geometry and coding.
 CORRUPTIONS: tuple[str, ...] = tuple(_KINDS)
-"""Three kinds of noise, four of blur, four of weather and four of colour, geometry and coding."""

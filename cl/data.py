@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cl.augment import Normalize
 from cl.errors import InputError
 from cl.random import derive
 from cl.rows import Rows, as_rows, first_not_finite, parts
 from cl.target import TARGETS
+from cl.task import Stream, Task
 
 Array = npt.NDArray[Any]
 Numbers = Sequence[float] | None
@@ -105,6 +107,36 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return tuple(self.train_x.shape[1:])
+
+    def stream(self, tasks: Sequence[Task] | Callable[[int], Task], **options: Any) -> Stream:
+        """Return a stream of tasks made of the dataset's rows, shown to a network as the dataset is.
+
+        Args:
+            tasks: See `Stream`.
+            options: Arguments of `Stream` that differ from what the dataset says.
+
+        Example:
+            >>> from cl.sources import synthetic
+            >>> from cl.task import TaskData
+            >>> data = synthetic(num_classes=3)
+            >>> part = TaskData(data.train_x, data.train_y)
+            >>> data.stream([Task(0, part, part)], name="mine").num_classes
+            3
+        """
+        alike = {name: getattr(self, name) for name in ("num_classes", "augment", "class_names", "name", "target")}
+        return Stream(tasks, **{**alike, "normalize": Normalize(self.mean, self.std), **options})
+
+
+def rows_of_each(y: Tensor, num_groups: int, index: Tensor | None = None) -> list[Tensor]:
+    """Return the rows of each class (or task) among all rows or those of an index, from one sort.
+
+    Example:
+        >>> [rows.tolist() for rows in rows_of_each(torch.tensor([1, 0, 1]), 2)]
+        [[1], [0, 2]]
+    """
+    index = torch.arange(len(y)) if index is None else index
+    labels, place = y[index].sort(stable=True)
+    return list(index[place].split(torch.bincount(labels, minlength=num_groups).tolist()))
 
 
 def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cl.augment import Normalize
-from cl.data import Dataset, split_validation
+from cl.data import Dataset, rows_of_each, split_validation
 from cl.errors import InputError
 from cl.random import derive
 from cl.rows import Rows
@@ -92,7 +91,7 @@ def by_task(
         >>> stream.scenario, [task.classes for task in stream]
         ('class', [(0, 1), (2, 3)])
     """
-    train_rows, test_rows = (_rows_of_each(task, len(names)) for task in (train_task, test_task))
+    train_rows, test_rows = (rows_of_each(task, len(names)) for task in (train_task, test_task))
     tasks: list[Task] = []
     seen: list[int] = []
     for t, name in enumerate(names):
@@ -110,20 +109,9 @@ def by_task(
         tasks.append(Task(t, train, test, replace(train, index=held) if len(held) else None, name))
         seen += classes_of(train.labels)
     disjoint = dataset.target != "regression" and len(set(seen)) == len(seen)
-    return Stream(
+    return dataset.stream(
         tasks,
         scenario=scenario or ("class" if disjoint else "domain"),
-        num_classes=dataset.num_classes,
-        augment=dataset.augment,
-        normalize=Normalize(dataset.mean, dataset.std),
-        class_names=dataset.class_names,
-        name=dataset.name,
-        target=dataset.target,
         order=order,
         seed=seed,
     )
-
-
-def _rows_of_each(task: Tensor, num_tasks: int) -> list[Tensor]:
-    order = task.sort(stable=True).indices
-    return list(order.split(torch.bincount(task, minlength=num_tasks).tolist()))

@@ -109,11 +109,11 @@ def open_array(path: str | Path) -> Rows:
         InputError: If it is missing, or no array of numbers.
     """
     try:
-        array = np.load(path, mmap_mode="c")
-        tensor = torch.from_numpy(array)
+        return as_rows(np.load(path, mmap_mode="c"))
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise InputError(f"{path} cannot be read as a .npy array ({error}): write it with numpy.save.") from error
-    return Mapped(path) if tensor.nbytes > RESIDENT else tensor
 
 
 def as_rows(array: Any) -> Rows:

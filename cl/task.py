@@ -296,6 +296,7 @@ class Stream(Sequence[Task]):
             raise InputError(f"Stream {name!r} has no tasks: give at least one.")
         self._tasks: list[Task | None] = [None] * length
         self.order = self._places = _resolve(order, length, seed, name)
+        self._moved = None if order is None else torch.tensor(self._places).argsort()  # where each task went
         self.scenario: Scenario = scenario
         self.num_classes = num_classes
         self.augment = augment
@@ -359,9 +360,8 @@ class Stream(Sequence[Task]):
         task = self._tasks[position]
         if task is None:
             task = self._build(self._places[position])
-            if self._places != tuple(range(len(self))):
-                moved = torch.tensor(self._places).argsort()
-                task = task.each(lambda part: part.renumbered(position, moved), index=position)
+            if self._moved is not None:
+                task = task.each(lambda part: part.renumbered(position, self._moved), index=position)
             self._tasks[position] = task
         return task
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cl.augment import Normalize
 from cl.data import Array, Dataset, split_validation
 from cl.errors import InputError
 from cl.random import derive
@@ -93,14 +92,10 @@ def i_blurry(
         names = [dataset.class_names[c] for c in np.flatnonzero(owner == t)]
         return Task(t, train, test, val if len(val) else None, name="+".join(names[:3]) + " …" * (len(names) > 3))
 
-    return Stream(
+    return dataset.stream(
         build,
         scenario=scenario or "class",
-        num_classes=dataset.num_classes,
         num_tasks=num_tasks,
-        augment=dataset.augment,
-        normalize=Normalize(dataset.mean, dataset.std),
-        class_names=dataset.class_names,
         name=f"i-blurry {dataset.name}",
         repeats=True,
         order=order,

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl.augment import Normalize
 from cl.data import Array, Dataset, split_validation
 from cl.errors import InputError
 from cl.random import derive
@@ -94,14 +93,11 @@ def mosaic(
         test = draw(t, "test", dataset.test_x, test_y, np.arange(len(test_y)), num_test)
         return Task(t, train, test, val, name=" ".join(dataset.class_names[c] for c in groups[t]))
 
-    return Stream(
+    return dataset.stream(
         build,
         scenario=scenario,
         num_classes=width,
         num_tasks=num_tasks,
-        augment=dataset.augment,
-        normalize=Normalize(dataset.mean, dataset.std),
-        class_names=dataset.class_names,
         name=f"mosaics of {dataset.name}",
         target="multilabel",
         order=order,

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cl.augment import Normalize
 from cl.data import Array, Dataset, split_validation
 from cl.errors import InputError
 from cl.random import derive
@@ -113,14 +112,10 @@ def repetition(
         title = "+".join(names[:3]) + " …" * (len(names) > 3)
         return Task(t, some(train_rows, t, rows_per_task), test, val, name=title)
 
-    return Stream(
+    return dataset.stream(
         build,
         scenario=scenario or "class",
-        num_classes=dataset.num_classes,
         num_tasks=num_tasks,
-        augment=dataset.augment,
-        normalize=Normalize(dataset.mean, dataset.std),
-        class_names=dataset.class_names,
         name=f"repeated {dataset.name}",
         repeats=True,
         order=order,

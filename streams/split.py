@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cl.augment import Normalize
-from cl.data import Dataset, split_validation
+from cl.data import Dataset, rows_of_each, split_validation
 from cl.errors import InputError
 from cl.random import derive
 from cl.rows import Rows
@@ -64,9 +63,9 @@ def split(
     train_index, val_index = split_validation(dataset.train_y, val_fraction, seed)
     table = torch.from_numpy(label)
     train_y, test_y = table[dataset.train_y], table[dataset.test_y]
-    train_rows = rows_of_each(dataset.train_y, train_index, dataset.num_classes)
-    val_rows = rows_of_each(dataset.train_y, val_index, dataset.num_classes)
-    test_rows = rows_of_each(dataset.test_y, torch.arange(len(dataset.test_y)), dataset.num_classes)
+    train_rows = rows_of_each(dataset.train_y, dataset.num_classes, train_index)
+    val_rows = rows_of_each(dataset.train_y, dataset.num_classes, val_index)
+    test_rows = rows_of_each(dataset.test_y, dataset.num_classes)
 
     def build(t: int) -> Task:
         own = classes_in_order[starts[t] : starts[t + 1]]
@@ -79,30 +78,16 @@ def split(
         return Task(t, train, test, val, name=_name([dataset.class_names[c] for c in own]))
 
     names = [dataset.class_names[c] for c in classes_in_order] if scenario != "domain" else []
-    return Stream(
+    return dataset.stream(
         build,
         scenario=scenario or "class",
         num_classes=max(sizes) if scenario == "domain" else len(classes_in_order),
         num_tasks=len(sizes),
-        augment=dataset.augment,
-        normalize=Normalize(dataset.mean, dataset.std),
         class_names=names,
         name=f"split {dataset.name}",
         order=order,
         seed=seed,
     )
-
-
-def rows_of_each(y: torch.Tensor, index: torch.Tensor, num_classes: int) -> list[torch.Tensor]:
-    """Return the rows of each class among those of an index, from one sort.
-
-    Example:
-        >>> [rows.tolist() for rows in rows_of_each(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), 2)]
-        [[1], [0, 2]]
-    """
-    labels, place = y[index].sort(stable=True)
-    sizes = torch.bincount(labels, minlength=num_classes).tolist()
-    return list(index[place].split(sizes))
 
 
 def _class_order(
@@ -135,7 +120,7 @@ def _curriculum(dataset: Dataset, classes: list[int]) -> list[int]:
 
     if len(classes) < 2:
         return classes
-    rows = rows_of_each(dataset.train_y, torch.arange(len(dataset.train_y)), dataset.num_classes)
+    rows = rows_of_each(dataset.train_y, dataset.num_classes)
     some = [rows[c][:200] for c in classes]
     features = dataset.train_x[torch.cat(some)].flatten(1).double()
     labels = torch.repeat_interleave(torch.arange(len(some)), torch.tensor([len(part) for part in some]))

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl.augment import Normalize
 from cl.data import Dataset, split_validation
 from cl.errors import InputError
 from cl.random import derive
@@ -53,16 +52,12 @@ def copies(
         val = TaskData(dataset.train_x, train_y, t, val_rows) if len(val_rows) else None
         return Task(t, train, TaskData(dataset.test_x, test_y, t), val, name=f"{dataset.name} {t + 1}")
 
-    return Stream(
+    return dataset.stream(
         build,
         scenario=scenario or "domain",
         num_classes=width,
         num_tasks=num_tasks,
-        augment=dataset.augment,
-        normalize=Normalize(dataset.mean, dataset.std),
-        name=dataset.name,
         class_names=() if own else dataset.class_names,
-        target=dataset.target,
         order=order,
         seed=seed,
     )
@@ -89,13 +84,13 @@ def generator(seed: int, what: str, task: int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, what, task))
 
 
-def choose(y: Tensor, count: Callable[[int], int], seed: int, what: str, task: int, only: int | None = None) -> Tensor:
-    """Draw rows of each class (or of one): ascending; how many is a function of the size of the class."""
+def choose(y: Tensor, count: Callable[[int, int], int], seed: int, what: str, task: int) -> Tensor:
+    """Draw rows of each class, ascending; how many is a function of the class and its size."""
     labels, kept = y.numpy(), []
-    for label in np.unique(labels) if only is None else [only]:
+    for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         draw = np.random.default_rng(derive(seed, what, task, int(label)))
-        kept.append(draw.permutation(rows)[: count(len(rows))])
+        kept.append(draw.permutation(rows)[: count(int(label), len(rows))])
     return torch.from_numpy(np.sort(np.concatenate(kept)))
 
 

@@ -11,17 +11,23 @@ import torch
 from torch import Tensor
 
 from cl.compose.base import Source, as_stream, generator
-from cl.errors import InputError, unknown
+from cl.errors import InputError
 from cl.task import Stream, Task
 
 
-def transform(source: Source, change: Callable[[int], Callable[[Tensor], Tensor] | None], name: str) -> Stream:
+def transform(
+    source: Source,
+    change: Callable[[int], Callable[[Tensor], Tensor] | None],
+    name: str,
+    task_names: Sequence[str] | None = None,
+) -> Stream:
     """Change the inputs of every task, training and test alike.
 
     Args:
         source: Stream or dataset.
         change: Position of a task to a deterministic map of its raw inputs (n, *input), row by row; None leaves them.
         name: What reports call the stream.
+        task_names: What they call the tasks; None means as before.
 
     Example:
         >>> from cl.sources import synthetic
@@ -32,8 +38,9 @@ def transform(source: Source, change: Callable[[int], Callable[[Tensor], Tensor]
     stream = as_stream(source)
 
     def build(t: int) -> Task:
-        change_t = change(t)
-        return stream[t] if change_t is None else stream[t].each(lambda part: part.then(change_t))
+        task, change_t = stream[t], change(t)
+        task = task if change_t is None else task.each(lambda part: part.then(change_t))
+        return task if task_names is None else replace(task, name=task_names[t])
 
     return stream.derive(build, name=name)
 
@@ -74,7 +81,7 @@ def permute(source: Source, identity_first: bool = False, seed: int = 0) -> Stre
         return None if identity_first and t == 0 else partial(permute_pixels, order=order)
 
     names = ["as stored" if identity_first and t == 0 else f"permutation {t + 1}" for t in range(len(stream))]
-    return _named(transform(stream, change, f"permuted {stream.name}"), names)
+    return transform(stream, change, f"permuted {stream.name}", names)
 
 
 def turn(x: Tensor, angle: float) -> Tensor:
@@ -111,10 +118,11 @@ def rotate(source: Source, angles: Sequence[float]) -> Stream:
     degrees = [float(angle) for angle in angles]
     if len(degrees) != len(stream):
         raise InputError(f"{len(degrees)} angles for num_tasks={len(stream)}: give one angle a task.")
-    turned = transform(
-        stream, lambda t: partial(turn, angle=degrees[t]) if degrees[t] else None, f"rotated {stream.name}"
-    )
-    return _named(turned, [f"{angle:g}°" for angle in degrees])
+
+    def change(t: int) -> Callable[[Tensor], Tensor] | None:
+        return partial(turn, angle=degrees[t]) if degrees[t] else None
+
+    return transform(stream, change, f"rotated {stream.name}", [f"{angle:g}°" for angle in degrees])
 
 
 def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int = 0) -> Stream:
@@ -135,29 +143,22 @@ def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int =
         >>> [task.name for task in corrupt(copies(digits(), 2), ["clean", "fog"])]
         ['clean', 'fog']
     """
-    from cl.corruptions import CORRUPTIONS
+    from cl.corruptions import check_corruption
     from cl.corruptions import corrupt as corrupted
 
     stream = as_stream(source)
     _images_only(stream, "corrupted")
     if len(kinds) != len(stream):
         raise InputError(f"{len(kinds)} corruptions for {len(stream)} tasks: give one a task.")
-    strangers = sorted(set(kinds) - {"clean", *CORRUPTIONS})
-    if strangers:
-        raise unknown("corruption", strangers[0], ["clean", *CORRUPTIONS])
-    if severity not in range(1, 6):
-        raise InputError(f"severity={severity} of a corruption: give 1, 2, 3, 4 or 5.")
+    for kind in set(kinds) - {"clean"}:
+        check_corruption(kind, severity)
 
     def change(t: int) -> Callable[[Tensor], Tensor] | None:
         return None if kinds[t] == "clean" else partial(corrupted, kind=kinds[t], severity=severity, seed=seed)
 
-    return _named(transform(stream, change, f"corrupted {stream.name}"), list(kinds))
+    return transform(stream, change, f"corrupted {stream.name}", kinds)
 
 
 def _images_only(stream: Stream, done: str) -> None:
     if len(stream.input_shape) != 3:
         raise InputError(f"Inputs of {stream.name} have shape {stream.input_shape}: only images can be {done}.")
-
-
-def _named(stream: Stream, names: Sequence[str]) -> Stream:
-    return stream.derive(lambda t: replace(stream[t], name=names[t]))

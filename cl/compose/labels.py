@@ -119,7 +119,7 @@ def label_scarcity(source: Source, fraction: float = 0.1, order: Order = None, s
 
     def build(t: int) -> Task:
         task = stream[t]
-        kept = choose(task.train.labels, lambda size: max(1, round(fraction * size)), seed, "label scarcity", t)
+        kept = choose(task.train.labels, lambda _, size: max(1, round(fraction * size)), seed, "label scarcity", t)
         other = torch.ones(len(task.train), dtype=torch.bool)
         other[kept] = False
         rest = task.train.take(other.nonzero().flatten())
@@ -162,7 +162,7 @@ def subsample(
         if tasks is not None and t not in tasks:
             return stream[t]
         train = stream[t].train
-        kept = choose(train.labels, lambda size: min(most, max(1, round(fraction * size))), seed, "subsample", t)
+        kept = choose(train.labels, lambda _, size: min(most, max(1, round(fraction * size))), seed, "subsample", t)
         return replace(stream[t], train=train.take(kept))
 
     return stream.derive(build)
@@ -199,10 +199,7 @@ def long_tail(
 
     def build(t: int) -> Task:
         train = stream[t].train
-        parts = [
-            choose(train.labels, lambda size, c=c: max(1, round(share[c] * size)), seed, "long tail", t, c)  # type: ignore[misc]
-            for c in stream[t].classes
-        ]
-        return replace(stream[t], train=train.take(torch.cat(parts).sort().values))
+        kept = choose(train.labels, lambda c, size: max(1, round(share[c] * size)), seed, "long tail", t)
+        return replace(stream[t], train=train.take(kept))
 
     return stream.derive(build, name=f"long-tailed {stream.name}", order=order, seed=seed)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.errors import InputError, unknown
+from cl.metrics.checks import keep, learned, ratio, transfer_matrix, vector
 
 # --------------------------------------------------------------------------- helpers
 
@@ -35,43 +36,10 @@ def worked_example() -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _matrix(R: Tensor) -> Tensor:
-    """Return R as float64 on the CPU (not every accelerator has float64), refusing a wrong shape."""
-    if R.ndim != 2 or R.shape[1] < 1 or R.shape[0] != R.shape[1] + 1:
-        raise InputError(
-            f"A transfer matrix over T tasks has shape (T + 1, T), got {tuple(R.shape)}: "
-            "row 0 is the untrained learner, a row of NaN where it was not measured."
-        )
-    return R.detach().cpu().double()
-
-
-def _learned(R: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows 1..T as a (T, T) matrix, and its diagonal R[j,j]."""
-    rows = _matrix(R)[1:]
-    return rows, rows.diagonal()
-
-
 def _lower(square: Tensor, offset: int = 0) -> Tensor:
     """Return the entries on and below the diagonal with this offset, as a vector."""
     i, j = torch.tril_indices(len(square), len(square), offset)
     return square[i, j]
-
-
-def _keep(square: Tensor, mask: Tensor, fill: float = math.nan) -> Tensor:
-    """Return the entries where the mask holds and `fill` elsewhere."""
-    return square.where(mask, torch.tensor(fill, dtype=square.dtype))
-
-
-def _vector(name: str, values: Tensor | Sequence[float], length: int | None = None, low: float = 0.0) -> Tensor:
-    """Return the values as a float64 vector, refusing a wrong length, an empty one, or an entry below `low`."""
-    host = values.detach().cpu() if isinstance(values, Tensor) else values
-    vector = torch.as_tensor(host, dtype=torch.float64)
-    if vector.ndim != 1 or len(vector) == 0 or (length is not None and len(vector) != length):
-        expected = "at least one entry" if length is None else f"{length} entries"
-        raise InputError(f"{name} must be a vector with {expected}, got shape {tuple(vector.shape)}.")
-    if (vector < low).any():
-        raise InputError(f"{name} must not hold an entry below {low:g}, got {vector.min().item():g}.")
-    return vector
 
 
 # --------------------------------------------------------------------------- Lopez-Paz & Ranzato 2017
@@ -88,10 +56,10 @@ def average_accuracy(R: Tensor, num_samples: Tensor | Sequence[float] | None = N
         >>> f"{average_accuracy(worked_example()):.6f}"
         '0.840000'
     """
-    last = _matrix(R)[-1]
+    last = transfer_matrix(R)[-1]
     if num_samples is None:
         return last.mean()
-    weights = _vector("num_samples", num_samples, len(last), low=1)
+    weights = vector("num_samples", num_samples, len(last), low=1)
     return (last * weights).sum() / weights.sum()
 
 
@@ -105,7 +73,7 @@ def bwt_gem(R: Tensor) -> Tensor:
         >>> f"{bwt_gem(worked_example()):.6f}"
         '-0.015000'
     """
-    rows, diagonal = _learned(R)
+    rows, diagonal = learned(R)
     return (rows[-1] - diagonal)[:-1].mean()
 
 
@@ -119,7 +87,7 @@ def fwt_gem(R: Tensor) -> Tensor:
         >>> f"{fwt_gem(worked_example()):.6f}"
         '0.200000'
     """
-    R = _matrix(R)
+    R = transfer_matrix(R)
     return (R[1:].diagonal(1) - R[0, 1:]).mean()
 
 
@@ -136,7 +104,7 @@ def accuracy_diaz(R: Tensor) -> Tensor:
         >>> f"{accuracy_diaz(worked_example()):.6f}"
         '0.868333'
     """
-    return _lower(_learned(R)[0]).mean()
+    return _lower(learned(R)[0]).mean()
 
 
 def bwt_diaz(R: Tensor) -> Tensor:
@@ -149,7 +117,7 @@ def bwt_diaz(R: Tensor) -> Tensor:
         >>> f"{bwt_diaz(worked_example()):.6f}"
         '0.003333'
     """
-    rows, diagonal = _learned(R)
+    rows, diagonal = learned(R)
     return _lower(rows - diagonal, -1).mean()
 
 
@@ -189,7 +157,7 @@ def fwt_diaz(R: Tensor) -> Tensor:
         >>> f"{fwt_diaz(worked_example()):.6f}"
         '0.383333'
     """
-    return _lower(_learned(R)[0].T, -1).mean()
+    return _lower(learned(R)[0].T, -1).mean()
 
 
 def fwt_continuum(R: Tensor) -> Tensor:
@@ -202,92 +170,7 @@ def fwt_continuum(R: Tensor) -> Tensor:
         >>> f"{fwt_continuum(worked_example()):.6f}"
         '0.425000'
     """
-    return _learned(R)[0].diagonal(1).mean()
-
-
-def model_size_efficiency_diaz(params: Tensor | Sequence[float]) -> Tensor:
-    """Model size efficiency: how little the model grew; `params` (T,) are its sizes after each task.
-
-    MS = min(1, 1/T sum_i params[1] / params[i]), in [0, 1], higher is better.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
-
-    Example:
-        >>> f"{model_size_efficiency_diaz([10, 12, 15]):.6f}"
-        '0.833333'
-    """
-    sizes = _vector("params", params, low=1)
-    return (sizes[0] / sizes).mean().clamp(max=1)
-
-
-def sample_storage_efficiency_diaz(stored: Tensor | Sequence[float], lifetime: float) -> Tensor:
-    """Sample storage efficiency: how few of all `lifetime` samples were kept; `stored` (T,) counts them per task.
-
-    SSS = 1 - min(1, 1/T sum_i stored[i] / lifetime), in [0, 1], higher is better (one unit for both: samples or bytes).
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
-
-    Example:
-        >>> f"{sample_storage_efficiency_diaz([100, 200, 300], 3000):.6f}"
-        '0.933333'
-    """
-    total = _vector("lifetime", [lifetime], low=1)[0]
-    return 1 - (_vector("stored", stored) / total).mean().clamp(max=1)
-
-
-def computational_efficiency_diaz(
-    pass_ops: Tensor | Sequence[float], ops: Tensor | Sequence[float], scale: float = 1.0
-) -> Tensor:
-    """Computational efficiency: the cost of one pass over each task's data over all that was spent on the task.
-
-    CE = min(1, 1/T sum_i scale * pass_ops[i] / (1 + ops[i])), in [0, 1], higher is better. `pass_ops` (T,) are the
-    operations of one forward and backward pass over task i, `ops` (T,) all operations spent learning it.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166); the constant 1 and `scale` (their epsilon, at least 1) are
-    from a secondary account and were not checked against the paper.
-
-    Example:
-        >>> f"{computational_efficiency_diaz([1e9] * 3, [5e9, 10e9, 4e9]):.6f}"
-        '0.183333'
-    """
-    spent = _vector("ops", ops)
-    one_pass = _vector("pass_ops", pass_ops, len(spent))
-    factor = _vector("scale", [scale], low=1)[0]
-    return (factor * one_pass / (1 + spent)).mean().clamp(max=1)
-
-
-def _criteria(name: str, values: Tensor | Sequence[float], weights: Tensor | Sequence[float] | None) -> Tensor:
-    """Return sum_m weights[m] * values[m]; equal weights where none are given."""
-    vector = _vector(name, values)
-    if weights is None:
-        return vector.mean()
-    shares = _vector("weights", weights, len(vector))
-    if not math.isclose(float(shares.sum()), 1.0, abs_tol=1e-6):
-        raise InputError(f"weights must sum to 1, got {shares.sum().item():g}: divide them by their sum.")
-    return (shares * vector).sum()
-
-
-def cl_score_diaz(criteria: Tensor | Sequence[float], weights: Tensor | Sequence[float] | None = None) -> Tensor:
-    """CL score: the weighted mean of chosen criteria (M,), each in [0, 1] and higher better.
-
-    CL_score = sum_m weights[m] * criteria[m], sum(weights) = 1 (equal by default), in [0, 1], higher is better.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166), from a secondary account, not checked against the paper.
-
-    Example:
-        >>> f"{cl_score_diaz([0.9, 0.5], [0.75, 0.25]):.6f}"
-        '0.800000'
-    """
-    return _criteria("criteria", criteria, weights)
-
-
-def cl_stability_diaz(stds: Tensor | Sequence[float], weights: Tensor | Sequence[float] | None = None) -> Tensor:
-    """CL stability: one minus the weighted mean standard deviation of the criteria over runs; `stds` is (M,).
-
-    CL_stability = 1 - sum_m weights[m] * stds[m], sum(weights) = 1 (equal by default), higher is better.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166), from a secondary account, not checked against the paper.
-
-    Example:
-        >>> f"{cl_stability_diaz([0.04, 0.08], [0.75, 0.25]):.6f}"
-        '0.950000'
-    """
-    return 1 - _criteria("stds", stds, weights)
+    return learned(R)[0].diagonal(1).mean()
 
 
 # --------------------------------------------------------------------------- Chaudhry et al. 2018
@@ -295,9 +178,9 @@ def cl_stability_diaz(stds: Tensor | Sequence[float], weights: Tensor | Sequence
 
 def _best(R: Tensor, zero_shot: bool, final: bool) -> Tensor:
     """Return per task max_l R[l,j], l from j (or from 1 if zero_shot) to T - 1 (or T if final); needs T > 1."""
-    rows, _ = _learned(R)
+    rows, _ = learned(R)
     if not zero_shot:
-        rows = _keep(rows, torch.ones_like(rows, dtype=torch.bool).tril(), -math.inf)
+        rows = keep(rows, torch.ones_like(rows, dtype=torch.bool).tril(), -math.inf)
     return (rows if final else rows[:-1]).amax(0)
 
 
@@ -312,7 +195,7 @@ def forgetting_chaudhry(R: Tensor, zero_shot: bool = False) -> Tensor:
         >>> f"{forgetting_chaudhry(worked_example()):.6f}"
         '0.035000'
     """
-    last = _matrix(R)[-1]
+    last = transfer_matrix(R)[-1]
     if len(last) == 1:
         return torch.full_like(last[0], math.nan)
     return (_best(R, zero_shot, final=False) - last)[:-1].mean()
@@ -328,8 +211,8 @@ def intransigence_chaudhry(R: Tensor, joint: Tensor | Sequence[float]) -> Tensor
         >>> f"{intransigence_chaudhry(worked_example(), [0.92, 0.89, 0.86]):.6f}"
         '0.040000'
     """
-    _, diagonal = _learned(R)
-    return (_vector("joint", joint, len(diagonal), low=-math.inf) - diagonal).mean()
+    _, diagonal = learned(R)
+    return (vector("joint", joint, len(diagonal)) - diagonal).mean()
 
 
 # --------------------------------------------------------------------------- Riemer et al. 2019
@@ -344,7 +227,7 @@ def learning_accuracy_riemer(R: Tensor) -> Tensor:
         >>> f"{learning_accuracy_riemer(worked_example()):.6f}"
         '0.850000'
     """
-    return _learned(R)[1].mean()
+    return learned(R)[1].mean()
 
 
 def bti_riemer(R: Tensor) -> Tensor:
@@ -365,7 +248,7 @@ def _over_all_tasks(R: Tensor, mean: Tensor) -> Tensor:
     return mean * (R.shape[1] - 1) / R.shape[1]
 
 
-# --------------------------------------------------------------------------- incremental and anytime accuracy
+# --------------------------------------------------------------------------- incremental accuracy
 
 
 def average_incremental_accuracy(R: Tensor, num_samples: Tensor | Sequence[float] | None = None) -> Tensor:
@@ -379,37 +262,75 @@ def average_incremental_accuracy(R: Tensor, num_samples: Tensor | Sequence[float
         >>> f"{average_incremental_accuracy(worked_example()):.6f}"
         '0.878333'
     """
-    rows, _ = _learned(R)
+    rows, _ = learned(R)
     sizes = torch.ones(len(rows)) if num_samples is None else num_samples
-    weights = _vector("num_samples", sizes, len(rows), low=1)
-    seen = _keep(rows, torch.ones_like(rows, dtype=torch.bool).tril(), 0.0)
+    weights = vector("num_samples", sizes, len(rows), low=1)
+    seen = keep(rows, torch.ones_like(rows, dtype=torch.bool).tril(), 0.0)
     return ((seen * weights).sum(1) / weights.cumsum(0)).mean()
 
 
-def average_anytime_accuracy(curves: Tensor, num_seen: Tensor | Sequence[int] | None = None) -> Tensor:
-    """Average anytime accuracy: the mean over all evaluations of the mean over the tasks seen by then.
+# --------------------------------------------------------------------------- later papers
 
-    AAA = 1/N sum_n mean_{j seen at n} curves[n,j], in [0, 1], higher is better; `curves` (N, T) has one row per
-    evaluation. The first num_seen[n] tasks are seen at n, the current one included; without `num_seen`, a task is
-    seen from its first number on, and a NaN after that is an unmeasured cell. Source: Caccia et al. 2020 (OSAKA,
-    arXiv 2003.05856).
+
+def transfer_zscl(R: Tensor) -> Tensor:
+    """Transfer of ZSCL: the mean over tasks of the metric on each at the moments before it was learned.
+
+    Transfer = 1/(T-1) sum_{j>=2} 1/(j-1) sum_{1<=i<j} R[i,j], in [0, 1], higher is better, NaN for T = 1. Each task
+    counts once, where in fwt_diaz each cell does. Source: Zheng et al. 2023 (ZSCL, arXiv 2303.06628), from its code.
 
     Example:
-        >>> nan = float("nan")
-        >>> f"{average_anytime_accuracy(torch.tensor([[0.9, nan], [0.6, 0.4]])):.6f}"
-        '0.700000'
+        >>> f"{transfer_zscl(worked_example()):.6f}"
+        '0.387500'
     """
-    if curves.ndim != 2 or 0 in curves.shape:
-        raise InputError(f"curves must have shape (evaluations, tasks), got {tuple(curves.shape)}.")
-    curves = curves.detach().cpu().double()
-    if num_seen is None:
-        seen = curves.isnan().logical_not().cumsum(0) > 0
-    else:
-        counts = _vector("num_seen", num_seen, len(curves), low=1)
-        if (counts > curves.shape[1]).any():
-            raise InputError(f"num_seen holds {counts.max().item():g}, but curves has {curves.shape[1]} tasks.")
-        seen = torch.arange(curves.shape[1]) < counts[:, None]
-    return (_keep(curves, seen, 0.0).sum(1) / seen.sum(1)).mean()
+    future = _future(R)
+    return (future.sum(0)[1:] / torch.arange(1, len(future))).mean()
+
+
+def _future(R: Tensor) -> Tensor:
+    """Return R[i,j] for 1 <= i < j as a (T, T) matrix with 0 elsewhere."""
+    rows, _ = learned(R)
+    return keep(rows, torch.ones_like(rows, dtype=torch.bool).triu(1), 0.0)
+
+
+def average_zscl(R: Tensor) -> Tensor:
+    """Average of ZSCL: the mean over every task at every moment, before and after it was learned.
+
+    Avg = 1/T^2 sum_{i>=1} sum_j R[i,j], in [0, 1], higher is better; row 0 does not count.
+    Source: Zheng et al. 2023 (ZSCL, arXiv 2303.06628), from its code.
+
+    Example:
+        >>> f"{average_zscl(worked_example()):.6f}"
+        '0.706667'
+    """
+    return learned(R)[0].mean()
+
+
+def forgetting_continual_world(R: Tensor) -> Tensor:
+    """Forgetting of Continual World: from the moment of learning to the end, the last task counted too: -bti_riemer.
+
+    F = 1/T sum_j (R[j,j] - R[T,j]), in [-1, 1], lower is better (negative: improved), NaN for T = 1.
+    Source: Wolczyk et al. 2021 (Continual World, arXiv 2105.10919), from a secondary account.
+
+    Example:
+        >>> f"{forgetting_continual_world(worked_example()):.6f}"
+        '0.010000'
+    """
+    return -bti_riemer(R)
+
+
+def curriculum_effectiveness(R: Tensor) -> Tensor:
+    """Curriculum effectiveness: the harmonic mean of the final accuracy and the inverse of the first task's loss.
+
+    F = 2 a / (D a + 1) with a = 1/T sum_j R[T,j] and D = R[1,1] - R[T,1], 2 a where nothing was lost; at least 0 and
+    not bounded by 1, higher is better, NaN for T = 1. Source: the curriculum paper "Learning to Learn".
+
+    Example:
+        >>> f"{curriculum_effectiveness(worked_example()):.6f}"
+        '1.599391'
+    """
+    rows, _ = learned(R)
+    final, lost = rows[-1].mean(), rows[0, 0] - rows[-1, 0]
+    return ratio(2 * final, lost * final + 1) if len(rows) > 1 else final * math.nan
 
 
 # --------------------------------------------------------------------------- what released code computes
@@ -423,6 +344,17 @@ def fwt_gem_code(R: Tensor) -> Tensor:
         '0.133333'
     """
     return _over_all_tasks(R, fwt_gem(R))
+
+
+def transfer_mammoth(R: Tensor) -> Tensor:
+    """Transfer of ZSCL as mammoth computes it: over the rows first, so each moment counts once, not each task.
+
+    Example:
+        >>> f"{transfer_mammoth(worked_example()):.6f}"
+        '0.400000'
+    """
+    future = _future(R)
+    return (future.sum(1)[:-1] / torch.arange(len(future) - 1, 0, -1)).mean()
 
 
 def forgetting_avalanche(R: Tensor) -> Tensor:
@@ -442,7 +374,7 @@ def forgetting_mammoth(R: Tensor) -> Tensor:
         >>> f"{forgetting_mammoth(worked_example()):.6f}"
         '0.050000'
     """
-    return (_best(R, zero_shot=False, final=True) - _matrix(R)[-1])[:-1].mean()
+    return (_best(R, zero_shot=False, final=True) - transfer_matrix(R)[-1])[:-1].mean()
 
 
 def forgetting_online_cl(R: Tensor) -> Tensor:
@@ -462,7 +394,7 @@ def forgetting_libcontinual(R: Tensor) -> Tensor:
         >>> f"{forgetting_libcontinual(worked_example()):.6f}"
         '0.030000'
     """
-    rows, diagonal = _learned(R)
+    rows, diagonal = learned(R)
     drops = (diagonal - rows[-1])[:-2]
     return drops.mean() * len(drops) / max(1, len(rows) - 1)
 
@@ -474,7 +406,7 @@ def bwt_libcontinual(R: Tensor) -> Tensor:
         >>> f"{bwt_libcontinual(worked_example()):.6f}"
         '-0.020000'
     """
-    rows, diagonal = _learned(R)
+    rows, diagonal = learned(R)
     gains = _lower(rows - diagonal, -2)
     return gains.mean() * len(gains) / max(1, len(rows) * (len(rows) - 1) // 2)
 
@@ -494,8 +426,8 @@ def backward_transfer(R: Tensor) -> Tensor:
                 [ 0.0400,     nan,     nan],
                 [-0.0600,  0.0300,     nan]], dtype=torch.float64)
     """
-    rows, diagonal = _learned(R)
-    return _keep(rows - diagonal, torch.ones_like(rows, dtype=torch.bool).tril(-1))
+    rows, diagonal = learned(R)
+    return keep(rows - diagonal, torch.ones_like(rows, dtype=torch.bool).tril(-1))
 
 
 def forward_transfer(R: Tensor) -> Tensor:
@@ -510,8 +442,8 @@ def forward_transfer(R: Tensor) -> Tensor:
                 [   nan,    nan, 0.2000],
                 [   nan,    nan,    nan]], dtype=torch.float64)
     """
-    R = _matrix(R)
-    return _keep(R[1:] - R[0], torch.ones_like(R[1:], dtype=torch.bool).triu(1))
+    R = transfer_matrix(R)
+    return keep(R[1:] - R[0], torch.ones_like(R[1:], dtype=torch.bool).triu(1))
 
 
 def step_effect(R: Tensor) -> Tensor:
@@ -526,7 +458,7 @@ def step_effect(R: Tensor) -> Tensor:
                 [ 0.0400,  0.4500,  0.1500],
                 [-0.1000,  0.0300,  0.3500]], dtype=torch.float64)
     """
-    return _matrix(R).diff(dim=0)
+    return transfer_matrix(R).diff(dim=0)
 
 
 def to_records(R: Tensor) -> list[tuple[int, int, float]]:
@@ -536,7 +468,7 @@ def to_records(R: Tensor) -> list[tuple[int, int, float]]:
         >>> to_records(torch.tensor([[0.5], [0.75]]))
         [(0, 1, 0.5), (1, 1, 0.75)]
     """
-    rows: list[list[float]] = _matrix(R).tolist()
+    rows: list[list[float]] = transfer_matrix(R).tolist()
     return [(i, j, value) for i, row in enumerate(rows) for j, value in enumerate(row, start=1)]
 
 
@@ -574,6 +506,8 @@ _UNIT, _SIGNED = "fraction, [0, 1]", "fraction, [-1, 1]"
 _PAIRS, _CELLS = "T (T - 1) / 2", "T (T + 1) / 2"
 _GEM, _DIAZ = "Lopez-Paz & Ranzato 2017 (GEM)", "Diaz-Rodriguez et al. 2018"
 _RWALK, _MER = "Chaudhry et al. 2018 (RWalk)", "Riemer et al. 2019 (MER)"
+_ZSCL, _WORLD = "Zheng et al. 2023 (ZSCL)", "Wolczyk et al. 2021 (Continual World)"
+_L2L = "Learning to Learn (curriculum paper)"
 _AIA = "mean_k mean_{j<=k} R[k,j]"
 _BEST = "sum_{j<T} (max_{j<=l<T} R[l,j] - R[T,j])"
 _PEAK = "sum_{j<T} (max_{j<=l<=T} R[l,j] - R[T,j])"
@@ -595,6 +529,18 @@ SCALARS: dict[str, Scalar] = {
     "average_incremental_accuracy": Scalar(
         average_incremental_accuracy, _AIA, "Rebuffi et al. 2017 (iCaRL) and later", _UNIT, "T, k inside"
     ),
+    "transfer_zscl": Scalar(transfer_zscl, "sum_{j>=2} mean_{1<=i<j} R[i,j]", _ZSCL, _UNIT, "T - 1, j - 1 inside"),
+    "average_zscl": Scalar(average_zscl, "sum_{i>=1} sum_j R[i,j]", _ZSCL, _UNIT, "T^2"),
+    "forgetting_continual_world": Scalar(
+        forgetting_continual_world, "sum_j (R[j,j] - R[T,j])", _WORLD, _SIGNED, "T", higher_is_better=False
+    ),
+    "curriculum_effectiveness": Scalar(
+        curriculum_effectiveness,
+        "2 a / (D a + 1), a = mean_j R[T,j], D = R[1,1] - R[T,1]",
+        _L2L,
+        "ratio, [0, inf)",
+        "T in a",
+    ),
 }
 
 # What libraries call backward transfer, forward transfer and forgetting: to compare numbers, not to report.
@@ -603,6 +549,9 @@ LIBRARY_VARIANTS: dict[str, Scalar] = {
     "fwt_gem_code": Scalar(fwt_gem_code, "sum_{j>=2} (R[j-1,j] - R[0,j])", "GEM (code)", _SIGNED, "T"),
     "bwt_libcontinual": Scalar(
         bwt_libcontinual, "sum_{i>=j+2} (R[i,j] - R[j,j])", "LibContinual (code)", _SIGNED, _PAIRS
+    ),
+    "transfer_mammoth": Scalar(
+        transfer_mammoth, "sum_{i<T} mean_{j>i} R[i,j]", "mammoth (code)", _UNIT, "T - 1, T - i inside"
     ),
     "forgetting_avalanche": Scalar(
         forgetting_avalanche, "sum_{j<T} (R[j,j] - R[T,j])", "Avalanche (code)", _SIGNED, "T - 1", False
@@ -619,13 +568,14 @@ LIBRARY_VARIANTS: dict[str, Scalar] = {
 # What reads R[i,j] with 1 <= i < j: the metric on a task that has not been learned yet.
 _MATRICES = {"backward_transfer": False, "forward_transfer": True, "step_effect": True}
 _READS_UNSEEN = {"fwt_gem", "fwt_diaz", "fwt_continuum", "fwt_gem_code"}
+_READS_UNSEEN |= {"transfer_zscl", "average_zscl", "transfer_mammoth"}
 
 
 def caveat(name: str, mask: str) -> str | None:
     """Return what must be said next to the scalar or matrix `name` measured under `mask`, or None.
 
     Under the mask "class" a task to come is scored by outputs that no example has trained yet, so what reads those
-    cells (`fwt_*`, forward_transfer, step_effect) is not zero-shot knowledge.
+    cells (`fwt_*`, `transfer_*`, average_zscl, forward_transfer, step_effect) is not zero-shot knowledge.
 
     Raises:
         InputError: if no scalar and no matrix has that name.
@@ -742,7 +692,7 @@ class TransferMatrix(nn.Module):
         k = self.num_tasks if after_task is None else after_task
         if not 1 <= k <= self.num_tasks:
             raise InputError(f"Scalars exist after 1 to {self.num_tasks} tasks, got after_task={k}.")
-        cut = _matrix(self.R[: k + 1, :k])  # one read of the device for all scalars
+        cut = transfer_matrix(self.R[: k + 1, :k])  # one read of the device for all scalars
         return {name: scalar.function(cut).item() for name, scalar in SCALARS.items()}
 
     def extra_repr(self) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import folder, many_tasks, memory, strategies
+from benchmarks import folder, forecasts, many_tasks, memory, strategies
 from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import take_turns
 from benchmarks.workloads import WORKLOADS
 
 OTHERS = {"memory": memory, "strategies": strategies, "many_tasks": many_tasks, "folder": folder}
+STUDIES = {"forecasts": forecasts}  # no timings, so no part of `all`
 
 
 def race(name: str, against: list[str], args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("workload", choices=[*WORKLOADS, *OTHERS, "all"])
+    parser.add_argument("workload", choices=[*WORKLOADS, *OTHERS, *STUDIES, "all"])
     parser.add_argument("--against", default="bare,avalanche,lightning", help="of " + ", ".join(CONTESTANTS))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -90,8 +91,8 @@ def main() -> None:
     console.print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
     results = []
     for name in [*WORKLOADS, *OTHERS] if args.workload == "all" else [args.workload]:
-        if name in OTHERS:
-            results.append(OTHERS[name].measure(args, console))
+        if name in OTHERS | STUDIES:
+            results.append((OTHERS | STUDIES)[name].measure(args, console))
         else:
             results.append(race(name, against, args, console))
             show(results[-1], console)

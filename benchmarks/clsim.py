@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ import torch
 from benchmarks.workloads import MEAN, STD, Arrays, Workload
 from cl.augment import Normalize, RandomCropFlip
 from cl.experiment import Experiment
+from cl.instruments import Instrument
+from cl.instruments.curves import LearningCurves
+from cl.instruments.probes import Probes
 from cl.learner import Learner
 from cl.strategies.er import ER
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
+
+Watch = Callable[[Stream], Instrument]
 
 
 def stream(workload: Workload, tasks: list[Arrays]) -> Stream:
@@ -40,21 +46,33 @@ def learner(workload: Workload, tasks: Stream, strategies: dict[str, Strategy], 
     return Learner(tasks, backbone, strategies, optimizer, head=model[-1], **options)
 
 
-def run(workload: Workload, tasks: list[Arrays], **options: Any) -> tuple[list[float], int]:
-    """Learn every task; return the last row of accuracies and the number of steps."""
+def run(workload: Workload, tasks: list[Arrays], watch: Watch | None = None, **options: Any) -> tuple[list[float], int]:
+    """Learn every task, watched or not; return the last row of accuracies and the number of steps."""
     there = stream(workload, tasks)
+    if watch is not None:
+        options["instruments"] = {"watch": watch(there)}
     replay: dict[str, Strategy] = {"er": ER(workload.memory, workload.replay)} if workload.replay else {}
     module = learner(workload, there, replay)
     job = Experiment(module, there, partial(pl.Trainer, accelerator="cpu"), epochs=1, **options)
     matrices: Any = module.matrices
     if workload.name == "evaluate":
         for _ in range(5):
-            for matrix in matrices.values():
-                matrix.reset(0)
+            for matrix in (*matrices.values(), *module.calibration.values()):
+                matrix.reset(0)  # type: ignore[operator]
             job.evaluate()
     else:
         job.run()
     return matrices["class" if workload.split else "domain"].R[module.tasks_learned].tolist(), module.total_steps
+
+
+def run_with_probes(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:
+    """Do as `run`, and fit a ridge probe on every task's features for each row of R."""
+    return run(workload, tasks, lambda there: Probes(there, ["ridge"]))
+
+
+def run_with_curves(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:
+    """Do as `run`, and evaluate ten times inside every task."""
+    return run(workload, tasks, lambda there: LearningCurves(there, points=10))
 
 
 def run_with_reports(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:

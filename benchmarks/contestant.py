@@ -17,6 +17,8 @@ CONTESTANTS = {
     "bare": ("benchmarks.bare", "run"),
     "clsim": ("benchmarks.clsim", "run"),
     "clsim+reports": ("benchmarks.clsim", "run_with_reports"),
+    "clsim+probes": ("benchmarks.clsim", "run_with_probes"),
+    "clsim+curves": ("benchmarks.clsim", "run_with_curves"),
     "lightning": ("benchmarks.lightning", "run"),
     "avalanche": ("benchmarks.avalanche", "run"),
 }

@@ -29,34 +29,19 @@ def build(cfg: Any, directory: Path) -> Any:
     Raises:
         InputError: If the configuration asks for what cannot work, or another one was begun in the directory.
     """
-    import torch
     from omegaconf import OmegaConf
 
-    from cl.backbones import initialise
     from cl.experiment import Experiment
-    from cl.learner import Learner
-    from cl.random import derive
+    from cl.protocol import Protocol
 
+    protocol = Protocol(**cfg.protocol) if cfg.protocol else None
+    for key, value in (protocol.found() if protocol else {}).items():
+        OmegaConf.update(cfg, key, value)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     _keep_config(config, directory)
-    stream = make(cfg.stream)
-    torch.manual_seed(derive(cfg.seed, "initial weights"))
-    backbone = _backbone(cfg, stream.input_shape)
-    head = make(cfg.head)(backbone.num_features, stream.num_classes)
-    if cfg.init is not None:
-        initialise([backbone, head] if not cfg.weights else [head], cfg.init)
+    stream = protocol.apply(make(cfg.stream)) if protocol else make(cfg.stream)
     strategies = {name: make(strategy) for name, strategy in (cfg.strategy or {}).items()}
-    learner = Learner(
-        stream,
-        backbone,
-        strategies,
-        make(cfg.optimizer),
-        make(cfg.scheduler),
-        head=head,
-        **{key: cfg[key] for key in _LEARNER},
-    )
-    if cfg.compile is not None:
-        learner.compile(cfg.compile)
+    learner = _learner(cfg, stream, strategies)
     reports, loggers, callbacks = _reports(cfg)
     return Experiment(
         learner,
@@ -68,10 +53,83 @@ def build(cfg: Any, directory: Path) -> Any:
         logger=loggers,
         callbacks=callbacks,
         config=config,
-        notes=_notes(cfg, backbone),
+        notes=_notes(cfg, learner.backbone) + ([protocol.remark] if protocol else []),
+        tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
         columns=(cfg.report or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
+        instruments=_instruments(cfg, stream),
+        references=_references(cfg, config, reports),
     )
+
+
+def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
+    """Return the learner of a stream; the same seed gives the same initial weights, whatever the strategies."""
+    import torch
+
+    from cl.backbones import initialise
+    from cl.learner import Learner
+    from cl.random import derive
+
+    torch.manual_seed(derive(cfg.seed, "initial weights"))
+    backbone = _backbone(cfg, stream.input_shape)
+    head = make(cfg.head)(backbone.num_features, stream.num_classes)
+    if cfg.init is not None:
+        initialise([backbone, head] if not cfg.weights else [head], cfg.init)
+    options = {key: cfg[key] for key in _LEARNER}
+    learner = Learner(stream, backbone, strategies, make(cfg.optimizer), make(cfg.scheduler), head=head, **options)
+    if cfg.compile is not None:
+        learner.compile(cfg.compile)
+    return learner
+
+
+def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
+    """Return what is measured beside R."""
+    from cl.instruments.curves import LearningCurves
+    from cl.instruments.resources import Resources
+
+    report = cfg.report or {}
+    rows = report.get("subset", 1000)
+    found: dict[str, Any] = {"resources": Resources(flops=report.get("flops", False))}
+    if report.get("every") is not None or report.get("points") is not None:
+        found["curves"] = LearningCurves(stream, report.get("every"), report.get("points"), rows)
+    if cfg.probes:
+        from cl.instruments.probes import Probes
+
+        found["probes"] = Probes(stream, list(cfg.probes), rows)
+    if cfg.estimators:
+        from cl.instruments.estimates import Estimates
+
+        found["estimates"] = Estimates(stream, list(cfg.estimators), rows)
+    return found
+
+
+def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
+    """Return what makes the references, or None where none are wanted."""
+    from cl.experiment import Experiment
+    from cl.instruments.curves import LearningCurves
+    from cl.references import References
+
+    if not cfg.references:
+        return None
+
+    def experiment(stream: Any, strategies: dict[str, Any]) -> Any:
+        report = cfg.report or {}
+        every, points = report.get("every"), report.get("points")
+        points = 10 if every is None and points is None else points
+        curves = {"curves": LearningCurves(stream, every, points, report.get("subset", 1000))}
+        return Experiment(
+            _learner(cfg, stream, strategies),
+            stream,
+            make(cfg.trainer),
+            epochs=cfg.epochs,
+            instruments=curves if len(stream) == 1 else {},
+        )
+
+    def say(text: str) -> None:
+        for report in reports:
+            report.say(text)
+
+    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, say)
 
 
 def _notes(cfg: Any, backbone: Any) -> list[str]:

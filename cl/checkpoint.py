@@ -10,19 +10,24 @@ import torch
 
 from cl.errors import InputError
 from cl.files import replace_file
+from cl.instruments import Instruments
 from cl.learner import Learner
 
 
-def save(learner: Learner, folder: Path, keep: int | None = None) -> Path:
+def save(learner: Learner, folder: Path, keep: int | None = None, instruments: Instruments | None = None) -> Path:
     """Write `after_task_<k>.ckpt` for the k tasks learned, whole or not at all.
 
     Args:
         learner: Its state dict holds the memories, generators, anchors and R as well as the weights.
         folder: Made where it does not exist.
         keep: The newest that stay; None keeps all.
+        instruments: What they have measured stands beside it.
     """
     path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
-    replace_file(path, lambda temporary: torch.save({"state_dict": learner.state_dict()}, temporary))
+    content = {"state_dict": learner.state_dict()}
+    if instruments is not None:
+        content["instruments"] = instruments.state_dict()
+    replace_file(path, lambda temporary: torch.save(content, temporary))
     if keep is not None:
         for old in sorted(folder.glob("after_task_*.ckpt"), key=_tasks)[:-keep]:
             old.unlink()
@@ -38,7 +43,7 @@ def latest(folder: Path) -> Path | None:
     return max(folder.glob("after_task_*.ckpt"), default=None, key=_tasks)
 
 
-def load(learner: Learner, path: Path) -> None:
+def load(learner: Learner, path: Path, instruments: Instruments | None = None) -> None:
     """Load a checkpoint strictly, with `weights_only=True`, into a learner built from the same configuration.
 
     Raises:
@@ -47,6 +52,8 @@ def load(learner: Learner, path: Path) -> None:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         learner.load_state_dict(content["state_dict"], strict=True)
+        if instruments is not None:
+            instruments.load_state_dict(content["instruments"], strict=True)
     except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(

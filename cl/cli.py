@@ -33,14 +33,19 @@ def main() -> None:
         sys.exit("Interrupted. Checkpoints of finished tasks are kept; run again with the same hydra.run.dir to go on.")
 
 
-def run(cfg: Any) -> None:
-    """Build the experiment that a composed configuration describes, and run it; what the user can mend ends it here."""
+def run(cfg: Any) -> float:
+    """Build the experiment that a composed configuration describes, and run it; what the user can mend ends it here.
+
+    Returns:
+        The final average, which a sweeper may maximise.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from cl.build import build
 
     try:
-        build(cfg, Path(HydraConfig.get().runtime.output_dir)).run()
+        done = build(cfg, Path(HydraConfig.get().runtime.output_dir)).run()
+        return float(done.scalars(done.primary.mask)["average_accuracy"])
     except Exception as error:
         cause = explain.cause(error)
         if cause is None:

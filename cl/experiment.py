@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from pytorch_lightning.loggers import Logger
 
 from cl import checkpoint
 from cl.errors import InputError
+from cl.instruments import Instrument, Instruments
+from cl.instruments.probes import Probes
+from cl.instruments.resources import Resources
 from cl.learner import Learner
 from cl.loader import EvalLoader
+from cl.references import References
 from cl.report import Report, Run
 from cl.task import Stream, Task
 
@@ -69,6 +73,9 @@ class Experiment:
         columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
             the k newest of these. The first and the last row are measured on all.
         keep: The newest checkpoints that stay; None keeps all.
+        instruments: What is measured beside R, by name; what a task costs is measured anyway.
+        references: What the run is compared with, made after the last row of R.
+        tuning: How hyper-parameters were chosen, for reports.
 
     Raises:
         InputError: If columns or keep make no sense.
@@ -97,6 +104,9 @@ class Experiment:
         notes: Sequence[str] = (),
         columns: str | int = "all",
         keep: int | None = None,
+        instruments: Mapping[str, Instrument] | None = None,
+        references: References | None = None,
+        tuning: Mapping[str, Any] | None = None,
     ) -> None:
         if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
             raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
@@ -106,12 +116,20 @@ class Experiment:
         self._trainer, self._logger, self._callbacks = trainer, list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
         self.reports = list(reports)
+        self.instruments = Instruments({"resources": Resources(), **(instruments or {})})
+        self.resources: Resources = self.instruments["resources"]  # type: ignore[assignment]
+        self.resources.watch(self.instruments)
+        self.references = references
+        probes = [m.matrices for m in self.instruments.values() if isinstance(m, Probes)]
         self.run_view = Run(
             directory=directory or Path(),
             config=config or {},
             task_names=stream.task_names,
             scenario=stream.scenario,
-            matrices=dict(learner.matrices.items()),  # type: ignore[arg-type]
+            matrices={k: m for kept in (learner.matrices, *probes) for k, m in kept.items()},  # type: ignore[misc]
+            calibration=dict(learner.calibration.items()),  # type: ignore[arg-type]
+            instruments=dict(self.instruments.items()),
+            tuning=dict(tuning or {}),
             notes=list(notes),
             order=stream.order,
             boundaries=stream.boundaries,
@@ -132,6 +150,8 @@ class Experiment:
                 self._fit(task)
                 self.evaluate()
                 self._save()
+            if self.references is not None:
+                self.run_view.references = self.references.measure(self.stream)
             for report in self.reports:
                 report.finish(self.run_view)
         return self.run_view
@@ -144,7 +164,7 @@ class Experiment:
     def _start(self) -> None:
         found = checkpoint.latest(self.checkpoints) if self.checkpoints is not None else None
         if found is not None:
-            checkpoint.load(self.learner, found)
+            checkpoint.load(self.learner, found, self.instruments)
         for report in self.reports:
             report.start(self.run_view, self.learner.tasks_learned if found is not None else -1)
         if found is None:
@@ -171,13 +191,19 @@ class Experiment:
         self.learner.trainer = trainer  # tells the epochs, even where Lightning has nothing to fit
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
         self.learner.to(trainer.strategy.root_device)
+        self.resources.begin(self.learner)
         self.learner.before_task(task)
+        self.instruments.call("before_task", self.learner, task)
         if self.learner.has_training:
+            self.instruments.schedule(self.learner)
             trainer.fit(self.learner)
             if trainer.interrupted:
                 raise KeyboardInterrupt
-        self.learner.to(trainer.strategy.root_device)
+            self.learner.to(trainer.strategy.root_device)
+            self.learner.look()
+            self.learner.looks = {}
         self.learner.after_task(task)
+        self.instruments.call("after_task", self.learner, task)
 
     def _take_over(self, trainer: pl.Trainer) -> None:
         """Give the learner what Lightning would count in chunks; refuse what would come before the projections."""
@@ -198,7 +224,10 @@ class Experiment:
 
     def _evaluate(self) -> None:
         trainer = self._make_trainer()
-        trainer.test(self.learner, self._tests(trainer.strategy.root_device), verbose=False)
+        device = trainer.strategy.root_device
+        trainer.test(self.learner, self._tests(device), verbose=False)
+        self.learner.to(device)
+        self.instruments.call("row", self.learner, self.learner.tasks_learned)
 
     def _tests(self, device: torch.device) -> EvalLoader:
         """Return the test sets of the columns that the present row is measured on."""
@@ -212,4 +241,4 @@ class Experiment:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            checkpoint.save(self.learner, self.checkpoints, self.keep)
+            checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments)

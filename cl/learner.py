@@ -19,7 +19,7 @@ from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
 from cl.loader import EvalLoader, TrainLoader
 from cl.random import Random, derive
-from cl.score import matrices, start
+from cl.score import calibrations, matrices, start
 from cl.strategy import Batch, Composition, OptimizerFactory, Strategy
 from cl.target import classes_of
 from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
@@ -121,7 +121,8 @@ class Learner(pl.LightningModule):
         self._data: TaskData | None = None
         self._curves = Curves(log_every)
         self.accumulate, self.limit = 1, 1.0
-        self._plain = self._compiled = False
+        self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # by the step before which somebody measures
+        self._plain = self.compiled = False
         self.strategies = Composition(strategies)
         self._chains, self._owners = self.strategies.chains, self.strategies.owners
         self.strategies.setup(self, stream)
@@ -135,7 +136,7 @@ class Learner(pl.LightningModule):
         self.register_buffer("membership", membership, persistent=False)
         self.register_buffer("seen", torch.zeros(self.num_classes, dtype=torch.bool))
         self.masks = nn.ModuleDict({name: Mask(self.num_tasks, self.num_classes) for name in SCENARIOS})
-        self.matrices = matrices(stream)
+        self.matrices, self.calibration = matrices(stream), calibrations(stream)
         self._update_masks()
 
     # ---- what strategies use ------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class Learner(pl.LightningModule):
         """
         if mode not in COMPILERS:
             raise unknown("mode of torch.compile", mode, COMPILERS)
-        self._compiled = True
+        self.compiled = True
         for module in (self.backbone, self.head):
             module.compile(mode=mode)
 
@@ -292,11 +293,19 @@ class Learner(pl.LightningModule):
     def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
         """Train on each minibatch, then look at the losses of the chunk."""
         optimizer: Any = self.optimizers(use_pl_optimizer=not self._plain)
-        losses = [self._train_on(batch, optimizer) for batch in chunk]
+        losses = []
+        for batch in chunk:
+            self.look()
+            losses.append(self._train_on(batch, optimizer))
         self._look_at(torch.stack(losses).float())
 
+    def look(self) -> None:
+        """Let those look who want to before the present step."""
+        for look in self.looks.get(self.step, ()):
+            look(self)
+
     def _train_on(self, batch: Batch, optimizer: Any) -> Tensor:
-        if self._compiled:
+        if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
         incoming = batch
         for _, extend in self._chains["extend_batch"]:
@@ -390,7 +399,7 @@ class Learner(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss, and for labels the accuracy, on the present task, weighted by rows."""
-        logits = self._predict(batch)
+        logits = self.predict(batch)
         values = {"val/loss": self.criterion(logits, batch)}
         if self.target.name == "label":
             values["val/accuracy"] = (self.mask(logits, batch.task).argmax(1) == batch.y).float().mean()
@@ -402,14 +411,21 @@ class Learner(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch of any tasks."""
-        self._score.update(self._predict(batch), batch)
+        self._score.update(self.predict(batch), batch)
 
     def on_test_epoch_end(self) -> None:
-        """Write the row of R."""
-        for name, row in self._score.rows().items():
-            self.matrices[name].record(self.tasks_learned, row)  # type: ignore[operator]
+        """Write the row of R, and of the calibration errors."""
+        for rows, kept in ((self._score.rows(), self.matrices), (self._score.errors(), self.calibration)):
+            for name, row in rows.items():
+                kept[name].record(self.tasks_learned, row)  # type: ignore[operator]
 
-    def _predict(self, batch: Batch) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """Return the backbone's features of raw inputs, (B, D)."""
+        found: Tensor = self._owners["encode"](self, self.prepare(x))
+        return found
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the logits of a batch as they are scored, (B, C), unmasked."""
         logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
         return logits
 

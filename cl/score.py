@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cl.metrics.calibration import ece_from_bins
 from cl.strategy import Batch
 from cl.target import Target
 from cl.task import Stream
 from cl.transfer import TransferMatrix
 
 Mask = Callable[[Tensor, Tensor, str], Tensor]
+_BINS = 15  # intervals of confidence, as in Guo et al. 2017
 
 
 def matrices(stream: Stream) -> nn.ModuleDict:
@@ -33,6 +35,18 @@ def matrices(stream: Stream) -> nn.ModuleDict:
     return nn.ModuleDict({key: TransferMatrix(len(stream), *pair) for key, pair in scored.items()})
 
 
+def calibrations(stream: Stream) -> nn.ModuleDict:
+    """Return the matrices of expected calibration errors, one for each R of labels; lower is better.
+
+    Example:
+        >>> from cl.testing import toy_stream
+        >>> calibrations(toy_stream())["task"].metric
+        'ece'
+    """
+    masks = list(matrices(stream)) if stream.target.name == "label" else []
+    return nn.ModuleDict({mask: TransferMatrix(len(stream), mask, "ece") for mask in masks})
+
+
 def start(target: Target, keys: Sequence[str], mask: Mask, membership: Tensor) -> Accuracy | Collected:
     """Return the empty scores of a row of R."""
     if target.name == "label":
@@ -41,7 +55,7 @@ def start(target: Target, keys: Sequence[str], mask: Mask, membership: Tensor) -
 
 
 class Accuracy:
-    """Counts the right answers of each task under every mask; nothing waits for the device.
+    """Counts the right answers of each task under every mask, by confidence; nothing waits for the device.
 
     Args:
         num_tasks: T.
@@ -59,19 +73,30 @@ class Accuracy:
 
     def __init__(self, num_tasks: int, masks: Sequence[str], mask: Mask, device: torch.device) -> None:
         self._mask = mask
-        self._correct = {name: torch.zeros(num_tasks, device=device) for name in masks}
-        self._total = torch.zeros(num_tasks, device=device)
+        # of each task and interval of confidence: rows, right answers, sum of confidences
+        self._counts = {name: torch.zeros(num_tasks * _BINS, 3, device=device) for name in masks}
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Count a batch."""
-        self._total.index_add_(0, batch.task, torch.ones_like(batch.task, dtype=self._total.dtype))
-        for name, correct in self._correct.items():
-            right = self._mask(logits, batch.task, name).argmax(1) == batch.y
-            correct.index_add_(0, batch.task, right.to(correct.dtype))
+        for name, counts in self._counts.items():
+            masked = self._mask(logits, batch.task, name)
+            guess = masked.argmax(1)
+            confidence = (masked.gather(1, guess[:, None])[:, 0] - masked.logsumexp(1)).exp().float()
+            interval = (confidence * _BINS).ceil_().sub_(1).nan_to_num_().clamp_(0, _BINS - 1).long()
+            columns = torch.ones_like(confidence), (guess == batch.y).to(confidence), confidence
+            counts.index_add_(0, batch.task * _BINS + interval, torch.stack(columns, 1))
 
     def rows(self) -> dict[str, Tensor]:
         """Return a row of R (T,) by mask; a task without test rows divides 0 by 0 and is NaN."""
-        return {name: correct / self._total for name, correct in self._correct.items()}
+        tasks = {name: counts.view(-1, _BINS, 3).sum(1) for name, counts in self._counts.items()}
+        return {name: sums[:, 1] / sums[:, 0] for name, sums in tasks.items()}
+
+    def errors(self) -> dict[str, Tensor]:
+        """Return the expected calibration error of each task (T,) by mask."""
+        return {
+            name: ece_from_bins(*counts.view(-1, _BINS, 3)[..., [0, 2, 1]].unbind(-1))
+            for name, counts in self._counts.items()
+        }
 
 
 class Collected:
@@ -109,3 +134,7 @@ class Collected:
             for key, metric in zip(self._keys, self._target.metrics, strict=True):
                 found[key][t] = scores[metric]
         return found
+
+    def errors(self) -> dict[str, Tensor]:
+        """Return nothing: other targets than labels have no confidence."""
+        return {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from cl.cli import main
 
@@ -45,7 +46,8 @@ def test_files_and_checkpoint_agree(done):
     with (out / "transfer.csv").open() as file:
         for row in csv.DictReader(file):
             task = int(row["task"]) - 1
-            value = float(state[f"matrices.{row['mask']}.R"][int(row["after_task"]), task])
+            kept = "calibration" if row["metric"] == "ece" else "matrices"
+            value = float(state[f"{kept}.{row['mask']}.R"][int(row["after_task"]), task])
             assert float(row["value"]) == pytest.approx(value, abs=1e-6)
     scalars = json.loads((out / "transfer.json").read_text())
     R = state["matrices.class.R"]
@@ -125,3 +127,67 @@ def test_one_file_can_be_made_of_several_runs(tmp_path):
     result = cl_run("-m", "strategy=finetune,er", "hydra.sweep.dir=sweep", *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "sweep").glob("*/transfer.csv"))) == 2
+
+
+# ------------------------------------------------------------------ references, probes, curves, tuning
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("sweep")
+    asked = ["references=[experts,joint]", "probes=[ridge]", "report.points=3", "strategy=finetune,er", "seed=0,1"]
+    result = cl_run("-m", *asked, "hydra.sweep.dir=out", *SMALL, cwd=place)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return place
+
+
+def test_references_are_trained_once_a_seed(sweep: Path):
+    files = sorted((sweep / "runs" / "references").glob("*.json"))
+    assert len(files) == 8, "two experts and two joint learners for each of two seeds, whatever the strategies"
+    by_seed: dict[int, set[str]] = {}
+    for path in (sweep / "out").glob("*/references.json"):
+        seed = int("seed=1" in path.parent.name)
+        by_seed.setdefault(seed, set()).add(path.read_text())
+    assert {seed: len(texts) for seed, texts in by_seed.items()} == {0: 1, 1: 1}
+    assert by_seed[0] != by_seed[1]
+
+
+def test_a_sweep_leaves_every_table(sweep: Path):
+    for folder in (sweep / "out").glob("*/"):
+        tables = {p.name for p in folder.glob("*.csv")}
+        assert tables == {"transfer.csv", "learning_curves.csv", "resources.csv"}
+        measures = json.loads((folder / "transfer.json").read_text())["measures"]
+        assert {"fwt_expert", "intransigence_chaudhry", "rep_bwt", "worst_case_accuracy", "seconds"} <= set(measures)
+
+
+def test_tuning_on_the_first_tasks_then_learning_the_rest(tmp_path: Path):
+    search = ["hydra/sweeper=tune", "hydra.sweeper.n_trials=2", "protocol=tune_first", "protocol.num_tasks=1"]
+    data = ["stream.num_tasks=5", "epochs=1", "report=quiet", "strategy=finetune"]
+    tuned = ["optimizer.lr=choice(0.1,1e-9)", "stream.val_fraction=0.2", "hydra.sweep.dir=found"]
+    result = cl_run("-m", *search, *tuned, *data, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = cl_run(
+        "protocol=score_rest", "protocol.num_tasks=1", "protocol.tuned=found", "hydra.run.dir=out", *data, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    written = json.loads((tmp_path / "out" / "transfer.json").read_text())
+    assert written["num_tasks"] == 4 and written["tuning"]["trials"] == 2
+    lr = OmegaConf.load(tmp_path / "found" / "optimization_results.yaml")["best_params"]["optimizer.lr"]
+    assert OmegaConf.load(tmp_path / "out" / "config.yaml").optimizer.lr == lr == written["tuning"]["optimizer.lr"]
+    assert any("tuning" in note for note in written["notes"])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("probes=[rigde]", "ridge"),
+        ("references=[expert]", "experts"),
+        ("estimators=[vcy]", "vci"),
+        ("report.points=0", "report.points=0"),
+        ("protocol=tune_first", "val_fraction"),
+    ],
+)
+def test_a_wrong_instrument_is_one_sentence(tmp_path: Path, override: str, named: str):
+    result = cl_run(override, "epochs=1", "hydra.run.dir=out", cwd=tmp_path)
+    assert result.returncode != 0 and "Traceback" not in result.stderr + result.stdout
+    assert named in result.stderr

@@ -727,6 +727,37 @@ def test_every_number_is_in_the_offline_run(offline: Path, capsys: pytest.Captur
     assert "WANDB_DATA_DIR" not in os.environ
 
 
+def test_an_offline_run_of_the_command_line_says_what_transfer_json_says(offline: Path) -> None:
+    asked = ["references=[experts]", "probes=[ridge]", "report.points=3", "epochs=1", "stream.num_tasks=2"]
+    offline.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "cl", "logger=wandb", "hydra.run.dir=out", *asked]
+    result = subprocess.run(command, cwd=offline, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary: dict[str, Any] = {}
+    curve: dict[str, list[float]] = {}
+    for record in records(offline / "out"):
+        if record.WhichOneof("record_type") == "summary":
+            summary.update(items(record.summary.update))
+        if record.WhichOneof("record_type") == "history":
+            for key, value in items(record.history.item).items():
+                if key.startswith("curve/"):
+                    curve.setdefault(key, []).append(value)
+    written = json.loads((offline / "out" / "transfer.json").read_text())
+    expected = {f"measure/{name}": entry["value"] for name, entry in written["measures"].items()}
+    for mask, entries in written["masks"].items():
+        expected |= {f"{mask}/{name}": entry["value"] for name, entry in entries["scalars"].items()}
+    expected = {name: value for name, value in expected.items() if value is not None}
+    assert {"measure/fwt_expert", "ridge/bwt_gem", "measure/worst_case_accuracy"} <= expected.keys()
+    assert expected.items() <= summary.items()
+    with (offline / "out" / "learning_curves.csv").open() as file:
+        table: dict[str, list[float]] = {}
+        for row in csv.DictReader(file):
+            table.setdefault(f"curve/{row['mask']}/task {row['tested']}", []).append(float(row["value"]))
+    assert curve.keys() == table.keys()
+    for key, values in curve.items():
+        assert values == pytest.approx(table[key], abs=1e-6), key
+
+
 def test_a_run_that_was_complete_still_gets_its_summary(offline: Path) -> None:
     report, run = WandbReport(), make_run(2, directory=offline)
     report.start(run, 2)

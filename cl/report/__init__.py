@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,16 @@ HEADLINE = {
     "bwt_gem": "backward transfer",
     "fwt_gem": "forward transfer",
     "forgetting_chaudhry": "forgetting",
+}
+
+# The measures beside R that a reader looks for first, and whether they are signed.
+BESIDE = {
+    "worst_case_accuracy": ("worst-case accuracy", False),
+    "stability_gap": ("stability gap", True),
+    "fwt_expert": ("forward transfer against experts", True),
+    "intransigence_chaudhry": ("intransigence", True),
+    "rep_bwt": ("backward transfer of the features", True),
+    "calibration_error": ("calibration error", False),
 }
 
 _PACKAGES = {
@@ -49,6 +60,10 @@ class Run:
         notes: Sentences that belong beside the numbers.
         order: The positions of the tasks in the order in which they are learned.
         boundaries: Whether rows of R stand at the ends of tasks; else at evaluation points of a stream that drifts.
+        calibration: Matrices of expected calibration errors by mask.
+        instruments: What was measured beside R, by name.
+        references: By kind, what the run is compared with, one a task; see `cl.references`.
+        tuning: How hyper-parameters were chosen, and what that cost; see `cl.protocol`.
 
     Example:
         >>> from cl.transfer import TransferMatrix
@@ -65,9 +80,14 @@ class Run:
     notes: list[str] = field(default_factory=list)
     order: tuple[int, ...] = ()
     boundaries: bool = True
+    calibration: Mapping[str, TransferMatrix] = field(default_factory=dict)
+    instruments: Mapping[str, Any] = field(default_factory=dict)
+    references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
+        self._measures: tuple[Any, tuple[dict[str, float], dict[str, str]]] | None = None
 
     @property
     def rows(self) -> str:
@@ -101,6 +121,15 @@ class Run:
             self._scalars[key] = self.matrices[mask].scalars(after_task=self.tasks_learned)
         return dict(self._scalars[key])
 
+    def measures(self) -> tuple[dict[str, float], dict[str, str]]:
+        """Return the scalars that need more than R, and why others are absent; see `cl.measures`."""
+        from cl.measures import measure
+
+        key = self.tasks_learned, len(self.references)
+        if self._measures is None or self._measures[0] != key:
+            self._measures = key, measure(self)
+        return self._measures[1]
+
 
 class Report:
     """Base of all reports: every hook does nothing until it is overridden.
@@ -119,8 +148,11 @@ class Report:
     def row(self, run: Run, after_task: int) -> None:
         """React to a row of R that has just been measured (0: the untrained learner)."""
 
+    def say(self, text: str) -> None:
+        """React to a sentence on what goes on beside the stream, such as a reference that is trained."""
+
     def finish(self, run: Run) -> None:
-        """React to the last row having been measured."""
+        """React to the last row, and the references, having been measured."""
 
 
 class Pace:
@@ -175,6 +207,23 @@ def headline(run: Run, mask: str) -> str:
     words = {name: text.replace("accuracy", metric) for name, text in HEADLINE.items()}
     parts = [f"{text} {percent(scalars[name], name in signed)}" for name, text in words.items()]
     return f"{mask}: " + ", ".join(parts)
+
+
+def beside(run: Run) -> str:
+    """Return what was measured beside R, as one line in percent; empty before the first task."""
+    values, _ = run.measures()
+    parts = [f"{words} {percent(values[name], signed)}" for name, (words, signed) in BESIDE.items() if name in values]
+    return ", ".join(parts)
+
+
+def named(run: Run, mask: str) -> str:
+    """Return what a matrix is measured by: the mask of a scenario, or a probe.
+
+    Example:
+        >>> named(Run(Path("."), {}, [], "class", {}), "ridge")
+        'ridge probe'
+    """
+    return f"{mask} mask" if mask in ("class", "task", "domain") or mask.startswith(run.scenario) else f"{mask} probe"
 
 
 def remarks(run: Run) -> list[str]:

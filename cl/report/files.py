@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cl.files import write_text
@@ -41,7 +41,7 @@ def transfer_csv(run: Run, rows: Iterable[int]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     for after_task in rows:
-        for matrix in run.matrices.values():
+        for matrix in (*run.matrices.values(), *run.calibration.values()):
             # numpy prints the shortest decimal that reads back as the same float32
             for task, value in enumerate(matrix.R[after_task].cpu().numpy(), start=1):
                 if not math.isnan(value):
@@ -49,12 +49,28 @@ def transfer_csv(run: Run, rows: Iterable[int]) -> str:
     return text.getvalue()
 
 
+def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
+    r"""Return records as CSV; those of a value that is NaN, so unmeasured, are left out, in wider ones it is empty.
+
+    Example:
+        >>> table_csv(("task", "value"), [(1, 0.5), (2, math.nan)])
+        '1,0.5\n'
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    long = columns[-1] == "value"
+    for record in records:
+        if not (long and math.isnan(record[-1])):
+            table.writerow(["" if value != value else str(value) for value in record])
+    return text.getvalue()
+
+
 def transfer_json(run: Run) -> str:
     """Return every scalar over the tasks learned so far, by mask, each beside what it means and where it is from."""
+    from cl.measures import MEASURES, forecasts
     from cl.transfer import SCALARS, caveat
 
-    def entry(name: str, value: float, mask: str) -> dict[str, Any]:
-        scalar = SCALARS[name]
+    def entry(scalar: Any, name: str, value: float, mask: str | None) -> dict[str, Any]:
         return {
             "value": value,
             "definition": scalar.formula,
@@ -63,16 +79,18 @@ def transfer_json(run: Run) -> str:
             "divisor": scalar.divisor,
             "weighting": scalar.weighting,
             "higher_is_better": scalar.higher_is_better,
-            "caveat": caveat(name, mask),
+            "mask": mask or (run.zero_shot if scalar.fair else run.primary).mask,
+            "caveat": None if mask is None else caveat(name, mask),
         }
 
     masks = {
         mask: {
             "metric": matrix.metric,
-            "scalars": {name: entry(name, value, mask) for name, value in run.scalars(mask).items()},
+            "scalars": {n: entry(SCALARS[n], n, value, mask) for n, value in run.scalars(mask).items()},
         }
         for mask, matrix in run.matrices.items()
     }
+    values, absent = run.measures()
     return strict_json(
         {
             "scenario": run.scenario,
@@ -82,7 +100,11 @@ def transfer_json(run: Run) -> str:
             "order": list(run.order),
             "rows": run.rows,
             "notes": run.notes,
+            "tuning": run.tuning,
             "masks": masks,
+            "measures": {name: entry(MEASURES[name], name, value, None) for name, value in values.items()},
+            "absent": absent,
+            "forecasts": forecasts(run),
         }
     )
 
@@ -106,21 +128,37 @@ class FileReport(Report):
 
     def __init__(self) -> None:
         self._pace = Pace()
+        self._written: dict[str, int] = {}  # how much of each table
 
     def start(self, run: Run, after_task: int) -> None:
         """Write `versions.json`, and the rows of `transfer.csv` that are known."""
         write_text(run.directory / "versions.json", strict_json(versions()))
         header = "after_task,task,mask,metric,value\n"
         write_text(run.directory / "transfer.csv", header + transfer_csv(run, range(after_task + 1)))
+        self._written = {}
+        for instrument in run.instruments.values():
+            if instrument.file:
+                write_text(run.directory / f"{instrument.file}.csv", ",".join(instrument.columns) + "\n")
+                self._append(run, instrument)
 
     def row(self, run: Run, after_task: int) -> None:
         """Append to `transfer.csv`; write `transfer.json`, unless its scalars would take more than a twentieth."""
         with (run.directory / "transfer.csv").open("a", encoding="utf-8", newline="") as file:
             file.write(transfer_csv(run, [after_task]))
+        for instrument in run.instruments.values():
+            self._append(run, instrument)
         if self._pace.ready():
             self.finish(run)
 
+    def _append(self, run: Run, instrument: Any) -> None:
+        begun, self._written[instrument.file] = self._written.get(instrument.file, 0), len(instrument)
+        if instrument.file and len(instrument) > begun:
+            with (run.directory / f"{instrument.file}.csv").open("a", encoding="utf-8", newline="") as file:
+                file.write(table_csv(instrument.columns, instrument.records(begun)))
+
     def finish(self, run: Run) -> None:
-        """Write `transfer.json`."""
+        """Write `transfer.json`, and the references where there are any."""
+        if run.references:
+            write_text(run.directory / "references.json", strict_json(run.references))
         with self._pace:
             write_text(run.directory / "transfer.json", transfer_json(run))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cl.report import Report, Run, headline, percent, remarks
+from cl.report import Report, Run, beside, headline, named, percent, remarks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,6 +183,10 @@ class TerminalReport(Report):
             for mask in run.matrices:
                 self._print(headline(run, mask))
 
+    def say(self, text: str) -> None:
+        """Print a sentence."""
+        self._print(text)
+
     def _line(self, run: Run, mask: str, after_task: int) -> str:
         row = run.matrices[mask].R[after_task].tolist()
         if len(row) > MAX_TASKS or self._console.is_terminal:
@@ -197,7 +201,7 @@ class TerminalReport(Report):
         old, new, step = run.primary, run.zero_shot, run.primary
         for mask, matrix in run.matrices.items():
             if not (self._drawn and matrix is run.primary):
-                self._block(f"{matrix.metric} in %, {mask} mask", accuracy_grid(run, mask, self._console))
+                self._block(f"{matrix.metric} in %, {named(run, mask)}", accuracy_grid(run, mask, self._console))
         for title, matrix, values in (
             ("backward transfer: change of a task (column) since it was learned", old, backward_transfer(old.R)),
             ("forward transfer: a task to come (column) against the untrained learner", new, forward_transfer(new.R)),
@@ -205,7 +209,7 @@ class TerminalReport(Report):
         ):
             self._block(f"{title}, in points, {matrix.mask} mask", difference_grid(values, self._console))
         self._print("")
-        for line in [*(headline(run, mask) for mask in run.matrices), *remarks(run)]:
+        for line in [*(headline(run, mask) for mask in run.matrices), *filter(None, [beside(run)]), *remarks(run)]:
             self._print(line)
         picture = run.directory / "transfer.png"
         self._print(f"picture: {picture}" if picture.exists() else f"files: {run.directory}")

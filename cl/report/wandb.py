@@ -30,10 +30,11 @@ _GROUP = 128
 class WandbReport(Report):
     """Logs R as a table and a heat map, and every scalar, after each row; `logger` does the same for training curves.
 
-    Keys: `<mask>/<scalar>` for every mask and `transfer/<scalar>` for the mask of the scenario, so that runs of all
-    scenarios share a name; `<mask>/R` (table) and `<mask>/R_heat_map` (image); all of these against `tasks_learned`.
-    `train/...` and `val/...` against `train/step`. What is unmeasured is left out (null in a table), never 0.
-    A run that is continued in its directory keeps its W&B id.
+    Keys: `<mask>/<scalar>` for every mask and probe, `transfer/<scalar>` for the mask of the scenario, so that runs of
+    all scenarios share a name, and `measure/<name>` for what needs more than R; `<mask>/R` (table) and
+    `<mask>/R_heat_map` (image); all of these against `tasks_learned`. `train/...`, `val/...` and, for evaluations
+    inside tasks, `curve/<mask>/task <j>` against `train/step`. What is unmeasured is left out (null in a table), never
+    0. A run that is continued in its directory keeps its W&B id.
 
     Args:
         project: W&B project.
@@ -62,6 +63,7 @@ class WandbReport(Report):
         self.directory = Path(dir) if dir is not None else None
         self.run: Any = None  # wandb's, while there is one
         self.logger = WandbCurves(self)
+        self._looked = 0  # evaluations inside tasks that are logged
         self._reason = ""  # why it is not as was asked for
 
     def start(self, run: Run, after_task: int) -> None:
@@ -70,6 +72,7 @@ class WandbReport(Report):
         identity = self.directory / "wandb" / "run_id.txt"
         known = identity.read_text().strip() if after_task >= 0 and identity.exists() else None
         self.run = self._begin(run, known)
+        self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
         if self.run is not None:
             self.attempt(lambda: write_text(identity, self.run.id))
             self.attempt(self._define_axes, run)
@@ -163,10 +166,10 @@ class WandbReport(Report):
 
     def _define_axes(self, run: Run) -> None:
         self.run.define_metric("tasks_learned")
-        for prefix in ("transfer", *run.matrices):
+        for prefix in ("transfer", "measure", *run.matrices):
             self.run.define_metric(f"{prefix}/*", step_metric="tasks_learned")
         self.run.define_metric("train/step")
-        for prefix in ("train", "val"):
+        for prefix in ("train", "val", "curve"):
             self.run.define_metric(f"{prefix}/*", step_metric="train/step")
 
     def _log_row(self, run: Run, after_task: int) -> None:
@@ -174,6 +177,7 @@ class WandbReport(Report):
 
         from cl.report.picture import draw_accuracy
 
+        self._log_curves(run)
         values: dict[str, Any] = {"tasks_learned": after_task}
         for mask, matrix in run.matrices.items():
             columns = ["tasks learned", *(f"{j} {name}" for j, name in enumerate(run.task_names, start=1))]
@@ -183,6 +187,18 @@ class WandbReport(Report):
         if after_task:
             values.update(_scalars(run))
         self.run.log(values)
+
+    def _log_curves(self, run: Run) -> None:
+        """Log the evaluations inside the task that has just ended: `curve/<mask>/task <j>` against `train/step`."""
+        curves = run.instruments.get("curves")
+        if curves is None:
+            return
+        points: dict[int, dict[str, float]] = {}
+        for _, _, step, tested, mask, _, value in curves.records(self._looked):
+            points.setdefault(step, {})[f"curve/{mask}/task {tested}"] = float(value)
+        for step, point in points.items():
+            self.run.log({**point, "train/step": step})
+        self._looked = len(curves)
 
 
 class WandbCurves(Logger):
@@ -233,8 +249,9 @@ class WandbCurves(Logger):
 
 
 def _scalars(run: Run) -> dict[str, float]:
-    """Return `<mask>/<scalar>` and `transfer/<scalar>`, unmeasured ones left out."""
-    named = {f"{mask}/{name}": value for mask in run.matrices for name, value in run.scalars(mask).items()}
+    """Return `<mask>/<scalar>`, `transfer/<scalar>` and `measure/<name>`, unmeasured ones left out."""
+    named = {f"measure/{name}": value for name, value in run.measures()[0].items()}
+    named |= {f"{mask}/{name}": value for mask in run.matrices for name, value in run.scalars(mask).items()}
     named.update({f"transfer/{name}": value for name, value in run.scalars(run.primary.mask).items()})
     return {name: value for name, value in named.items() if not math.isnan(value)}
 

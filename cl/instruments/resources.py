@@ -1,0 +1,131 @@
+"""What each task costs: time, steps, operations, parameters, and what the method keeps."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cl.instruments import Instrument, Instruments
+from cl.learner import Learner
+from cl.memory import Memory
+from cl.task import Task
+
+
+class Resources(Instrument):
+    """Records what a task took, from the strategies' `before_task` to the end of their `after_task`.
+
+    `seconds` is wall time without what the instruments themselves took. `flops` are those of the training steps: one
+    step in the middle of the task counted by torch (forward, backward, the strategies' own gradients), times the
+    steps; `pass_flops` those of one plain forward and backward pass over the task's rows. What strategies compute
+    between tasks (a Fisher, an SVD) is in the seconds alone. `state_bytes` are the strategies' parameters and buffers;
+    `memory_bytes`, the exemplar memories at their full capacity, are a part of them. `peak_memory_bytes` is the
+    device's peak in the task on a GPU, and that of the whole process so far on a CPU.
+
+    Args:
+        flops: Whether to count operations; torch's counter takes a second to load.
+
+    Example:
+        >>> Resources().columns[:3]
+        ('task', 'seconds', 'steps')
+    """
+
+    file = "resources"
+    columns = (
+        *("task", "seconds", "steps", "flops", "parameters", "state_bytes", "memory_bytes"),
+        *("stored_examples", "peak_memory_bytes", "measuring_seconds", "rows", "pass_flops"),
+    )
+
+    def __init__(self, flops: bool = False) -> None:
+        super().__init__()
+        self.flops = flops
+        self._counter: Any = None
+        self._counted = self._a_row = math.nan
+        self._others: Instruments | None = None
+
+    def watch(self, instruments: Instruments) -> None:
+        """Name the instruments whose time is not the method's."""
+        self.__dict__["_others"] = instruments  # not a child, which would be registered in a circle
+
+    def steps(self, learner: Learner) -> Sequence[int]:
+        """Return the step that is counted, and the one after it."""
+        if not self.flops or learner.compiled or not learner.num_steps:
+            return ()
+        middle = learner.num_steps // 2
+        return middle, middle + 1
+
+    def look(self, learner: Learner) -> None:
+        """Start counting when all others have looked, or stop before they do."""
+        if self._counter is None:
+            learner.looks[learner.step].append(self._count)
+            return
+        self._counter.__exit__(None, None, None)
+        self._counted, self._counter = float(self._counter.get_total_flops()), None
+
+    def _count(self, learner: Learner) -> None:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        x = learner.prepare(learner.task.train.take(torch.tensor([0])).tensors()[0].to(learner.device))
+        trained = [p for p in learner.trunk().parameters() if p.requires_grad]
+        with learner.evaluating(), FlopCounterMode(display=False) as plain:
+            torch.autograd.grad(learner.head(learner.backbone(x)).sum(), trained, allow_unused=True)
+        self._a_row = float(plain.get_total_flops())
+        self._counter = FlopCounterMode(display=False)
+        self._counter.__enter__()
+
+    def begin(self, learner: Learner) -> None:
+        """Start the clock, before anybody's `before_task`."""
+        self._began, self._aside, self._counted = time.perf_counter(), self._measuring(), math.nan
+        self._a_row = math.nan
+        if learner.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(learner.device)
+
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Record the task."""
+        aside = self._measuring() - self._aside
+        memories = [module for module in learner.strategies.modules() if isinstance(module, Memory)]
+        self.add(
+            (
+                task.index + 1,
+                time.perf_counter() - self._began - aside,
+                learner.step,
+                self._counted * learner.step,
+                sum(p.numel() for p in learner.trunk().parameters()),
+                _bytes(learner.strategies),
+                sum(map(_bytes, memories)),
+                sum(map(len, memories)),
+                _peak(learner.device),
+                aside,
+                len(task.train),
+                self._a_row * len(task.train),
+            )
+        )
+
+    def _measuring(self) -> float:
+        return 0.0 if self._others is None else self._others.seconds
+
+    def column(self, name: str) -> list[float]:
+        """Return one column, an entry a task."""
+        place = self.columns.index(name)
+        return [float(record[place]) for record in self.records()]
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else 1024 * peak)

@@ -1,0 +1,164 @@
+"""What a run is compared with: an expert on each task alone, and a joint learner of the tasks so far.
+
+Both start from the run's initial weights, with its optimizer, schedule and passes over the data, and no strategy. They
+are made when a run first needs them, and kept by all that determines them (the configuration but for strategy and
+reports, the initial weights and the data themselves, the versions of clsim and torch): ten strategies on one seed
+train them once, and so does a sweep whose jobs run side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import cl
+from cl.errors import unknown
+from cl.files import write_text
+from cl.strategy import Strategy
+from cl.task import Stream, Task, TaskData
+
+if TYPE_CHECKING:
+    from cl.experiment import Experiment
+    from cl.learner import Learner
+
+KINDS = ("experts", "joint")
+# Of a configuration, what a reference does not depend on; its data and initial weights are looked at themselves.
+_ELSEWHERE = (
+    *("strategy", "report", "logger", "group", "tags", "checkpoint", "log_every", "chunk_size", "eval_batch_size"),
+    *("references", "reference_dir", "probes", "estimators", "weights", "protocol"),
+)
+Reference = dict[str, Any]
+
+
+class Union(Strategy):
+    """Trains on every task of a stream in its first one."""
+
+    targets = ("label", "multilabel", "regression")
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Keep the tasks' examples as views."""
+        self._parts = [task.train for task in stream]
+
+    def training_data(self, learner: Learner, task: Task) -> TaskData:
+        """Return the union."""
+        return TaskData.concat(self._parts)
+
+
+class References:
+    """Makes the references of a run, or finds them.
+
+    Args:
+        kinds: Of `experts` and `joint`.
+        make: A stream and strategies to an experiment that reports nothing.
+        folder: Where all runs keep theirs, one file each.
+        config: The resolved configuration of the run.
+        say: Told of each in a sentence.
+
+    Raises:
+        InputError: If there is no such kind.
+
+    Example:
+        >>> References(["experts"], lambda stream, strategies: None, Path("references"), {}).kinds
+        ('experts',)
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        make: Callable[[Stream, dict[str, Strategy]], Experiment],
+        folder: Path,
+        config: dict[str, Any],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        strangers = [kind for kind in kinds if kind not in KINDS]
+        if strangers:
+            raise unknown("reference", strangers[0], KINDS)
+        self.kinds = tuple(dict.fromkeys(kinds))
+        self._make, self._folder, self.say = make, folder, say
+        own = {key: value for key, value in config.items() if key not in _ELSEWHERE}
+        if isinstance(own.get("stream"), dict):
+            own["stream"] = {key: value for key, value in own["stream"].items() if key != "order"}
+        report = config.get("report") or {}
+        own["curves"] = {key: report.get(key) for key in ("every", "points", "subset")}
+        self._config = own
+
+    def measure(self, stream: Stream) -> dict[str, list[Reference]]:
+        """Return, by kind, one reference a task: its metric on the task, steps, seconds and, of experts, the curve."""
+        make = {"experts": self._expert, "joint": self._joint}
+        return {kind: [make[kind](stream, t) for t in range(len(stream))] for kind in self.kinds}
+
+    def _expert(self, stream: Stream, t: int) -> Reference:
+        task = stream[t].each(lambda part: replace(part, task=0), index=0)
+        alone = stream.derive([task].__getitem__, num_tasks=1)
+        return self._find("expert", t, alone, {}, [task], len(stream))
+
+    def _joint(self, stream: Stream, t: int) -> Reference:
+        tasks = list(stream[: t + 1])
+        together = stream.derive(tasks.__getitem__, num_tasks=t + 1)
+        return self._find("joint", t, together, {"union": Union()}, tasks, len(stream))
+
+    def _find(
+        self, kind: str, t: int, stream: Stream, strategies: dict[str, Strategy], tasks: list[Task], total: int
+    ) -> Reference:
+        """Return a reference from its file, or train it while nobody else does."""
+        from filelock import FileLock
+
+        experiment = self._make(stream, strategies)
+        file = self._folder / f"{kind}_{self._digest(kind, experiment, tasks)}.json"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
+            if not file.exists():
+                self.say(f"reference {what} of {total} ...")
+                write_text(file, json.dumps(_train(experiment), allow_nan=False))
+            found: Reference = json.loads(file.read_text())
+        return {"task": t + 1, **found}
+
+    def _digest(self, kind: str, experiment: Experiment, tasks: Sequence[Task]) -> str:
+        digest = hashlib.blake2b(digest_size=10)
+        versions = cl.__version__, torch.__version__
+        digest.update(json.dumps([kind, versions, self._config], sort_keys=True, default=str).encode())
+        for name, value in experiment.learner.trunk().state_dict().items():
+            digest.update(name.encode())
+            _add(digest, value)
+        for task in tasks:
+            for part in (task.train, task.val, task.test):
+                for tensor in () if part is None else _sample(part):
+                    _add(digest, tensor)
+        return digest.hexdigest()
+
+
+def _sample(data: TaskData) -> tuple[Tensor, ...]:
+    """Return what tells a set of examples from others: all of it, or of what is read from files a part."""
+    return data.tensors() if data.resident else (data.labels, *data.take(torch.arange(min(64, len(data)))).tensors())
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _train(experiment: Experiment) -> Reference:
+    """Learn the first task of an experiment's stream, and measure all of it."""
+    from cl.instruments.curves import LearningCurves
+
+    began = time.perf_counter()
+    experiment.evaluate()
+    experiment.learn(experiment.stream[0])
+    experiment.evaluate()
+    matrix = experiment.run_view.primary
+    row = [value if value == value else None for value in matrix.R[1].tolist()]
+    found: Reference = {"value": row[-1], "row": row, "untrained": matrix.R[0].tolist()[-1]}
+    curve = next((m for m in experiment.instruments.values() if isinstance(m, LearningCurves)), None)
+    if curve is not None:
+        steps = [step for _, step, _ in curve.at]
+        found["curve"] = list(zip(steps, curve.values()[:, 0].tolist(), strict=True))
+    return {**found, "steps": experiment.learner.total_steps, "seconds": time.perf_counter() - began}

@@ -1,0 +1,272 @@
+"""Scalars that need more than R, on the worked example; how they are absent; and the protocols of tuning."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from cl.errors import InputError
+from cl.experiment import Experiment
+from cl.instruments import Instrument
+from cl.instruments.curves import LearningCurves
+from cl.instruments.estimates import Estimates
+from cl.instruments.resources import Resources
+from cl.learner import Learner
+from cl.measures import MEASURES, NEEDS, forecasts, measure
+from cl.protocol import Protocol, first, rest
+from cl.report import Run
+from cl.report.files import transfer_json
+from cl.task import Stream, TaskData
+from cl.testing import ToyBackbone, toy_learner, toy_stream
+from cl.transfer import TransferMatrix, worked_example
+
+trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
+
+# METRICS' running example: three evaluations inside each task, after the one at its step 0
+INSIDE = [
+    [0.50, 0.80, 0.90, 0.60, 0.85, 0.94, 0.55, 0.80, 0.84],
+    [math.nan] * 3 + [0.45, 0.70, 0.85, 0.40, 0.75, 0.88],
+    [math.nan] * 6 + [0.50, 0.70, 0.80],
+]
+START = [[0.10, 0.90, 0.94], [math.nan, 0.40, 0.85], [math.nan, math.nan, 0.45]]  # at step 0 of each task
+
+
+def example(*, curves: bool = True, references: bool = True, flops: bool = True) -> Run:
+    """A run whose every number stands in METRICS.md."""
+    matrix = TransferMatrix(3, "task")
+    for i, row in enumerate(worked_example()):
+        matrix.record(i, row)
+    calibration = TransferMatrix(3, "task", "ece")
+    for i in range(4):
+        calibration.record(i, torch.tensor([0.1, 0.2, 0.3]) + i)
+    resources = Resources()
+    costs = zip([10, 12, 15], [100, 200, 300], [5e9, 10e9, 4e9] if flops else [math.nan] * 3, strict=True)
+    for t, (parameters, stored, spent) in enumerate(costs, start=1):
+        resources.add((t, 2.0, 5, spent, parameters, 0, 0, stored, 1.0, 0.0, 1000, 1e9))
+    instruments: dict[str, Instrument] = {"resources": resources}
+    if curves:
+        at, values = [], []
+        for task in range(3):
+            for step in range(4):
+                at.append((task + 1, step, 3 * task + step))
+                point = [START[j][task] if step == 0 else INSIDE[j][3 * task + step - 1] for j in range(3)]
+                values.append(torch.tensor([point]))
+        kept = LearningCurves(toy_stream(3), points=3)
+        kept.set_extra_state({"at": at, "names": [("task", "accuracy")], "values": torch.stack(values)})
+        instruments["curves"] = kept
+    found = {
+        "experts": [
+            {"task": j + 1, "value": s, "curve": [[0, 0.1], [1, 0.2], [2, 0.5], [3, s]]}
+            for j, s in enumerate([0.88, 0.86, 0.83])
+        ],
+        "joint": [{"task": j + 1, "value": a} for j, a in enumerate([0.92, 0.89, 0.86])],
+    }
+    return Run(
+        Path("."),
+        {},
+        ["a", "b", "c"],
+        "task",
+        {"task": matrix},
+        calibration={"task": calibration},
+        instruments=instruments,
+        references=found if references else {},
+    )
+
+
+WORKED = {
+    "average_anytime_accuracy": 0.718704,
+    "min_accuracy": 0.475,
+    "worst_case_accuracy": 0.583333,
+    "stability_gap": (0.30 + 0.39 + 0.45) / 3,
+    "recovered_gaps": 2 / 3,  # T1 in task 2 and T2 in task 3 came back, T1 in task 3 did not
+    "nbt_libero": ((0.90 - 0.94 + 0.90 - 0.84) / 2 + (0.85 - 0.88)) / 3,
+    "fwt_expert": -0.02,
+    "intransigence_chaudhry": 0.04,
+    "performance_maintenance": 0.01,
+    "forward_transfer_ratio": 1.566667,
+    "backward_transfer_ratio": 0.991118,
+    "model_size_efficiency": 0.833333,
+    "sample_storage_efficiency": 0.933333,
+    "computational_efficiency": 0.183333,
+    "error_nevis": 0.15,
+    "flops_nevis": 19e9,
+    "seconds": 6.0,
+    "calibration_error": 3.2,
+    # the mean of each task's own curve, flat after its first maximum
+    "fwt_libero": ((0.10 + 0.50 + 0.80 + 0.90) + (0.40 + 0.45 + 0.70 + 0.85) + (0.45 + 0.50 + 0.70 + 0.80)) / 12,
+    "jump_start": ((0.40 - 0.1) + (0.45 - 0.1)) / 2,
+    "relative_performance": (2.40 / (0.8 + 0.86) + 2.45 / (0.8 + 0.83)) / 2,
+}
+
+
+def test_the_worked_example_of_every_measure() -> None:
+    values, absent = measure(example())
+    for name, expected in WORKED.items():
+        assert values[name] == pytest.approx(expected, abs=2e-6), name
+    assert absent.keys() == {"rep_bwt", "rep_fwt"} and set(values) | set(absent) == set(MEASURES)
+    own = [2.30 / 4, 2.40 / 4, 2.45 / 4]
+    alone = [(0.8 + s) / 4 for s in (0.88, 0.86, 0.83)]
+    expected = sum((a - b) / (1 - b) for a, b in zip(own, alone, strict=True)) / 3
+    assert values["fwt_continual_world"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_not_measured_is_absent_with_the_remedy() -> None:
+    values, absent = measure(example(curves=False, references=False, flops=False))
+    for name, entry in MEASURES.items():
+        if {"curves", "even", "experts", "joint", "flops", "ridge"} & set(entry.needs):
+            assert name not in values and absent[name] in NEEDS.values(), name
+        else:
+            assert name in values, name
+    written = json.loads(transfer_json(example(curves=False, references=False, flops=False)))
+    assert written["absent"] == absent
+    assert {name: entry["value"] for name, entry in written["measures"].items()} == values
+    assert all(entry["definition"] and entry["source"] for entry in written["measures"].values())
+
+
+def test_no_measure_is_a_number_before_a_task_is_learned() -> None:
+    run = Run(Path("."), {}, ["a"], "task", {"task": TransferMatrix(1, "task")})
+    values, absent = measure(run)
+    assert not values and absent.keys() == MEASURES.keys()
+
+
+def test_experts_are_compared_under_the_mask_that_they_know() -> None:
+    """In a class-incremental run an expert knows no other classes, so its curve stands beside that under "task"."""
+    run = example()
+    class_matrix = TransferMatrix(3, "class")
+    for i in range(4):
+        class_matrix.record(i, torch.zeros(3))
+    run.matrices = {"class": class_matrix, **run.matrices}
+    run.calibration = {"class": TransferMatrix(3, "class", "ece"), **run.calibration}
+    run.scenario = "class"
+    curves = run.instruments["curves"]
+    state = curves.get_extra_state()
+    state["names"] = [("class", "accuracy"), ("task", "accuracy")]
+    state["values"] = torch.cat([torch.zeros_like(state["values"]), state["values"]], 1)
+    curves.set_extra_state(state)
+    values, _ = measure(run)
+    assert values["jump_start"] == pytest.approx(WORKED["jump_start"])
+    assert values["average_anytime_accuracy"] == 0
+
+
+# ------------------------------------------------------------------ forecasts
+
+
+def test_forecasts_stand_beside_the_transfer_that_was_measured() -> None:
+    run = example()
+    estimates = Estimates(toy_stream(3), ["vci"])
+    for task, value in enumerate([0.5, 0.1, 0.4], start=1):
+        estimates.add((task, "vci", value))
+    run.instruments = {**run.instruments, "estimates": estimates}
+    found = forecasts(run)["vci"]
+    assert found["estimate"] == [0.5, 0.1, 0.4] and found["against"] == "experts"
+    assert math.isnan(found["forward_transfer"][0])
+    assert found["forward_transfer"][1:] == pytest.approx([-0.01, -0.03], abs=1e-6)
+    assert math.isnan(found["tau"]), "two points say nothing"
+    run.references = {}
+    assert forecasts(run)["vci"]["forward_transfer"][1:] == pytest.approx([0.2, 0.2], abs=1e-6)
+
+
+def test_an_estimate_is_of_the_features_before_the_task() -> None:
+    from cl.transferability import ESTIMATORS
+
+    learner, stream = toy_learner()
+    estimates = Estimates(stream, ["vci", "knn", "covariance"])
+    before = []
+
+    class Spy(Instrument):
+        def before_task(self, learner: Learner, task) -> None:
+            x, y, _ = task.train.tensors()
+            with torch.no_grad():
+                before.append(float(ESTIMATORS["vci"].function(learner.backbone(learner.prepare(x)).double(), y)))
+
+    spied = {"spy": Spy(), "estimates": estimates}
+    Experiment(learner, stream, trainer, epochs=2, instruments=spied).run()
+    assert estimates.column("vci") == pytest.approx(before, abs=1e-5)
+    covariance = estimates.column("covariance")
+    assert math.isnan(covariance[0]) and all(0 < value <= 1 for value in covariance[1:])
+
+
+# ------------------------------------------------------------------ protocols
+
+
+def validated(num_tasks: int = 4) -> Stream:
+    stream = toy_stream(num_tasks)
+
+    def build(t: int):
+        task = stream[t]
+        rows = torch.arange(len(task.train))
+        return replace(task, train=task.train.take(rows[8:]), val=task.train.take(rows[:8]))
+
+    return stream.derive(build)
+
+
+def final(stream: Stream) -> torch.Tensor:
+    torch.manual_seed(0)
+    learner = Learner(stream, ToyBackbone(), {}, partial(torch.optim.SGD, lr=0.1), batch_size=8)
+    return Experiment(learner, stream, trainer, epochs=2).run().primary.R
+
+
+def test_tuning_looks_at_no_test_example_and_at_no_later_task() -> None:
+    stream = validated()
+
+    def other(t: int):
+        task = stream[t]
+        x, y, own = task.test.tensors()
+        spoilt = replace(task, test=TaskData(255 - x, y, own))
+        return spoilt if t < 2 else replace(spoilt, train=TaskData(*[c.flip(0) for c in task.train.tensors()]))
+
+    assert torch.equal(final(first(stream, 2)), final(first(stream.derive(other), 2)))
+    cut = first(stream, 2)
+    assert [task.test.labels.tolist() for task in cut] == [stream[t].val.labels.tolist() for t in range(2)]
+    assert cut[0].val is None
+
+
+def test_the_rest_is_the_stream_without_the_first_tasks() -> None:
+    stream = validated()
+    left = rest(stream, 2)
+    assert [task.classes for task in left] == [stream[2].classes, stream[3].classes]
+    assert [task.index for task in left] == [0, 1]
+    assert all(bool((task.train.tasks == task.index).all()) for task in left)
+    alone = Stream(
+        [stream[t].each(lambda part, t=t: part.renumbered(t - 2), index=t - 2) for t in (2, 3)], num_classes=8
+    )
+    assert torch.equal(final(left), final(alone))
+
+
+@pytest.mark.parametrize("k", [0, 4, 9])
+def test_a_number_of_tuning_tasks_that_leaves_nothing_is_one_sentence(k: int) -> None:
+    for cut in (first, rest):
+        with pytest.raises(InputError, match=f"num_tasks={k}"):
+            cut(validated(), k)
+
+
+def test_tuning_without_validation_examples_names_the_remedy() -> None:
+    with pytest.raises(InputError, match="stream.val_fraction"):
+        list(first(toy_stream(3), 2))
+
+
+def test_a_search_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="hydra/sweeper=tune"):
+        Protocol("score_rest", 2, tmp_path).found()
+    with pytest.raises(InputError, match="tune_first"):
+        Protocol("tune_frist", 2)
+
+
+def test_the_budget_of_a_search_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "optimization_results.yaml").write_text("best_params:\n  optimizer.lr: 0.3\n")
+    for trial in range(3):
+        (tmp_path / str(trial)).mkdir()
+        table = "task,seconds,steps,flops\n1,2.0,10,\n2,3.0,20,\n"
+        (tmp_path / str(trial) / "resources.csv").write_text(table)
+    protocol = Protocol("score_rest", 2, tmp_path)
+    assert protocol.found() == {"optimizer.lr": 0.3}
+    budget = protocol.budget()
+    assert budget["trials"] == 3 and budget["seconds"] == 15.0 and budget["steps"] == 90
+    assert math.isnan(budget["flops"])

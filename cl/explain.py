@@ -88,6 +88,8 @@ def readable(error: Exception) -> str:
         except Exception:
             known = list(_flatten_keys(compose("config")))
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    if key in known:  # in a sweep, of another job
+        return f"There is no key {key!r} with this choice of groups, as there is with others: leave it out here."
     hint = f"did you mean {' or '.join(near)}?" if near else "see cl-run --help for the keys."
     return f"There is no key {key!r} in the configuration: {hint} (To add a new one, write +{key}=...)"
 

@@ -90,12 +90,7 @@ class Evidence:
 
     def _own(self, mask: int) -> list[list[float]]:
         assert self._curves is not None
-        values = self._curves.values(mask)
-        own: list[list[float]] = [[] for _ in range(self.k)]
-        for n, (task, _, _) in enumerate(self._curves.at):
-            if task <= self.k:
-                own[task - 1].append(float(values[n, task - 1]))
-        return own
+        return list(self._curves.own(mask)[: self.k])
 
     @property
     def expert_curves(self) -> list[list[float]]:

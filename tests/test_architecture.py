@@ -45,7 +45,7 @@ def test_a_strategy_or_stream_never_imports_its_sibling(path):
     assert not bad, f"{path.name} imports {bad}"
 
 
-HEAVY = ("wandb", "timm", "matplotlib", "torchvision", "sklearn", "avalanche", "scipy", "pandas", "PIL")
+HEAVY = ("wandb", "timm", "matplotlib", "torchvision", "sklearn", "avalanche", "scipy", "pandas", "PIL", "plotly")
 
 
 @pytest.mark.parametrize("path", ENGINE + STRATEGIES + STREAMS, ids=ids(ENGINE + STRATEGIES + STREAMS))

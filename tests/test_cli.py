@@ -191,3 +191,9 @@ def test_a_wrong_instrument_is_one_sentence(tmp_path: Path, override: str, named
     result = cl_run(override, "epochs=1", "hydra.run.dir=out", cwd=tmp_path)
     assert result.returncode != 0 and "Traceback" not in result.stderr + result.stdout
     assert named in result.stderr
+
+
+def test_a_key_of_another_job_of_a_sweep_is_told_as_such(tmp_path: Path):
+    result = cl_run("strategy=ewc", "strategy.er.memory_size=5", cwd=tmp_path)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "with this choice of groups" in result.stderr

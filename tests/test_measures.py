@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -23,6 +24,7 @@ from cl.measures import MEASURES, NEEDS, forecasts, measure
 from cl.protocol import Protocol, first, rest
 from cl.report import Run
 from cl.report.files import transfer_json
+from cl.report.l2 import L2Log
 from cl.task import Stream, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.transfer import TransferMatrix, worked_example
@@ -155,6 +157,21 @@ def test_experts_are_compared_under_the_mask_that_they_know() -> None:
     assert values["average_anytime_accuracy"] == 0
 
 
+def test_the_log_of_l2metrics_holds_R_and_the_curves(tmp_path: Path) -> None:
+    run = replace(example(), directory=tmp_path)
+    report = L2Log()
+    report.start(run, -1)
+    report.finish(run)
+    blocks = sorted(
+        (tmp_path / "l2log" / "lifelong").rglob("data-log.tsv"), key=lambda p: int(p.parent.name.split("-")[0])
+    )
+    rows = [list(csv.DictReader(file.read_text().splitlines(), delimiter="\t")) for file in blocks]
+    values = [[float(row["performance"]) for row in block] for block in rows]
+    assert values[0::2] == [pytest.approx(row, abs=1e-6) for row in worked_example().tolist()]
+    assert values[1::2] == [pytest.approx(curve, abs=1e-6) for curve in run.instruments["curves"].own()]
+    assert len(list((tmp_path / "l2log").glob("expert_*"))) == 3
+
+
 # ------------------------------------------------------------------ forecasts
 
 
@@ -248,7 +265,7 @@ def test_a_number_of_tuning_tasks_that_leaves_nothing_is_one_sentence(k: int) ->
 
 
 def test_tuning_without_validation_examples_names_the_remedy() -> None:
-    with pytest.raises(InputError, match="stream.val_fraction"):
+    with pytest.raises(InputError, match=r"stream\.val_fraction"):
         list(first(toy_stream(3), 2))
 
 

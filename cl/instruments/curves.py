@@ -89,6 +89,14 @@ class LearningCurves(Instrument):
             return torch.zeros(0, len(self._stream))
         return torch.stack([value[mask] for value in self._values]).cpu()
 
+    def own(self, mask: int = 0) -> list[list[float]]:
+        """Return the curve of each task while it is trained, from step 0."""
+        values = self.values(mask)
+        own: list[list[float]] = [[] for _ in range(values.shape[1])]
+        for n, (task, _, _) in enumerate(self.at):
+            own[task - 1].append(float(values[n, task - 1]))
+        return own
+
     def __len__(self) -> int:
         return len(self.at)
 

@@ -1,0 +1,306 @@
+"""What runs share: which are of one group, on one stream, under one order, and in which seeds they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cl.compare.read import RunFiles
+from cl.errors import InputError
+
+# What changes where and how a run runs, and not what it measures.
+IGNORED = (
+    *("seed", "group", "tags", "logger", "report", "hydra", "checkpoint", "log_every"),
+    *("eval_batch_size", "chunk_size", "compile", "trainer.accelerator", "trainer.devices"),
+    *("probes", "estimators", "references", "reference_dir"),
+)
+_PLACES = {"root", "cache", "cache_dir", "download", "save_dir", "storage"}  # last parts of keys that are ignored too
+BOUNDS = {"joint": "upper bound", "cumulative": "upper bound", "finetune": "lower bound"}
+
+Unit = tuple[str, ...]
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but the seed, the order of tasks and the stream.
+
+    Attributes:
+        name: The shortest distinguishing part of the configuration.
+        config: What makes it a group, flat.
+        runs: Of all streams.
+        bound: "upper bound", "lower bound", or "" for what is compared.
+        learned: Tasks learned where the runs are unfinished, else None.
+    """
+
+    name: str
+    config: dict[str, Any]
+    runs: list[RunFiles]
+    bound: str = ""
+    learned: int | None = None
+
+
+@dataclass
+class Stage:
+    """One stream with the runs on it: what may stand in one leaderboard.
+
+    Attributes:
+        name: The shortest distinguishing part of the stream's configuration.
+        runs: By group, then by unit: what a paired test pairs (seed, order, and what `by` leaves open).
+        layouts: Runs whose cells mean the same (same tasks in the same order), by label.
+    """
+
+    name: str
+    runs: dict[str, dict[Unit, RunFiles]] = field(default_factory=dict)
+    layouts: dict[str, list[RunFiles]] = field(default_factory=dict)
+
+    def of(self, group: str, layout: str) -> dict[Unit, RunFiles]:
+        """Return the runs of a group whose tasks come in one layout."""
+        inside = {id(run) for run in self.layouts[layout]}
+        return {unit: run for unit, run in self.runs.get(group, {}).items() if id(run) in inside}
+
+
+@dataclass
+class Comparison:
+    """Aligned runs: groups, streams, and sentences on what they do not share."""
+
+    groups: dict[str, Group]
+    stages: list[Stage]
+    differences: dict[str, dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def runs(self) -> list[RunFiles]:
+        """Every run that is compared."""
+        return [run for stage in self.stages for units in stage.runs.values() for run in units.values()]
+
+
+def align(runs: Sequence[RunFiles], by: Sequence[str] = (), unfinished: bool = False) -> Comparison:
+    """Group runs and say what they do not share.
+
+    Args:
+        runs: In any order.
+        by: Parts of the configuration that make a group ("strategy", "optimizer.lr"); empty means all that differ.
+        unfinished: Whether runs with tasks left to learn are kept, as groups of their own.
+
+    Raises:
+        InputError: If no run is finished, or a part in `by` is in no configuration.
+    """
+    from cl.compare.notes import sentences
+
+    for part in by:
+        if not any(under(key, [part]) for run in runs for key in run.config):
+            raise InputError(f"No run has {part!r} in its configuration: give --by a part of it, such as strategy.")
+    kept = [run for run in runs if run.finished or (unfinished and run.tasks_learned > 0 and run.scalars)]
+    if not kept:
+        some = ", ".join(str(run.directory) for run in runs[:3]) + (", …" if len(runs) > 3 else "")
+        raise InputError(f"None of the {len(runs)} runs is finished ({some}): finish one, or give --unfinished.")
+    groups, open_keys = _groups(kept, by)
+    stages, twice = _stages(kept, groups, open_keys)
+    own = {name: group.config for name, group in groups.items()}
+    comparison = Comparison(groups, stages, differing(own), [])
+    comparison.notes = sentences(comparison, runs, twice, by, open_keys)
+    return comparison
+
+
+def method_config(run: RunFiles) -> dict[str, Any]:
+    """Return the part of a configuration that says how is learned: not the stream, the seed or places on a disk.
+
+    Example:
+        >>> from pathlib import Path
+        >>> method_config(RunFiles(Path("."), {"seed": 1, "epochs": 5, "stream.seed": 1, "dataset.root": "data"}))
+        {'epochs': 5}
+    """
+    skip = (*IGNORED, "stream", "dataset", "scenario")
+    return {k: v for k, v in run.config.items() if not under(k, skip) and k.rpartition(".")[2] not in _PLACES}
+
+
+def stream_config(run: RunFiles) -> dict[str, Any]:
+    """Return the part of a configuration that says what is learned, but for the order and what follows the seed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> run = RunFiles(Path("."), {"seed": 1, "epochs": 5, "stream.seed": 1, "stream.num_tasks": 5}, "class")
+        >>> stream_config(run)
+        {'num_tasks': 5, 'scenario': 'class', 'tasks': 0}
+    """
+    config = {k.removeprefix("stream."): v for k, v in run.config.items() if under(k, ["stream"])}
+    seed = run.config.get("seed")
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key != "order"
+        and key.rpartition(".")[2] not in _PLACES
+        and not (key.rpartition(".")[2] == "seed" and value == seed and not key.startswith("dataset"))
+    }
+    return {**kept, "scenario": run.scenario, "tasks": run.num_tasks}  # a protocol may leave tasks out
+
+
+def differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the keys whose values are not the same in all configurations, with the value of each that has one.
+
+    Example:
+        >>> differing({"a": {"lr": 0.1, "epochs": 5}, "b": {"lr": 0.2, "epochs": 5}})
+        {'lr': {'a': 0.1, 'b': 0.2}}
+    """
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    found = {key: {name: config[key] for name, config in configs.items() if key in config} for key in keys}
+    return {
+        key: values
+        for key, values in found.items()
+        if len(values) < len(configs) or len({repr(value) for value in values.values()}) > 1
+    }
+
+
+def under(key: str, parts: Iterable[str]) -> bool:
+    """Say whether a dotted key is one of the parts or lies below one."""
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
+
+
+def _signature(config: Mapping[str, Any]) -> Unit:
+    return tuple(sorted(f"{key}={value!r}" for key, value in config.items()))
+
+
+def _groups(runs: Sequence[RunFiles], by: Sequence[str]) -> tuple[dict[str, Group], list[str]]:
+    """Return the groups by name, and the keys that `by` leaves open and that differ."""
+    members: dict[tuple[Unit, int | None], list[RunFiles]] = {}
+    configs: dict[tuple[Unit, int | None], dict[str, Any]] = {}
+    for run in runs:
+        config = method_config(run)
+        config = {k: v for k, v in config.items() if under(k, by)} if by else config
+        key = (_signature(config), None if run.finished else run.tasks_learned)
+        members.setdefault(key, []).append(run)
+        configs[key] = config
+    names = shortest_names(list({key[0]: configs[key] for key in members}.values()), strategies)
+    name_of = dict(zip(dict.fromkeys(key[0] for key in members), names, strict=True))
+    groups = {}
+    for key, part in members.items():
+        total = max(run.num_tasks for run in part)
+        name = name_of[key[0]] + ("" if key[1] is None else f" (after {key[1]} of {total} tasks)")
+        groups[name] = Group(name, configs[key], part, BOUNDS.get(strategies(configs[key]), ""), key[1])
+    outside = {str(i): {k: v for k, v in method_config(run).items() if not under(k, by)} for i, run in enumerate(runs)}
+    return groups, [key for key in differing(outside) if by and not under(key, ["strategy"])]
+
+
+def strategies(config: Mapping[str, Any]) -> str:
+    """Return the strategies of a configuration, as in "er+gpm".
+
+    Example:
+        >>> strategies({"strategy.er._target_": "cl.strategies.er.ER", "epochs": 5})
+        'er'
+    """
+    return "+".join(dict.fromkeys(key.split(".")[1] for key in config if key.startswith("strategy.")))
+
+
+def stream_kind(config: Mapping[str, Any]) -> str:
+    """Return what a stream is called before what it differs in, as in "split digits"."""
+    kind = str(config.get("_target_", "stream")).rpartition(".")[2]
+    dataset = config.get("dataset.name") or str(config.get("dataset._target_", "")).rpartition(".")[2]
+    return f"{kind} {dataset}".strip()
+
+
+def shortest_names(configs: Sequence[Mapping[str, Any]], base: Any) -> list[str]:
+    """Return one name a configuration: its base name, and where others share that, the fewest keys that part them.
+
+    Args:
+        configs: All different.
+        base: Maps a configuration to the name that it has anyway.
+
+    Example:
+        >>> er = {"strategy.er.memory_size": 200, "lr": 0.1}
+        >>> shortest_names([er, {**er, "strategy.er.memory_size": 500}, {"strategy.ewc.weight": 1.0}], strategies)
+        ['er memory 200', 'er memory 500', 'ewc']
+    """
+    bases = [base(config) or "run" for config in configs]
+    names = list(bases)
+    for name in dict.fromkeys(bases):
+        place = [i for i, other in enumerate(bases) if other == name]
+        if len(place) == 1:
+            continue
+        part = {str(i): configs[i] for i in place}
+        keys = _parting_keys(part)
+        words = _words(keys)
+        for i in place:
+            values = configs[i]
+            shown = (f"{words[key]} {brief(values[key])}" if key in values else f"no {words[key]}" for key in keys)
+            names[i] = " ".join([name, *shown])
+    return [name if name not in names[:i] else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def _parting_keys(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return few keys whose values together tell all configurations apart: the best first, then what is not needed."""
+    candidates = differing(configs)
+
+    def kinds(keys: Sequence[str]) -> int:
+        return len({tuple(repr(config.get(key, ...)) for key in keys) for config in configs.values()})
+
+    chosen: list[str] = []
+    while kinds(chosen) < len(configs):
+        rest = [key for key in candidates if key not in chosen]
+        chosen.append(max(rest, key=lambda key: (kinds([*chosen, key]), -len(key))))
+    for key in list(chosen):
+        if kinds([other for other in chosen if other != key]) == len(configs):
+            chosen.remove(key)
+    return chosen
+
+
+def _words(keys: Sequence[str]) -> dict[str, str]:
+    """Return short words for keys: the last part without "num_" and "_size", with the part above it where two agree."""
+
+    def word(key: str, depth: int) -> str:
+        parts = key.removesuffix("._target_").split(".")
+        last = parts[-1].removeprefix("num_").removesuffix("_size")
+        return " ".join([*parts[-depth:-1], last]).replace("_", " ")
+
+    short = {key: word(key, 1) for key in keys}
+    return {key: text if list(short.values()).count(text) == 1 else word(key, 2) for key, text in short.items()}
+
+
+def brief(value: Any) -> str:
+    """Return a value of a configuration as text, of a class only its name.
+
+    Example:
+        >>> brief("cl.backbones.MLP"), brief(None), brief(0.1)
+        ('MLP', 'null', '0.1')
+    """
+    text = "null" if value is None else str(value)
+    return text.rpartition(".")[2] if isinstance(value, str) and text.count(".") > 1 else text
+
+
+def _stages(
+    runs: Sequence[RunFiles], groups: Mapping[str, Group], open_keys: Sequence[str]
+) -> tuple[list[Stage], list[RunFiles]]:
+    """Return the streams with their runs, and the runs that repeat another one."""
+    group_of = {id(run): name for name, group in groups.items() for run in group.runs}
+    configs: dict[Unit, dict[str, Any]] = {_signature(stream_config(run)): stream_config(run) for run in runs}
+    names = shortest_names(list(configs.values()), stream_kind)
+    stages = {key: Stage(name) for key, name in zip(configs, names, strict=True)}
+    twice = []
+    for run in runs:
+        stage = stages[_signature(stream_config(run))]
+        units = stage.runs.setdefault(group_of[id(run)], {})
+        left_open = (f"{key}={run.config.get(key)!r}" for key in open_keys)
+        unit = (run.seed, "-".join(map(str, run.order)), *left_open)
+        if unit in units:
+            twice.append(run)
+        else:
+            units[unit] = run
+    for stage in stages.values():
+        stage.layouts = _layouts([run for units in stage.runs.values() for run in units.values()])
+    return list(stages.values()), twice
+
+
+def _layouts(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
+    """Return runs by what their cells mean; the label is the order, and the tasks' names where they differ too."""
+    found: dict[tuple[tuple[int, ...], tuple[str, ...]], list[RunFiles]] = {}
+    for run in runs:
+        found.setdefault((run.order, run.task_names), []).append(run)
+    if len(found) == 1:
+        return {"": list(runs)}
+    orders = [order for order, _ in found]
+    labels: dict[str, list[RunFiles]] = {}
+    for (order, names), part in found.items():
+        label = "order " + ", ".join(str(i + 1) for i in order) if len(set(orders)) == len(found) else " → ".join(names)
+        label = label if len(label) <= 60 else f"{label[:59]}…"
+        labels[label if label not in labels else f"{label} ({len(labels) + 1})"] = part
+    return labels

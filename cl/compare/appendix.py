@@ -1,0 +1,105 @@
+"""The parts of the page that are over all streams: ranks, configurations, runs and definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cl.compare.align import Comparison, brief
+from cl.compare.markup import datum, table, term, text
+from cl.compare.notes import listed
+from cl.compare.numbers import Numbers, entries
+from cl.compare.read import Entry
+from cl.compare.table import Board, Column, Ranks
+
+
+def ranks(over: Ranks | None) -> str:
+    """Return average ranks and who is not told apart, nothing for one stream."""
+    if over is None:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{text(name)}</th><td>{datum(n.mean, f"{n.mean:.2f}")}</td></tr>'
+        for name, n in over.groups.items()
+    )
+    head = f'<th scope="col">group</th><th scope="col">{term("average-rank", "average rank")}</th>'
+    made = table(f"Average rank over {over.num_streams} streams, 1 is best", head, rows)
+    critical = datum(over.critical.mean, f"{over.critical.mean:.2f}")
+    alike = "; ".join(listed(clique) for clique in over.alike)
+    apart = f"{term('critical-difference', 'Critical difference')} (Nemenyi, 5%): {critical}."
+    return (
+        f'<section id="ranks"><h2>Ranks over streams</h2>{made}'
+        f"<p>{apart} Not told apart: {text(alike or 'none')}.</p></section>"
+    )
+
+
+def configurations(comparison: Comparison) -> str:
+    """Return a table of what the groups differ in."""
+
+    def shown(values: dict[str, Any], group: str) -> str:
+        return text(brief(values[group])) if group in values else '<span class="none">–</span>'
+
+    rows = "".join(
+        f'<tr><th scope="row"><code>{text(key)}</code></th>'
+        + "".join(f"<td>{shown(values, group)}</td>" for group in comparison.groups)
+        + "</tr>"
+        for key, values in comparison.differences.items()
+    )
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in ["key", *comparison.groups])
+    what = (
+        table("What the configurations of the groups differ in", head, rows) if rows else "<p>There is one group.</p>"
+    )
+    return f'<section id="configurations"><h2>Configurations</h2>{what}</section>'
+
+
+def provenance(comparison: Comparison) -> str:
+    """Return a table of every run."""
+    rows = "".join(
+        f'<tr><th scope="row">{text(group)}</th><td>{text(stage.name)}</td><td>{text(run.seed)}</td>'
+        f"<td>{text(' '.join(str(i + 1) for i in run.order))}</td><td><code>{text(run.directory)}</code></td></tr>"
+        for stage in comparison.stages
+        for group, units in stage.runs.items()
+        for run in units.values()
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("group", "stream", "seed", "order", "directory"))
+    made = table("Every run that is compared", head, rows)
+    return f'<section id="runs"><h2>Runs</h2><details><summary>Directories</summary>{made}</details></section>'
+
+
+def definitions(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) -> str:
+    """Return what every term of the page means."""
+    known: dict[str, Entry] = {}
+    for run in comparison.runs:
+        known = {name: entry for (_, name), entry in entries(run).items()} | known
+    items = {
+        name: " ".join(
+            part
+            for part in (
+                f"{entry.definition}." if entry.definition else "",
+                f"{entry.source}." if entry.source else "",
+                f"{entry.scale.capitalize()}." if entry.scale != "count" else "",
+                "Higher is better." if entry.higher_is_better else "Lower is better.",
+                f"Caveat, {entry.caveat.rstrip('.')}." if entry.caveat else "",
+            )
+            if part
+        )
+        for name, entry in known.items()
+    }
+    items["against-best"] = (
+        "Mean difference from the best group over the runs that both have (same stream, seed and order), its"
+        f" {100 * numbers.level:g}% t interval, and the p of the paired t test after Holm's correction over all pairs"
+        " of groups, because the best is chosen from the same runs. The interval is that of one comparison alone."
+    )
+    items["average-rank"] = "Rank of a group's mean on each stream, 1 is best, averaged over the streams. Demsar 2006."
+    items["critical-difference"] = (
+        "Groups whose average ranks are closer than this are not told apart: q sqrt(k (k + 1) / (6 N)) for k groups and"
+        " N streams. Nemenyi 1963; Demsar 2006. With few streams little can be told apart."
+    )
+    if len(boards) < 2:
+        del items["average-rank"], items["critical-difference"]
+    shown = "".join(
+        f'<dt id="term-{text(name)}">{text(Column(name, "", Entry(0)).title.replace("-", " "))}</dt>'
+        f'<dd id="def-{text(name)}">{text(definition)}</dd>'
+        for name, definition in items.items()
+    )
+    about = "<p>R[i,j] is the metric on task j after i tasks, row 0 the untrained learner, T the number of tasks.</p>"
+    return f'<section id="definitions"><h2>Definitions</h2>{about}<dl>{shown}</dl></section>'

@@ -1,0 +1,212 @@
+"""The comparison as one HTML file that needs no network: tables, figures, definitions, and plotly inside."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from importlib import resources
+
+import cl
+from cl.compare.align import Comparison, Stage
+from cl.compare.appendix import configurations, definitions, provenance, ranks
+from cl.compare.figures import Block, Style, styles
+from cl.compare.lines import blocks
+from cl.compare.markup import datum, table, term, text
+from cl.compare.notes import listed
+from cl.compare.numbers import Number, Numbers, entries
+from cl.compare.read import Entry
+from cl.compare.table import Board, Column, Ranks, Row, caveats, significance
+
+_SVG_DASHES = {
+    "solid": "",
+    "dash": "6 3",
+    "dot": "2 3",
+    "dashdot": "6 3 2 3",
+    "longdash": "9 3",
+    "longdashdot": "9 3 2 3",
+}
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+
+
+def page(
+    comparison: Comparison, boards: Sequence[Board], over: Ranks | None, numbers: Numbers, bases: Sequence[str]
+) -> str:
+    """Return the whole page.
+
+    Args:
+        comparison: What is compared.
+        boards: One a stream.
+        over: Ranks over the streams, if there are several.
+        numbers: All numbers; the page shows no other.
+        bases: Groups that matrices are subtracted from.
+    """
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+    stages = {stage.name: stage for stage in comparison.stages}
+    parts, drawn = [], []
+    for i, board in enumerate(boards, start=1):
+        made = blocks(comparison, stages[board.stream], board, numbers, bases, f"stream{i}")
+        drawn += made
+        parts.append(_stream(board, stages[board.stream], made, numbers, i))
+    runs = comparison.runs
+    title = f"{len(runs)} runs of {listed(comparison.groups)}"
+    body = [
+        f'<header><h1>{text(title)}</h1><button id="theme" type="button">Dark theme</button></header>',
+        _contents(boards, over),
+        f"<p>{text(_summary(comparison, boards, numbers))}</p>",
+        _notes([*caveats(boards), *comparison.notes]),
+        _legend(comparison),
+        *parts,
+        ranks(over),
+        configurations(comparison),
+        provenance(comparison),
+        definitions(comparison, boards, numbers),
+        f"<footer><p>clsim {text(cl.__version__)}. Every number of this page stands in comparison.csv.</p></footer>",
+    ]
+    figures = json.dumps([block.json() for block in drawn], allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{_asset('report.css')}</style>"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n<a class="skip" href="#main">Skip to the'
+        f' leaderboard</a>\n<div class="page">\n{chr(10).join(part for part in body if part)}\n</div>\n'
+        f'<script type="application/json" id="figures">{figures}</script>\n<script>{get_plotlyjs()}</script>\n'
+        f"<script>{_asset('report.js')}</script>\n</body>\n</html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("cl.compare").joinpath(name).read_text(encoding="utf-8")
+
+
+def _summary(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) -> str:
+    lead = boards[0].columns[0]
+    streams = f"{len(boards)} streams" if len(boards) > 1 else f"the stream {boards[0].stream}"
+    return (
+        f"{len(comparison.groups)} groups on {streams}, ranked by {lead.title}. A cell holds mean ± standard deviation"
+        f" over the runs, below it the {100 * numbers.level:g}% t interval of the mean. Fractions are in percent."
+    )
+
+
+def _contents(boards: Sequence[Board], over: Ranks | None) -> str:
+    links = [(f"stream{i}", board.stream) for i, board in enumerate(boards, start=1)]
+    links += [("ranks", "Ranks over streams")] if over else []
+    links += [("configurations", "Configurations"), ("runs", "Runs"), ("definitions", "Definitions")]
+    items = "".join(f'<li><a href="#{target}">{text(name)}</a></li>' for target, name in links)
+    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
+
+
+def _notes(notes: Iterable[str]) -> str:
+    items = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return (
+        f'<section class="notes" aria-labelledby="notes"><h2 id="notes">Read this first</h2><ul>{items}</ul></section>'
+        * bool(items)
+    )
+
+
+def _legend(comparison: Comparison) -> str:
+    items = []
+    for name, style in styles(comparison).items():
+        bound = comparison.groups[name].bound
+        items.append(f"<li>{_swatch(style)} {text(name)}{f' <small>{bound}</small>' if bound else ''}</li>")
+    return f'<ul class="legend" aria-label="Groups and their colours">{"".join(items)}</ul>'
+
+
+def _swatch(style: Style) -> str:
+    dash = _SVG_DASHES[style.dash]
+    return (
+        '<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true"><line x1="1" y1="6" x2="33" y2="6"'
+        f' stroke="{style.colour}" stroke-width="3" stroke-dasharray="{dash}"/></svg>'
+    )
+
+
+# --------------------------------------------------------------------------- one stream
+
+
+def _stream(board: Board, stage: Stage, made: Sequence[Block], numbers: Numbers, place: int) -> str:
+    first = ' id="main" tabindex="-1"' if place == 1 else ""
+    parts = [f'<section id="stream{place}"><div{first}><h2>{text(board.stream)}</h2>', _board(board, numbers), "</div>"]
+    parts += [_block(block) for block in made]
+    return "\n".join([*parts, _every_scalar(board, stage, numbers), "</section>"])
+
+
+def _board(board: Board, numbers: Numbers) -> str:
+    head = ['<th scope="col">group</th>', '<th scope="col">runs</th>']
+    for i, c in enumerate(board.columns):
+        direction = ("↑", "higher is better") if c.entry.higher_is_better else ("↓", "lower is better")
+        arrow = f'<span aria-hidden="true">{direction[0]}</span><span class="hidden">{direction[1]}</span>'
+        mask = f"<small>{text(c.mask)} mask</small>" if c.mask else ""
+        head.append(f'<th scope="col">{term(c.quantity, c.title)}&nbsp;{arrow}{mask}</th>')
+        if i == 0:
+            head.append(f'<th scope="col">{term("against-best", "against the best")}</th>')
+    rows = "".join(_row(row, board) for row in board.rows)
+    caption = f"Leaderboard of {board.stream}; the best of each column, bounds left out, is bold."
+    return table(caption, "".join(head), rows)
+
+
+def _row(row: Row, board: Board) -> str:
+    bound = f"<small>{row.bound}</small>" if row.bound else ""
+    cells = [f'<th scope="row">{text(row.group)}{bound}</th>', f"<td>{row.num}</td>"]
+    for i, (c, cell) in enumerate(zip(board.columns, row.cells, strict=True)):
+        best = ' class="best"' if row.best[i] else ""
+        cells.append(f"<td{best}>{_cell(c, cell)}</td>")
+        if i == 0:
+            cells.append(f"<td>{_test(c, row, board.best)}</td>")
+    return f"<tr{' class=bound' if row.bound else ''}>{''.join(cells)}</tr>"
+
+
+def _cell(c: Column, cell: Number | None) -> str:
+    if cell is None:
+        return "–"
+    mean = datum(cell.mean, c.show(cell.mean))
+    if math.isnan(cell.sd):
+        return mean
+    low, high = datum(cell.low, c.show(cell.low)), datum(cell.high, c.show(cell.high))
+    return f"<b>{mean}</b> ± {datum(cell.sd, c.show(cell.sd, True))}<small>[{low}, {high}]</small>"
+
+
+def _test(c: Column, row: Row, best: str) -> str:
+    test = row.test
+    if test is None or math.isnan(test.mean):
+        return text(significance(test, best, row.group))
+
+    def signed(value: float) -> str:
+        return datum(value, f"{100 * value:+.1f}" if c.entry.scale.startswith("fraction") else f"{value:+.3g}")
+
+    shown = signed(test.mean)
+    if not math.isnan(test.p):
+        shown += f", {datum(test.p, significance(test, best, row.group))}"
+    return shown + (f"<small>[{signed(test.low)}, {signed(test.high)}]</small>" if not math.isnan(test.low) else "")
+
+
+def _block(block: Block) -> str:
+    return (
+        f'<section class="block" aria-labelledby="{block.id}"><h3 id="{block.id}">{text(block.title)}</h3>'
+        f'<p>{text(block.about)}</p><div class="choices"></div><div class="panels" data-block="{block.id}">'
+        "<noscript>Figures need JavaScript; their numbers stand in comparison.csv.</noscript></div></section>"
+    )
+
+
+def _every_scalar(board: Board, stage: Stage, numbers: Numbers) -> str:
+    """Return a table of every scalar of the stream, by mask."""
+    groups = [row.group for row in board.rows]
+    found: dict[tuple[str, str], Entry] = {}
+    for units in stage.runs.values():
+        for run in units.values():
+            found = entries(run) | found
+    rows = []
+    for (mask, name), entry in found.items():
+        c = Column(name, mask, entry)
+        cells = [numbers.one(stage.name, group, name, mask) for group in groups]
+        if any(cells):
+            shown = "".join(f"<td>{_cell(c, cell)}</td>" for cell in cells)
+            rows.append(f'<tr><th scope="row">{term(name, c.title)}</th><td>{text(mask) or "–"}</td>{shown}</tr>')
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in ["scalar", "mask", *groups])
+    made = table(f"Every scalar of {stage.name}, mean ± standard deviation and interval", head, "".join(rows))
+    absent = {name: why for units in stage.runs.values() for run in units.values() for name, why in run.absent.items()}
+    why = "".join(f"<li>{text(Column(name, '', Entry(0)).title)}: {text(why)}</li>" for name, why in absent.items())
+    left_out = f"<p>Not measured in every run:</p><ul>{why}</ul>" if why else ""
+    return f"<details><summary>Every scalar</summary>{made}{left_out}</details>"

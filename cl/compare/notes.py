@@ -1,0 +1,140 @@
+"""Sentences on what runs do not share: they stand beside the numbers of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from cl.compare.align import IGNORED, Comparison, differing, under
+from cl.compare.read import RunFiles
+
+MAX_NAMED = 4  # items that a sentence names before "and 3 more"
+
+
+def listed(items: Iterable[object]) -> str:
+    """Return items as in a sentence.
+
+    Example:
+        >>> listed("ab"), listed("abcdef")
+        ('a and b', 'a, b, c, d and 2 more')
+    """
+    texts = list(map(str, items))
+    shown, more = texts[:MAX_NAMED], len(texts) - MAX_NAMED
+    if more > 0:
+        return ", ".join(shown) + f" and {more} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
+
+
+def sentences(
+    comparison: Comparison, runs: Sequence[RunFiles], twice: Sequence[RunFiles], by: Sequence[str], left: Sequence[str]
+) -> list[str]:
+    """Return what runs do not share, the most important first.
+
+    Args:
+        comparison: Without its notes.
+        runs: All that were found, the unfinished ones too.
+        twice: Those that repeat another.
+        by: What makes a group.
+        left: Keys that differ inside a group because `by` leaves them open.
+    """
+    notes = [*_unfinished(comparison, runs), *_streams(comparison), *_seeds(comparison), *_files(comparison)]
+    if twice:
+        verb = "repeats a run of the same configuration and seed and is" if len(twice) == 1 else "repeat runs and are"
+        notes.append(f"{listed(run.directory for run in twice)} {verb} left out.")
+    if left:
+        notes.append(
+            f"Grouped by {listed(by)}, runs of one group differ in {listed(left)}; tests pair those that agree."
+        )
+    many = [key for key in comparison.differences if not key.startswith("strategy.")]
+    if many and not by:
+        notes.append(f"Groups differ in more than the strategy: {listed(many)}.")
+    ignored = {
+        str(i): {key: value for key, value in run.config.items() if under(key, IGNORED) and key != "seed"}
+        for i, run in enumerate(comparison.runs)
+    }
+    varied = sorted({key.split(".")[0] for key in differing(ignored)} - {"hydra", "group", "tags"})
+    if varied:
+        notes.append(f"Runs also differ in {listed(varied)}, which results do not depend on.")
+    versions = differing({str(i): run.versions for i, run in enumerate(comparison.runs)})
+    for name, values in versions.items():
+        if comparison.runs and len(values) == len(comparison.runs):
+            notes.append(f"Versions of {name} differ: {listed(sorted(set(values.values())))}.")
+    own = dict.fromkeys(note for run in comparison.runs for note in run.notes)
+    return notes + list(own)
+
+
+def _unfinished(comparison: Comparison, runs: Sequence[RunFiles]) -> list[str]:
+    kept = {id(run) for run in comparison.runs}
+    notes = []
+    for run in runs:
+        if run.finished:
+            continue
+        done = f"has learned {max(run.tasks_learned, 0)} of {run.num_tasks or '?'} tasks"
+        end = "it is a row of its own" if id(run) in kept else "it is left out (--unfinished keeps it)"
+        notes.append(f"{run.directory} {done}: {end}.")
+    more = len(notes) - MAX_NAMED
+    return notes[:MAX_NAMED] + ([f"{more} more runs are unfinished."] if more > 0 else [])
+
+
+def _streams(comparison: Comparison) -> list[str]:
+    stages = comparison.stages
+    notes = []
+    if len(stages) > 1:
+        lengths = sorted({run.num_tasks for run in comparison.runs})
+        text = f"The runs are on {len(stages)} streams ({listed(stage.name for stage in stages)})"
+        text += f" of {listed(lengths)} tasks" if len(lengths) > 1 else ""
+        notes.append(f"{text}: each has its own leaderboard.")
+    for stage in stages:
+        where = f"On {stage.name}, tasks" if len(stages) > 1 else "Tasks"
+        if len(stage.layouts) > 1:
+            notes.append(
+                f"{where} come in {len(stage.layouts)} orders: each run gives its scalars first, and these are"
+                " averaged; matrices and curves of different orders are never averaged."
+            )
+        absent = [name for name in comparison.groups if name not in stage.runs]
+        if absent:
+            notes.append(f"{stage.name} has no run of {listed(absent)}.")
+        masks = {group: {m for run in units.values() for m, _ in run.matrices} for group, units in stage.runs.items()}
+        shared = set.intersection(*masks.values())
+        for mask in sorted(set.union(*masks.values()) - shared):
+            without = [group for group, has in masks.items() if mask not in has]
+            notes.append(f"No scores under {mask}: {listed(without)}.")
+        for group in stage.runs:
+            for layout in stage.layouts:
+                tested = [{key: c.steps for key, c in r.curves.items()} for r in stage.of(group, layout).values()]
+                if any(steps != tested[0] for steps in tested if steps and tested[0]):
+                    notes.append(f"{group} was tested at other steps in each run: its curves hold the shared ones.")
+    return notes
+
+
+def _seeds(comparison: Comparison) -> list[str]:
+    notes = []
+    for stage in comparison.stages:
+        where = f" on {stage.name}" if len(comparison.stages) > 1 else ""
+        every = dict.fromkeys(run.seed for units in stage.runs.values() for run in units.values())
+        for group, units in stage.runs.items():
+            missing = [seed for seed in every if seed not in {run.seed for run in units.values()}]
+            if missing:
+                plural = "seeds" if len(missing) > 1 else "seed"
+                notes.append(
+                    f"{group} has no run of {plural} {listed(missing)}{where}: a test pairs only what both groups have."
+                )
+        alone = [group for group, units in stage.runs.items() if len(units) == 1]
+        if alone:
+            verb = "has" if len(alone) == 1 else "have"
+            notes.append(f"{listed(alone)} {verb} a single run{where}: no interval and no test can be given.")
+    return notes
+
+
+def _files(comparison: Comparison) -> list[str]:
+    notes = []
+    parts: dict[str, Callable[[RunFiles], object]] = {
+        "learning_curves.csv": lambda run: run.curves,
+        "resources.csv": lambda run: run.resources,
+    }
+    for name, has in parts.items():
+        without = [run for run in comparison.runs if not has(run)]
+        if len(without) == len(comparison.runs):
+            notes.append(f"No run has {name}: what is drawn from it is not in the report.")
+        elif without:
+            notes.append(f"{len(without)} of {len(comparison.runs)} runs have no {name}.")
+    return notes

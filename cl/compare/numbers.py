@@ -1,0 +1,250 @@
+"""Every number of a comparison, computed once: metrics per run first, aggregated after.
+
+The table, the page and `comparison.csv` all read the same list, so nothing is shown that the file does not hold.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from cl.compare.align import Comparison, Stage, Unit
+from cl.compare.read import Array, Entry, RunFiles
+from cl.statistics import cell_intervals, t_interval
+
+Key: TypeAlias = tuple[str, str, str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Number:
+    """One row of `comparison.csv`.
+
+    Attributes:
+        kind: "group" (over the runs of a group), "run" (one run), "difference" (from the base, over shared units),
+            "test" (against the best), "rank" (over streams).
+        stream: Its name; "" for ranks.
+        layout: Order of the tasks, where a stream has several; "" where the number is over all of them.
+        group: Its name.
+        base: What is subtracted, or tested against.
+        seed: Of a run.
+        mask: Classes that competed; "" for what belongs to no mask.
+        quantity: Name of a scalar, resource or metric of a cell.
+        after_task: Tasks learned; empty means all.
+        task: Task tested; empty means over all.
+        step: Step of the run, for learning curves.
+        mean: Over runs; of a run, its value.
+        sd: Standard deviation over runs (divisor n - 1).
+        low: Lower end of the t interval.
+        high: Upper end.
+        num: Runs, pairs or streams.
+        p: Of the paired test, adjusted by Holm.
+    """
+
+    kind: str
+    stream: str
+    layout: str
+    group: str
+    base: str
+    seed: str
+    mask: str
+    quantity: str
+    after_task: int | None = None
+    task: int | None = None
+    step: int | None = None
+    mean: float = math.nan
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    num: int = 1
+    p: float = math.nan
+
+
+@dataclass
+class Numbers:
+    """All numbers of a comparison, found by what they are of.
+
+    Example:
+        >>> numbers = Numbers(level=0.95)
+        >>> place = ("digits", "", "er", "", "", "class", "average_accuracy")
+        >>> _ = numbers.add(Number("group", *place, mean=0.84, num=3))
+        >>> numbers.one("digits", "er", "average_accuracy", "class").mean
+        0.84
+        >>> print(numbers.csv().splitlines()[1])
+        group,digits,,er,,,class,average_accuracy,,,,0.84,,,,3,
+    """
+
+    level: float
+    rows: list[Number] = field(default_factory=list)
+    _index: dict[Key, list[Number]] = field(default_factory=dict)
+    _runs: dict[tuple[str, str, str, str], list[Number]] = field(default_factory=dict)
+
+    def add(self, number: Number) -> Number:
+        """Keep a number."""
+        n = number
+        self.rows.append(n)
+        self._index.setdefault((n.kind, n.stream, n.layout, n.group, n.base, n.mask, n.quantity), []).append(n)
+        if n.kind == "run":
+            self._runs.setdefault((n.stream, n.group, n.mask, n.quantity), []).append(n)
+        return n
+
+    def runs(self, stream: str, group: str, quantity: str, mask: str) -> list[Number]:
+        """Return the values of the single runs of a group, under whatever order."""
+        return self._runs.get((stream, group, mask, quantity), [])
+
+    def find(
+        self,
+        stream: str,
+        group: str,
+        quantity: str,
+        mask: str = "",
+        kind: str = "group",
+        layout: str = "",
+        base: str = "",
+    ) -> list[Number]:
+        """Return what is known of a quantity, in the order in which it was added."""
+        return self._index.get((kind, stream, layout, group, base, mask, quantity), [])
+
+    def one(self, stream: str, group: str, quantity: str, mask: str = "", **more: str) -> Number | None:
+        """Return the number over the whole stream, None where it was not measured."""
+        rows = self.find(stream, group, quantity, mask, **more)
+        return next((n for n in rows if n.after_task is None and n.task is None and n.step is None), None)
+
+    def csv(self) -> str:
+        """Return `comparison.csv`; what is not known is an empty cell."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(column.name for column in fields(Number))
+        for number in self.rows:
+            table.writerow(_cell(value) for value in astuple(number))
+        return text.getvalue()
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def summarise(comparison: Comparison, level: float, bases: Sequence[str]) -> Numbers:
+    """Compute scalars, resources, cells, curves and differences of every group on every stream.
+
+    Args:
+        comparison: From `align`.
+        level: Of the intervals, in (0, 1).
+        bases: Groups that the others are subtracted from, cell by cell.
+    """
+    numbers = Numbers(level)
+    for stage in comparison.stages:
+        for group, units in stage.runs.items():
+            _scalars(numbers, stage.name, group, units)
+            _over_tasks(numbers, stage.name, group, units)
+            for layout in stage.layouts:
+                runs = list(stage.of(group, layout).values())
+                _cells(numbers, stage.name, layout, group, runs)
+                _curves(numbers, stage.name, layout, group, runs)
+        for base in bases:
+            for group in stage.runs:
+                for layout in stage.layouts:
+                    if group != base:
+                        _differences(numbers, stage, layout, group, base)
+    return numbers
+
+
+def entries(run: RunFiles) -> dict[tuple[str, str], Entry]:
+    """Return every scalar of a run by (mask, name), its resources too."""
+    found = {(mask, name): entry for mask, part in run.scalars.items() for name, entry in part.items()}
+    more = {("", name): _resource(name, value) for name, value in run.resources.items() if ("", name) not in found}
+    return found | more
+
+
+_RESOURCES = {
+    "seconds": "seconds of training, summed over the tasks",
+    "measuring_seconds": "seconds of evaluation, summed over the tasks",
+    "rows": "training rows that were passed, summed over the tasks",
+    "pass_flops": "operations of one pass over each task's training data, summed over the tasks",
+    "steps": "optimiser steps, summed over the tasks",
+    "flops": "floating-point operations of training, summed over the tasks",
+    "parameters": "parameters at the end",
+    "state_bytes": "bytes of state beside the parameters at the end",
+    "memory_bytes": "bytes of the exemplar memory at the end",
+    "stored_examples": "exemplars stored at the end",
+    "peak_memory_bytes": "most bytes of memory in use at once",
+}
+
+
+def _resource(name: str, value: float) -> Entry:
+    return Entry(value, _RESOURCES.get(name, f"{name} of the run"), "", "count", higher_is_better=False)
+
+
+def _scalars(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, RunFiles]) -> None:
+    values: dict[tuple[str, str], list[float]] = {}
+    orders = len({run.order for run in units.values()})
+    for run in units.values():
+        layout = "order " + ", ".join(str(i + 1) for i in run.order) if orders > 1 else ""
+        for (mask, name), entry in entries(run).items():
+            if math.isfinite(entry.value):
+                values.setdefault((mask, name), []).append(entry.value)
+                numbers.add(Number("run", stream, layout, group, "", run.seed, mask, name, mean=entry.value))
+    for (mask, name), part in values.items():
+        found = vars(t_interval(part, numbers.level))
+        numbers.add(Number("group", stream, "", group, "", "", mask, name, **found))
+
+
+def _over_tasks(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, RunFiles]) -> None:
+    """Add the mean over the tasks learned, after each task: a metric of a run, so orders may be averaged."""
+    values: dict[tuple[str, str, int], list[float]] = {}
+    for run in units.values():
+        for (mask, metric), R in run.matrices.items():
+            for k in range(1, len(R)):
+                mean = float(R[k, :k].mean())
+                if math.isfinite(mean):
+                    values.setdefault((mask, metric, k), []).append(mean)
+    for (mask, metric, k), part in values.items():
+        found = vars(t_interval(part, numbers.level))
+        numbers.add(Number("group", stream, "", group, "", "", mask, f"average_{metric}", k, **found))
+
+
+def _cells(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequence[RunFiles]) -> None:
+    for mask, metric in dict.fromkeys(key for run in runs for key in run.matrices):
+        stack = [run.matrices[mask, metric] for run in runs if (mask, metric) in run.matrices]
+        for after, column, found in _by_cell(stack, numbers.level):
+            numbers.add(Number("group", stream, layout, group, "", "", mask, metric, after, column + 1, **found))
+
+
+def _differences(numbers: Numbers, stage: Stage, layout: str, group: str, base: str) -> None:
+    runs, others = stage.of(group, layout), stage.of(base, layout)
+    pairs = [(runs[unit], others[unit]) for unit in runs if unit in others]
+    for mask, metric in dict.fromkeys(key for run, _ in pairs for key in run.matrices):
+        key = (mask, metric)
+        stack = [a.matrices[key] - b.matrices[key] for a, b in pairs if key in a.matrices and key in b.matrices]
+        for after, column, found in _by_cell(stack, numbers.level):
+            place = (stage.name, layout, group, base, "", mask, metric, after, column + 1)
+            numbers.add(Number("difference", *place, **found))
+
+
+def _by_cell(stack: Sequence[Array], level: float) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield row, column and interval of each measured cell of matrices, one a run."""
+    if not stack:
+        return
+    cells = vars(cell_intervals(np.stack(stack), level))
+    for after, column in np.argwhere(cells["num"] > 0).tolist():
+        yield after, column, {name: values[after, column].item() for name, values in cells.items()}
+
+
+def _curves(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequence[RunFiles]) -> None:
+    """Add learning curves at the steps that all runs of the group have, so that no point is over fewer runs."""
+    for key in dict.fromkeys(key for run in runs for key in run.curves):
+        curves = [dict(zip(c.steps, c.values, strict=True)) for run in runs if (c := run.curves.get(key)) is not None]
+        mask, metric, task = key
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        cells = vars(cell_intervals([[curve[step] for step in steps] for curve in curves], numbers.level))
+        for i, step in enumerate(steps):
+            found = {name: values[i].item() for name, values in cells.items()}
+            place = (stream, layout, group, "", "", mask, f"{metric}_curve", None, task, step)
+            numbers.add(Number("group", *place, **found))

@@ -1,0 +1,299 @@
+"""Run directories as they are found on disk: what each file says, and one clear sentence where it cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cl.errors import InputError
+
+Array = npt.NDArray[np.float64]
+_MARKS = ("transfer.json", "transfer.csv", "versions.json", "checkpoints")
+LOWER_IS_BETTER = {"ece"}  # metrics of cells; a scalar says it itself
+PROBES = {"ridge", "knn", "cka"}  # what stands in the place of a mask where features were read
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A scalar of a run beside its meaning.
+
+    Attributes:
+        value: NaN where it is undefined.
+        definition: The formula, with its divisor.
+        source: Paper.
+        scale: Unit and range, such as "fraction, [0, 1]".
+        higher_is_better: Its direction.
+        caveat: What must be said beside it, or None.
+    """
+
+    value: float
+    definition: str = ""
+    source: str = ""
+    scale: str = "fraction"
+    higher_is_better: bool = True
+    caveat: str | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The accuracy on one task while the stream is trained: steps from the run's first, and values."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass
+class RunFiles:
+    """What the files of one run directory say; what was not measured is absent.
+
+    Attributes:
+        directory: Where it is.
+        config: The resolved configuration, flat: "strategy.er.memory_size" to its value.
+        scenario: "class", "task" or "domain"; "" where the run has not said it yet.
+        num_tasks: T.
+        tasks_learned: The last row of R, -1 before the first.
+        task_names: In the order of the stream.
+        order: Positions of the tasks in the order of learning.
+        matrices: R (T + 1, T) by (mask, metric), NaN where unmeasured.
+        scalars: By mask; the first is that of the scenario, and "" is for what belongs to no mask.
+        absent: Why a scalar could not be computed.
+        curves: By (mask, metric, task tested).
+        starts: Step of the run at which each task begins, where there are curves.
+        resources: Totals of the run: sums of seconds, steps, rows and flops, the largest peak, else the last task's.
+        notes: Sentences of the run.
+        versions: What it ran on.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    scenario: str = ""
+    num_tasks: int = 0
+    tasks_learned: int = -1
+    task_names: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+    matrices: dict[tuple[str, str], Array] = field(default_factory=dict)
+    scalars: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    curves: dict[tuple[str, str, int], Curve] = field(default_factory=dict)
+    starts: tuple[int, ...] = ()
+    resources: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> str:
+        """The seed as text, "" without one."""
+        return str(self.config.get("seed", ""))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every task has been learned and scored."""
+        return 0 < self.num_tasks <= self.tasks_learned and bool(self.scalars)
+
+
+def find_runs(directories: Sequence[str | Path]) -> list[Path]:
+    """Return every run directory in or below the given ones, each once, in the order of their names.
+
+    A run directory holds `config.yaml` beside any of the files that a run writes. Hidden folders are not entered.
+
+    Raises:
+        InputError: If a directory does not exist, or holds no run.
+    """
+    found: dict[Path, Path] = {}
+    for given in map(Path, directories):
+        if not given.is_dir():
+            raise InputError(f"There is no directory {given}: give a run directory, or a folder with some below it.")
+        here = [path for path in _walk(given) if (path / "config.yaml").is_file() and _has_marks(path)]
+        if not here:
+            raise InputError(f"No run was found in {given}: a run directory holds config.yaml and transfer.csv.")
+        found |= {path.resolve(): path for path in here if path.resolve() not in found}
+    return list(found.values())
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    for folder, below, _ in os.walk(top):
+        below[:] = sorted((name for name in below if not name.startswith(".")), key=_natural)
+        yield Path(folder)
+
+
+def _natural(name: str) -> tuple[float, str]:
+    """Return a key that puts "10_b" after "9_a", and what has no number last."""
+    head = name[: len(name) - len(name.lstrip("0123456789"))]
+    return (int(head) if head else math.inf, name)
+
+
+def _has_marks(path: Path) -> bool:
+    return any((path / mark).exists() for mark in _MARKS)
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Read one run directory.
+
+    Raises:
+        InputError: If a file in it cannot be read; the sentence names the file.
+    """
+    run = RunFiles(directory, flatten(_yaml(directory / "config.yaml")))
+    if (directory / "transfer.json").exists():
+        _read_transfer(run, directory / "transfer.json")
+    if (directory / "transfer.csv").exists():
+        _read_matrices(run, directory / "transfer.csv")
+    if (directory / "learning_curves.csv").exists():
+        _read_curves(run, directory / "learning_curves.csv")
+    if (directory / "resources.csv").exists():
+        _read_resources(run, directory / "resources.csv")
+    if (directory / "versions.json").exists():
+        run.versions = {key: str(value) for key, value in _json(directory / "versions.json").items()}
+    return run
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested configuration as one level with dotted keys; a list is one value.
+
+    Example:
+        >>> flatten({"seed": 0, "strategy": {"er": {"memory_size": 200}}})
+        {'seed': 0, 'strategy.er.memory_size': 200}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(config, dict):
+        raise _unreadable(path, "it holds no configuration")
+    return {str(key): value for key, value in config.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, "it holds no object")
+    return content
+
+
+def _unreadable(path: Path, error: object) -> InputError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return InputError(f"{path} cannot be read: {reason}. Mend the file, or leave its run out.")
+
+
+def _rows(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table as text; a last line that is still being written is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    table = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    missing = [name for name in columns if name not in (table.fieldnames or ())]
+    if missing:
+        raise _unreadable(path, f"it has no column {missing[0]!r}")
+    for row in table:
+        if None in row.values() or None in row:
+            raise _unreadable(path, f"line {table.line_num} has not as many cells as the header")
+        yield row
+
+
+def _number(path: Path, row: dict[str, str], column: str) -> float:
+    try:
+        return float(row[column])
+    except ValueError as error:
+        raise _unreadable(path, f"{row[column]!r} stands in the column {column!r} instead of a number") from error
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    divisor = raw.get("divisor")
+    return Entry(
+        value=math.nan if raw.get("value") is None else float(raw["value"]),
+        definition=str(raw.get("definition") or "") + (f", divided by {divisor}" if divisor not in (None, "1") else ""),
+        source=str(raw.get("source") or ""),
+        scale=str(raw.get("scale") or "fraction"),
+        higher_is_better=bool(raw.get("higher_is_better", True)),
+        caveat=raw.get("caveat"),
+    )
+
+
+def _read_transfer(run: RunFiles, path: Path) -> None:
+    content = _json(path)
+    try:
+        run.scenario = str(content["scenario"])
+        run.num_tasks, run.tasks_learned = int(content["num_tasks"]), int(content["tasks_learned"])
+        run.task_names = tuple(map(str, content["task_names"]))
+        run.order = tuple(map(int, content.get("order") or ()))
+        run.notes = tuple(map(str, content.get("notes") or ()))
+        for mask, body in content["masks"].items():
+            run.scalars[mask] = {name: _entry(raw) for name, raw in body["scalars"].items()}
+        if content.get("measures"):
+            run.scalars[""] = {name: _entry(raw) for name, raw in content["measures"].items()}
+        run.absent = {str(name): str(why) for name, why in (content.get("absent") or {}).items()}
+    except KeyError as error:
+        raise _unreadable(path, f"it says nothing of {error.args[0]!r}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_matrices(run: RunFiles, path: Path) -> None:
+    cells: dict[tuple[str, str], list[tuple[int, int, float]]] = {}
+    for row in _rows(path, ("after_task", "task", "mask", "metric", "value")):
+        cell = (int(_number(path, row, "after_task")), int(_number(path, row, "task")), _number(path, row, "value"))
+        if cell[0] < 0 or cell[1] < 1 or (run.num_tasks and max(cell[:2]) > run.num_tasks):
+            raise _unreadable(path, f"it has a cell ({cell[0]}, {cell[1]}) in a stream of {run.num_tasks} tasks")
+        cells.setdefault((row["mask"], row["metric"]), []).append(cell)
+    if cells and not run.num_tasks:  # no transfer.json yet: R is as wide as what was tested
+        run.num_tasks = max(task for part in cells.values() for _, task, _ in part)
+        run.tasks_learned = max(after for part in cells.values() for after, _, _ in part)
+    for key, part in cells.items():
+        run.matrices[key] = np.full((run.num_tasks + 1, run.num_tasks), math.nan)
+        for after, task, value in part:
+            run.matrices[key][after, task - 1] = value
+
+
+def _read_curves(run: RunFiles, path: Path) -> None:
+    points: dict[tuple[str, str, int], dict[int, float]] = {}
+    starts: dict[int, int] = {}
+    for row in _rows(path, ("task", "total_step", "tested", "mask", "metric", "value")):
+        key = (row["mask"], row["metric"], int(_number(path, row, "tested")))
+        step = int(_number(path, row, "total_step"))
+        starts.setdefault(int(_number(path, row, "task")), step)
+        # a task's last point and the next one's step 0 are of one moment: the later line stays
+        points.setdefault(key, {})[step] = _number(path, row, "value")
+    run.starts = tuple(starts[task] for task in sorted(starts))
+    for key, curve in points.items():
+        steps = sorted(curve)
+        run.curves[key] = Curve(tuple(steps), tuple(curve[step] for step in steps))
+
+
+def _read_resources(run: RunFiles, path: Path) -> None:
+    columns: dict[str, list[float]] = {}
+    for row in _rows(path, ("task",)):
+        for name, text in row.items():
+            if name != "task" and text != "":
+                columns.setdefault(name, []).append(_number(path, row, name))
+    for name, values in columns.items():
+        if name in ("seconds", "measuring_seconds", "steps", "rows", "flops", "pass_flops"):
+            run.resources[name] = math.fsum(values)
+        else:
+            run.resources[name] = max(values) if name.startswith("peak") else values[-1]

@@ -56,9 +56,11 @@ def run(workload: Workload, tasks: list[Arrays], watch: Watch | None = None, **o
     job = Experiment(module, there, partial(pl.Trainer, accelerator="cpu"), epochs=1, **options)
     matrices: Any = module.matrices
     if workload.name == "evaluate":
+        for report in job.reports:
+            report.start(job.run_view, -1)
         for _ in range(5):
             for matrix in (*matrices.values(), *module.calibration.values()):
-                matrix.reset(0)  # type: ignore[operator]
+                matrix.reset(0)
             job.evaluate()
     else:
         job.run()

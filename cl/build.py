@@ -129,7 +129,7 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
         for report in reports:
             report.say(text)
 
-    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, say)
+    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, say).measure
 
 
 def _notes(cfg: Any, backbone: Any) -> list[str]:

@@ -20,7 +20,6 @@ from cl.instruments.probes import Probes
 from cl.instruments.resources import Resources
 from cl.learner import Learner
 from cl.loader import EvalLoader
-from cl.references import References
 from cl.report import Report, Run
 from cl.task import Stream, Task
 
@@ -74,7 +73,7 @@ class Experiment:
             the k newest of these. The first and the last row are measured on all.
         keep: The newest checkpoints that stay; None keeps all.
         instruments: What is measured beside R, by name; what a task costs is measured anyway.
-        references: What the run is compared with, made after the last row of R.
+        references: Makes what the run is compared with, after the last row of R; see `cl.references`.
         tuning: How hyper-parameters were chosen, for reports.
 
     Raises:
@@ -105,7 +104,7 @@ class Experiment:
         columns: str | int = "all",
         keep: int | None = None,
         instruments: Mapping[str, Instrument] | None = None,
-        references: References | None = None,
+        references: Callable[[Stream], dict[str, list[dict[str, Any]]]] | None = None,
         tuning: Mapping[str, Any] | None = None,
     ) -> None:
         if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
@@ -151,7 +150,7 @@ class Experiment:
                 self.evaluate()
                 self._save()
             if self.references is not None:
-                self.run_view.references = self.references.measure(self.stream)
+                self.run_view.references = self.references(self.stream)
             for report in self.reports:
                 report.finish(self.run_view)
         return self.run_view

@@ -19,7 +19,7 @@ from cl.metrics import curves as inside
 from cl.metrics import lifelong
 from cl.metrics import references as against
 from cl.metrics import resources as cost
-from cl.report import Run
+from cl.report import Run, percent
 from cl.transfer import bwt_gem, fwt_gem, intransigence_chaudhry
 
 # What a measure may need, and how a run gets it.
@@ -295,6 +295,14 @@ def measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
         >>> absent["fwt_expert"]
         'references=[experts] trains one on each task'
     """
+    key = run.tasks_learned, len(run.references)
+    if key not in run.measures:
+        run.measures.clear()
+        run.measures[key] = _measure(run)
+    return run.measures[key]
+
+
+def _measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
     values: dict[str, float] = {}
     absent: dict[str, str] = {}
     evidence = Evidence(run)
@@ -315,6 +323,30 @@ def measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
         else:
             values[name] = value
     return values, absent
+
+
+# Those that a reader looks for first, and whether they are signed.
+_HEADLINE = {
+    "worst_case_accuracy": ("worst-case accuracy", False),
+    "stability_gap": ("stability gap", True),
+    "fwt_expert": ("forward transfer against experts", True),
+    "intransigence_chaudhry": ("intransigence", True),
+    "rep_bwt": ("backward transfer of the features", True),
+    "calibration_error": ("calibration error", False),
+}
+
+
+def beside(run: Run) -> str:
+    """Return what was measured beside R, as one line in percent; empty before the first task.
+
+    Example:
+        >>> from cl.testing import toy_run
+        >>> beside(toy_run()).split()[:2]
+        ['calibration', 'error']
+    """
+    values, _ = measure(run)
+    found = [f"{words} {percent(values[n], signed)}" for n, (words, signed) in _HEADLINE.items() if n in values]
+    return ", ".join(found)
 
 
 def forecasts(run: Run) -> dict[str, dict[str, Any]]:

@@ -119,7 +119,7 @@ def test_a_run_writes_its_references_and_the_run_itself_is_not_moved(tmp_path: P
     plain = make(toy_stream(3), {"er": ER(memory_size=10)})
     plain.run()
     watched = make(toy_stream(3), {"er": ER(memory_size=10)})
-    watched.references = references(tmp_path)[0]
+    watched.references = references(tmp_path)[0].measure
     run = watched.run()
     assert torch.equal(plain.run_view.primary.R, run.primary.R)
     assert set(run.references) == {"experts", "joint"}

@@ -23,16 +23,6 @@ HEADLINE = {
     "forgetting_chaudhry": "forgetting",
 }
 
-# The measures beside R that a reader looks for first, and whether they are signed.
-BESIDE = {
-    "worst_case_accuracy": ("worst-case accuracy", False),
-    "stability_gap": ("stability gap", True),
-    "fwt_expert": ("forward transfer against experts", True),
-    "intransigence_chaudhry": ("intransigence", True),
-    "rep_bwt": ("backward transfer of the features", True),
-    "calibration_error": ("calibration error", False),
-}
-
 _PACKAGES = {
     "clsim": "clsim",
     "torch": "torch",
@@ -87,7 +77,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
-        self._measures: tuple[Any, tuple[dict[str, float], dict[str, str]]] | None = None
+        self.measures: dict[tuple[int, int], tuple[dict[str, float], dict[str, str]]] = {}  # kept by `cl.measures`
 
     @property
     def rows(self) -> str:
@@ -120,15 +110,6 @@ class Run:
             self._scalars = {k: v for k, v in self._scalars.items() if k[1] == key[1]}
             self._scalars[key] = self.matrices[mask].scalars(after_task=self.tasks_learned)
         return dict(self._scalars[key])
-
-    def measures(self) -> tuple[dict[str, float], dict[str, str]]:
-        """Return the scalars that need more than R, and why others are absent; see `cl.measures`."""
-        from cl.measures import measure
-
-        key = self.tasks_learned, len(self.references)
-        if self._measures is None or self._measures[0] != key:
-            self._measures = key, measure(self)
-        return self._measures[1]
 
 
 class Report:
@@ -207,13 +188,6 @@ def headline(run: Run, mask: str) -> str:
     words = {name: text.replace("accuracy", metric) for name, text in HEADLINE.items()}
     parts = [f"{text} {percent(scalars[name], name in signed)}" for name, text in words.items()]
     return f"{mask}: " + ", ".join(parts)
-
-
-def beside(run: Run) -> str:
-    """Return what was measured beside R, as one line in percent; empty before the first task."""
-    values, _ = run.measures()
-    parts = [f"{words} {percent(values[name], signed)}" for name, (words, signed) in BESIDE.items() if name in values]
-    return ", ".join(parts)
 
 
 def named(run: Run, mask: str) -> str:

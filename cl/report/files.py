@@ -67,7 +67,7 @@ def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
 
 def transfer_json(run: Run) -> str:
     """Return every scalar over the tasks learned so far, by mask, each beside what it means and where it is from."""
-    from cl.measures import MEASURES, forecasts
+    from cl.measures import MEASURES, forecasts, measure
     from cl.transfer import SCALARS, caveat
 
     def entry(scalar: Any, name: str, value: float, mask: str | None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def transfer_json(run: Run) -> str:
         }
         for mask, matrix in run.matrices.items()
     }
-    values, absent = run.measures()
+    values, absent = measure(run)
     return strict_json(
         {
             "scenario": run.scenario,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cl.report import Report, Run, beside, headline, named, percent, remarks
+from cl.report import Report, Run, headline, named, percent, remarks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,6 +196,7 @@ class TerminalReport(Report):
 
     def finish(self, run: Run) -> None:
         """Print every R, the three matrices, the scalars and where the files are."""
+        from cl.measures import beside
         from cl.transfer import backward_transfer, forward_transfer, step_effect
 
         old, new, step = run.primary, run.zero_shot, run.primary

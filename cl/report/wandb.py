@@ -250,7 +250,9 @@ class WandbCurves(Logger):
 
 def _scalars(run: Run) -> dict[str, float]:
     """Return `<mask>/<scalar>`, `transfer/<scalar>` and `measure/<name>`, unmeasured ones left out."""
-    named = {f"measure/{name}": value for name, value in run.measures()[0].items()}
+    from cl.measures import measure
+
+    named = {f"measure/{name}": value for name, value in measure(run)[0].items()}
     named |= {f"{mask}/{name}": value for mask in run.matrices for name, value in run.scalars(mask).items()}
     named.update({f"transfer/{name}": value for name, value in run.scalars(run.primary.mask).items()})
     return {name: value for name, value in named.items() if not math.isnan(value)}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from cl.errors import InputError
 from cl.files import replace_file
 from cl.instruments import Instruments
 from cl.learner import Learner
+
+_DIGITS = 64  # of a SHA-256 in hexadecimal
 
 
 def save(learner: Learner, folder: Path, keep: int | None = None, instruments: Instruments | None = None) -> Path:
@@ -27,7 +32,12 @@ def save(learner: Learner, folder: Path, keep: int | None = None, instruments: I
     content = {"state_dict": learner.state_dict()}
     if instruments is not None:
         content["instruments"] = instruments.state_dict()
-    replace_file(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        torch.save(content, temporary)
+        _seal(temporary)
+
+    replace_file(path, write)
     if keep is not None:
         for old in sorted(folder.glob("after_task_*.ckpt"), key=_tasks)[:-keep]:
             old.unlink()
@@ -39,8 +49,46 @@ def _tasks(path: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of a folder, or None."""
-    return max(folder.glob("after_task_*.ckpt"), default=None, key=_tasks)
+    """Return the newest whole checkpoint of a folder, or None; warn of newer ones that are not.
+
+    Each carries its own SHA-256, so that a torn or a changed one is told, down to a bit.
+    """
+    for path in sorted(folder.glob("after_task_*.ckpt"), key=_tasks, reverse=True):
+        if _whole(path):
+            return path
+        warnings.warn(f"{path} is torn or changed, and is left aside: the one before it is used.", stacklevel=2)
+    return None
+
+
+def _seal(path: Path) -> None:
+    """Append a file's digest as the comment of the zip archive that `torch.save` wrote; readers of archives skip it."""
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the length of the comment, until here none
+        file.write(_DIGITS.to_bytes(2, "little"))
+    digest = _digest(path, path.stat().st_size)
+    with path.open("ab") as file:
+        file.write(digest)
+
+
+def _whole(path: Path) -> bool:
+    size = path.stat().st_size - _DIGITS
+    if size < 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(size)
+        kept = file.read()
+    return kept == _digest(path, size)
+
+
+def _digest(path: Path, size: int) -> bytes:
+    """Return the SHA-256 of the first `size` bytes of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0:
+            part = file.read(min(size, 1 << 20))
+            digest.update(part)
+            size -= len(part)
+    return digest.hexdigest().encode()
 
 
 def load(learner: Learner, path: Path, instruments: Instruments | None = None) -> None:

@@ -55,7 +55,7 @@ def start(target: Target, keys: Sequence[str], mask: Mask, membership: Tensor) -
 
 
 class Accuracy:
-    """Counts the right answers of each task under every mask, by confidence; nothing waits for the device.
+    """Counts the right answers of each task under every mask, and by confidence; nothing waits for the device.
 
     Args:
         num_tasks: T.
@@ -72,31 +72,39 @@ class Accuracy:
     """
 
     def __init__(self, num_tasks: int, masks: Sequence[str], mask: Mask, device: torch.device) -> None:
-        self._mask = mask
-        # of each task and interval of confidence: rows, right answers, sum of confidences
-        self._counts = {name: torch.zeros(num_tasks * _BINS, 3, device=device) for name in masks}
+        self._mask, self._num_tasks, self._device = mask, num_tasks, device
+        self._task: list[Tensor] = []
+        self._right: dict[str, list[Tensor]] = {name: [] for name in masks}
+        self._confidence: dict[str, list[Tensor]] = {name: [] for name in masks}
 
     def update(self, logits: Tensor, batch: Batch) -> None:
-        """Count a batch."""
-        for name, counts in self._counts.items():
+        """Note of each row whether it is right, and how sure; they are counted at the end, all at once."""
+        self._task.append(batch.task)
+        for name, right in self._right.items():
             masked = self._mask(logits, batch.task, name)
-            guess = masked.argmax(1)
-            confidence = (masked.gather(1, guess[:, None])[:, 0] - masked.logsumexp(1)).exp().float()
-            interval = (confidence * _BINS).ceil_().sub_(1).nan_to_num_().clamp_(0, _BINS - 1).long()
-            columns = torch.ones_like(confidence), (guess == batch.y).to(confidence), confidence
-            counts.index_add_(0, batch.task * _BINS + interval, torch.stack(columns, 1))
+            right.append(masked.argmax(1) == batch.y)
+            self._confidence[name].append(masked.softmax(1).amax(1).float())
 
     def rows(self) -> dict[str, Tensor]:
         """Return a row of R (T,) by mask; a task without test rows divides 0 by 0 and is NaN."""
-        tasks = {name: counts.view(-1, _BINS, 3).sum(1) for name, counts in self._counts.items()}
-        return {name: sums[:, 1] / sums[:, 0] for name, sums in tasks.items()}
+        task = torch.cat(self._task)
+        total = self._sum(task, torch.ones_like(task, dtype=torch.float32))
+        return {name: self._sum(task, torch.cat(right).float()) / total for name, right in self._right.items()}
 
     def errors(self) -> dict[str, Tensor]:
         """Return the expected calibration error of each task (T,) by mask."""
-        return {
-            name: ece_from_bins(*counts.view(-1, _BINS, 3)[..., [0, 2, 1]].unbind(-1))
-            for name, counts in self._counts.items()
-        }
+        task, found = torch.cat(self._task), {}
+        for name, right in self._right.items():
+            confidence = torch.cat(self._confidence[name])
+            interval = (confidence * _BINS).ceil_().sub_(1).nan_to_num_().clamp_(0, _BINS - 1).long()
+            columns = torch.stack([torch.ones_like(confidence), confidence, torch.cat(right).float()])
+            found[name] = ece_from_bins(*(self._sum(task * _BINS + interval, c, _BINS) for c in columns))
+        return found
+
+    def _sum(self, slot: Tensor, values: Tensor, bins: int | None = None) -> Tensor:
+        """Return the sums of values by task (T,), or by task and interval (T, bins)."""
+        sums = torch.zeros(self._num_tasks * (bins or 1), device=self._device).index_add_(0, slot, values)
+        return sums if bins is None else sums.view(-1, bins)
 
 
 class Collected:

@@ -194,6 +194,6 @@ def test_a_wrong_instrument_is_one_sentence(tmp_path: Path, override: str, named
 
 
 def test_a_key_of_another_job_of_a_sweep_is_told_as_such(tmp_path: Path):
-    result = cl_run("strategy=ewc", "strategy.er.memory_size=5", cwd=tmp_path)
+    result = cl_run("-m", "strategy=ewc,er", "strategy.er.memory_size=5", "epochs=1", cwd=tmp_path)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert "with this choice of groups" in result.stderr

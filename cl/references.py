@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 import cl
-from cl.errors import unknown
+from cl.errors import DivergenceError, unknown
 from cl.files import write_text
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
@@ -118,7 +119,11 @@ class References:
             what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
             if not file.exists():
                 self.say(f"reference {what} of {total} ...")
-                write_text(file, json.dumps(_train(experiment), allow_nan=False))
+                try:
+                    write_text(file, json.dumps(_train(experiment), allow_nan=False))
+                except DivergenceError as error:  # unmeasured, and no reason to lose the run itself
+                    self.say(f"reference {what} diverged and is left out: {error}")
+                    return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
             found: Reference = json.loads(file.read_text())
         return {"task": t + 1, **found}
 

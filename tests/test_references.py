@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.instruments.curves import LearningCurves
 from cl.learner import Learner
+from cl.measures import measure
 from cl.references import References
 from cl.strategies.er import ER
 from cl.strategies.joint import Joint
@@ -125,6 +127,21 @@ def test_a_run_writes_its_references_and_the_run_itself_is_not_moved(tmp_path: P
     assert set(run.references) == {"experts", "joint"}
     for file in tmp_path.glob("*.json"):
         assert set(json.loads(file.read_text())) >= {"value", "row", "steps", "seconds"}
+
+
+def test_a_reference_that_diverges_is_unmeasured_and_not_kept(tmp_path: Path) -> None:
+    class Bad(Strategy):
+        def loss(self, learner, batch, logits):
+            return logits.sum() * torch.inf
+
+    said = Counting()
+    found = References(["experts"], lambda stream, _: make(stream, {"bad": Bad()}), tmp_path, CONFIG, said)
+    watched = make(toy_stream(2), {})
+    watched.references = found.measure
+    run = watched.run()
+    assert all(math.isnan(expert["value"]) and "inf" in expert["reason"] for expert in run.references["experts"])
+    assert "fwt_expert" in measure(run)[1] and not list(tmp_path.glob("*.json"))
+    assert sum("diverged" in text for text in said.said) == 2
 
 
 def test_an_unknown_reference_names_the_nearest(tmp_path: Path) -> None:

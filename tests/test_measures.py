@@ -23,6 +23,7 @@ from cl.learner import Learner
 from cl.measures import MEASURES, NEEDS, forecasts, measure
 from cl.protocol import Protocol, first, rest
 from cl.report import Run
+from cl.report.curves import draw
 from cl.report.files import transfer_json
 from cl.report.l2 import L2Log
 from cl.task import Stream, TaskData
@@ -170,6 +171,22 @@ def test_the_log_of_l2metrics_holds_R_and_the_curves(tmp_path: Path) -> None:
     assert values[0::2] == [pytest.approx(row, abs=1e-6) for row in worked_example().tolist()]
     assert values[1::2] == [pytest.approx(curve, abs=1e-6) for curve in run.instruments["curves"].own()]
     assert len(list((tmp_path / "l2log").glob("expert_*"))) == 3
+
+
+def test_the_picture_of_the_curves_draws_each_number_at_its_step() -> None:
+    run = example()
+    strips = draw(run).axes
+    assert len(strips) == 3
+    for task, axes in enumerate(strips):
+        lines = [line for line in axes.get_lines() if line.get_color() == "#00224e"]
+        every = [v for k in range(3) for v in [START[task][k], *INSIDE[task][3 * k : 3 * k + 3]]]
+        steps = [s for k in range(3) for s in range(3 * k, 3 * k + 4)]
+        measured = [(s, v) for s, v in zip(steps, every, strict=True) if not math.isnan(v)]
+        assert list(zip(*lines[0].get_data(), strict=True)) == [(s, pytest.approx(v)) for s, v in measured]
+        (dot,) = [line for line in axes.get_lines() if line.get_marker() == "o"]
+        assert dot.get_data()[1][0] == pytest.approx(float(worked_example()[task + 1, task]))
+        expert = next(line for line in axes.get_lines() if line.get_color() == "#9a9a9a")
+        assert list(expert.get_xdata()) == [3 * task + s for s in range(4)]
 
 
 # ------------------------------------------------------------------ forecasts

@@ -61,6 +61,8 @@ def missing(error: Any) -> str:
 
     found = re.search(r"Could not (?:find|load) '([^']+)'", str(error))
     group, _, name = (found.group(1) if found else str(error.missing_cfg_file or "")).rpartition("/")
+    if (group, name) == ("hydra/sweeper", "optuna"):
+        return "hydra/sweeper=tune searches with Optuna, which is not installed: pip install 'clsim[tune]'."
     folder = files("cl.conf").joinpath(group)
     own = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")] if folder.is_dir() else []
     options = {*own, *(error.options or ())}

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
+from cl import explain
 from cl.cli import main
 
 SMALL = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu"]
@@ -197,3 +199,8 @@ def test_a_key_of_another_job_of_a_sweep_is_told_as_such(tmp_path: Path):
     result = cl_run("-m", "strategy=ewc,er", "strategy.er.memory_size=5", "epochs=1", cwd=tmp_path)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert "with this choice of groups" in result.stderr
+
+
+def test_a_search_without_its_extra_names_the_extra():
+    error = MissingConfigException("In 'hydra/sweeper/tune': Could not load 'hydra/sweeper/optuna'", None)
+    assert "clsim[tune]" in explain.missing(error)

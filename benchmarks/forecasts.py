@@ -24,9 +24,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     jobs = [(design, rows, seed) for design in DESIGNS for rows in ROWS for seed in range(SEEDS)]
     points = [_run(*job) for job in track(jobs, "forecasts", console=console, transient=True)]
-    table = Table(
-        title=f"{len(points)} targets: {', '.join(DESIGNS)}; {ROWS} training rows; {SEEDS} seeds; MLP"
-    )
+    table = Table(title=f"{len(points)} targets: {', '.join(DESIGNS)}; {ROWS} training rows; {SEEDS} seeds; MLP")
     for column in ("estimator", "tau with forward transfer", "95 % bootstrap interval", "p"):
         table.add_column(column, justify="left" if column == "estimator" else "right")
     found = {}

@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from cl.compare.align import align, shortest_names, strategies
+from cl.compare.align import align, method_config, shortest_names, strategies
 from cl.compare.cli import main
+from cl.compare.forecasts import forecasts
 from cl.compare.lines import front
 from cl.compare.numbers import Number, summarise
-from cl.compare.read import find_runs, read_run
+from cl.compare.read import RunFiles, find_runs, read_run
 from cl.compare.table import leaderboard, number
+from cl.compare.tuning import MARKS
 from cl.errors import InputError
 from cl.report import Run
 from cl.report.files import FileReport
@@ -91,6 +93,25 @@ def add_extras(place: Path, seed: int, cost: float = 1.0) -> None:
     content["measures"] = {"relative_performance": entry}
     content["absent"] = {"intransigence": "no joint run"}
     (place / "transfer.json").write_text(json.dumps(content))
+
+
+def edit(place: Path, **more: object) -> Path:
+    """Put more into transfer.json."""
+    path = place / "transfer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    return place
+
+
+Values = list[float | None]
+
+
+def forecast(estimates: dict[str, Values], gain: Values, against: str = "experts") -> dict[str, object]:
+    """What a run's own report says, with a tau that is of this run alone."""
+    common = {"forward_transfer": gain, "against": against, "tau": 0.123, "low": None, "high": None, "p": 0.456}
+    return {name: {"estimate": values, **common} for name, values in estimates.items()}
+
+
+SEARCH = {"protocol": "score_rest", "optimizer.lr": 0.125, "trials": 30, "seconds": 61.5, "steps": 4711, "flops": None}
 
 
 def many(place: Path, seeds: int = 3, extras: bool = True) -> Path:
@@ -295,6 +316,175 @@ def number_of(value: float) -> Number:
     return Number("group", "", "", "", "", "", "", "", mean=float(value))
 
 
+# --------------------------------------------------------------------------- forecasts
+
+
+def with_forecasts(place: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Write runs whose forecasts have gaps, two of them measured zero-shot, and return the whole pairs by kind."""
+    draw = np.random.default_rng(5)
+    pairs: dict[str, tuple[list[float], list[float]]] = {"experts": ([], []), "zero-shot": ([], [])}
+    for i, (strategy, seed, against) in enumerate(
+        [(s, k, "zero-shot" if k == 2 else "experts") for s in ("er", "ewc") for k in range(3)]
+    ):
+        run = make_run(place / str(i), strategy, seed, R=random_R(i, 5))
+        guess: Values = [*(draw.random(5) + i)]  # runs lie apart: the tau of all is none of those inside runs
+        gain: Values = [None, *(0.3 * i + draw.random(4))]
+        if i == 0:
+            guess[3] = None
+        edit(run, forecasts=forecast({"vci": guess, "constant": [1.0] * 5}, gain, against))
+        whole = [(x, y) for x, y in zip(guess, gain, strict=True) if x is not None and y is not None]
+        pairs[against][0].extend(x for x, _ in whole)
+        pairs[against][1].extend(y for _, y in whole)
+    return pairs
+
+
+def test_tau_is_over_the_tasks_of_all_runs_that_share_what_they_are_measured_against(tmp_path):
+    from scipy import stats
+
+    pairs = with_forecasts(tmp_path / "runs")
+    rows = compare(tmp_path / "runs", "--out", tmp_path)
+    for against, (x, y) in pairs.items():
+        row = one(rows, kind="forecast", quantity="vci_tau", base=against)
+        tau, p = stats.kendalltau(x, y)
+        assert int(row["num"]) == len(x) == {"experts": 15, "zero-shot": 8}[against]
+        assert (float(row["mean"]), float(row["p"])) == pytest.approx((tau, p))
+        assert -1 <= float(row["low"]) < tau < float(row["high"]) <= 1
+        row = one(rows, kind="forecast", quantity="constant_tau", base=against)
+        assert row["mean"] == row["p"] == row["low"] == "", "what never varies orders nothing"
+    assert len(select(rows, kind="forecast")) == 4
+
+
+def test_every_point_of_a_forecast_stands_in_the_csv_once(tmp_path):
+    pairs = with_forecasts(tmp_path / "runs")
+    rows = compare(tmp_path / "runs", "--out", tmp_path)
+    gains = select(rows, kind="run", quantity="forward_transfer")
+    assert len(gains) == 6 * 4 and {row["task"] for row in gains} == set("2345"), "not once an estimator"
+    guess = {
+        (row["group"], row["seed"], row["task"]): float(row["mean"])
+        for row in select(rows, kind="run", quantity="vci_estimate")
+    }
+    assert len(guess) == 6 * 5 - 1
+    for against, (x, y) in pairs.items():
+        points = {(row["group"], row["seed"], row["task"]): row["mean"] for row in gains if row["base"] == against}
+        found = [(guess[at], float(value)) for at, value in points.items() if at in guess]
+        assert sorted(found) == sorted(zip(x, y, strict=True))
+
+
+@given(st.permutations(range(6)), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_tau_does_not_care_how_points_are_shared_among_runs(tmp_path_factory, order, reverse):
+    place = tmp_path_factory.mktemp("runs")
+    y = [-k if reverse else k for k in order]
+    for seed in range(2):
+        run = make_run(place / str(seed), seed=seed, R=random_R(seed, 4))
+        mine = slice(3 * seed, 3 * seed + 3)
+        edit(run, forecasts=forecast({"tmi": [None, *map(math.exp, order[mine])]}, [None, *y[mine]]))
+    found = align([read_run(path) for path in find_runs([place])])
+    (pooled,) = forecasts(found.stages[0], summarise(found, 0.95, []))
+    assert pooled.tau.mean == pytest.approx(-1.0 if reverse else 1.0) and pooled.tau.num == 6
+    assert pooled.tau.p == pytest.approx(2 / math.factorial(6)), "of all orders, this one and its reverse"
+
+
+def test_a_page_without_forecasts_says_nothing_of_them(tmp_path):
+    edit(make_run(tmp_path / "runs" / "a"), forecasts={}, tuning={})
+    make_run(tmp_path / "runs" / "b", seed=1)
+    rows = compare(tmp_path / "runs", "--out", tmp_path)
+    source = (tmp_path / "comparison.html").read_text(encoding="utf-8").partition('<script type="application/json"')[0]
+    assert "Forecasts" not in source and "Tuning" not in source
+    assert not [row for row in rows if row["kind"] == "forecast" or row["quantity"].startswith("tuning")]
+
+
+# --------------------------------------------------------------------------- tuning
+
+
+def test_what_tunes_is_never_the_best_and_what_tuned_on_everything_is_marked(tmp_path, capsys):
+    for strategy, level, protocol in (("er", 0.9, "tune_first"), ("ewc", 0.7, "tune_everything"), ("lwf", 0.5, "")):
+        for seed in (0, 1):
+            run = make_run(tmp_path / "runs" / f"{strategy}{seed}", strategy, seed, torch.full((4, 3), level))
+            edit(run, tuning={"protocol": protocol} if protocol else {})
+    found = align([read_run(path) for path in find_runs([tmp_path / "runs"])])
+    board = leaderboard(found, found.stages[0], summarise(found, 0.95, []), "average_accuracy")
+    assert [row.group for row in board.rows] == ["er", "ewc", "lwf"] and board.best == "ewc"
+    assert [row.tuning for row in board.rows] == [MARKS["tune_first"], MARKS["tune_everything"], ""]
+    assert not any(board.rows[0].best) and board.rows[1].best[0]
+    compare(tmp_path / "runs", "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert all(mark in said for mark in MARKS.values())
+    source = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    for name, mark in (("er", MARKS["tune_first"]), ("ewc", MARKS["tune_everything"])):
+        assert f'<th scope="row">{name}<small>{mark}</small></th>' in source
+    assert "bounds and tuning left out" in source
+
+
+def halves(place: Path, strategy: str, level: float, protocol: str) -> None:
+    """Write runs on the first or the last two of four tasks."""
+    for seed in (0, 1):
+        config = {"protocol": {"name": protocol, "num_tasks": 2}, "stream": {"num_tasks": 4}}
+        R = torch.full((3, 2), level + 0.01 * seed)
+        edit(
+            make_run(place / f"{strategy}-{protocol}-{seed}", strategy, seed, R, config=config),
+            tuning={"protocol": protocol},
+        )
+
+
+def test_first_and_last_tasks_are_two_streams_and_only_results_are_ranked(tmp_path):
+    for strategy, level in (("er", 0.5), ("ewc", 0.6)):
+        for protocol in ("tune_first", "score_rest"):
+            halves(tmp_path / "runs", strategy, level, protocol)
+    found = align([read_run(path) for path in find_runs([tmp_path / "runs"])])
+    assert [stage.name.rpartition("tasks ")[2] for stage in found.stages] == ["last 2", "first 2"]
+    rows = compare(tmp_path / "runs", "--out", tmp_path)
+    assert {row["stream"].rpartition(" ")[0].rpartition(" ")[2] for row in select(rows, kind="test")} == {"last"}
+    assert not select(rows, kind="rank"), "one stream of results"
+    for strategy, level in (("er", 0.7), ("ewc", 0.6)):  # a second one: the stream of tuning takes no part
+        config = {"protocol": {"name": "score_rest", "num_tasks": 2}}
+        for seed in (0, 1):
+            R = torch.full((6, 5), level)
+            make_run(tmp_path / "runs" / f"long-{strategy}-{seed}", strategy, seed, R, config=config)
+    rows = compare(tmp_path / "runs", "--out", tmp_path)
+    ranked = select(rows, kind="rank", quantity="average_accuracy")
+    assert {row["mean"] for row in ranked} == {"1.5"} and {row["num"] for row in ranked} == {"2"}
+
+
+def test_budgets_of_searches_are_in_the_csv_and_differences_are_said(tmp_path):
+    for strategy, trials in (("er", 30), ("ewc", 10)):
+        for seed in (0, 1):
+            tuning = SEARCH | {"trials": trials}
+            edit(make_run(tmp_path / "runs" / f"{strategy}{seed}", strategy, seed), tuning=tuning)
+    rows = compare(tmp_path / "runs", "--out", tmp_path)
+    for name, value in (("trials", 30.0), ("seconds", 61.5), ("steps", 4711.0)):
+        row = one(rows, kind="group", group="er", quantity=f"tuning_{name}")
+        assert (float(row["mean"]), float(row["sd"]), row["num"]) == (value, 0.0, "2")
+    assert not select(rows, quantity="tuning_flops"), "what was not counted is absent, not 0"
+    source = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert '<data value="61.5">61.5</data>' in source and "optimizer.lr = 0.125" in source
+
+    def notes() -> list[str]:
+        return align([read_run(path) for path in find_runs([tmp_path / "runs"])]).notes
+
+    assert "Searches had other budgets: 30 trials, 4711 steps (er); 10 trials, 4711 steps (ewc)." in notes()
+    assert not any(note.startswith("Hyper-parameters") for note in notes())
+    for seed in (0, 1):  # other seconds are no other budget
+        edit(tmp_path / "runs" / f"ewc{seed}", tuning=SEARCH | {"seconds": 1.0})
+    assert not any(note.startswith(("Searches", "Hyper-parameters")) for note in notes())
+    for seed in (0, 1):
+        edit(tmp_path / "runs" / f"ewc{seed}", tuning={"protocol": "tune_everything"})
+    said = next(note for note in notes() if note.startswith("Hyper-parameters were chosen differently"))
+    assert "by a search on the first tasks, left out here (er)" in said
+    assert "a trial of a search on the test sets of all tasks (ewc)" in said
+
+
+def test_values_of_a_search_name_groups_in_four_digits_where_that_parts_them():
+    def er(lr: float) -> dict[str, object]:
+        return {"strategy.er.memory_size": 200, "optimizer.lr": lr}
+
+    assert shortest_names([er(0.0443037524), er(0.1398196141)], strategies) == ["er lr 0.0443", "er lr 0.1398"]
+    assert shortest_names([er(0.123451), er(0.123452)], strategies) == ["er lr 0.123451", "er lr 0.123452"]
+    plain = method_config(RunFiles(Path("."), er(0.1) | {"protocol": None}))
+    protocols = [plain, er(0.1) | {"protocol.name": "tune_everything"}]
+    assert shortest_names(protocols, strategies) == ["er no protocol", "er protocol tune_everything"]
+
+
 # --------------------------------------------------------------------------- groups
 
 
@@ -427,13 +617,16 @@ def test_versions_that_differ_are_said(tmp_path):
 # --------------------------------------------------------------------------- the page
 
 
+CHECKED = ("Leaderboard", "How estimates")
+
+
 class Page(HTMLParser):
     """Collects the numbers of tables, the texts of cells and the figures."""
 
     def __init__(self) -> None:
         super().__init__()
         self.data: list[str] = []
-        self.cells: list[str] = []  # of leaderboards, without what stands in <data>
+        self.cells: list[str] = []  # of leaderboards and forecasts, without what stands in <data>
         self._caption = ""
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: dict[str, str] = defaultdict(str)
@@ -445,7 +638,7 @@ class Page(HTMLParser):
         self._stack.append(tag)
         if tag == "data":
             self.data.append(dict(attrs)["value"])
-        if tag == "td" and self._caption.startswith("Leaderboard"):
+        if tag == "td" and self._caption.startswith(CHECKED):
             self.cells.append("")
         if tag == "caption":
             self._caption = ""
@@ -461,7 +654,7 @@ class Page(HTMLParser):
             self.scripts[self._script] += data
         elif "caption" in self._stack:
             self._caption += data
-        elif "td" in self._stack and "data" not in self._stack and self._caption.startswith("Leaderboard"):
+        elif "td" in self._stack and "data" not in self._stack and self._caption.startswith(CHECKED):
             self.cells[-1] += data
 
 
@@ -481,6 +674,13 @@ def leaves(value) -> list[float]:
 def made(tmp_path_factory) -> tuple[Page, Rows, Path]:
     place = tmp_path_factory.mktemp("made")
     many(place / "runs")
+    draw = np.random.default_rng(8)
+    for run in sorted((place / "runs").iterdir()):
+        strategy, _, seed = run.name.partition("-")
+        guess = {"vci": draw.random(3).tolist(), "covariance": [None, *draw.random(2).tolist()], "new": [None] * 3}
+        gain = [None, *(draw.random(2) - 0.5).tolist()]
+        edit(run, forecasts=forecast(guess, gain, "zero-shot" if seed == "2" else "experts"))
+        edit(run, tuning={"er": SEARCH, "ewc": {"protocol": "tune_everything"}}.get(strategy, {}))
     for seed in (0, 1):  # a second stream, and a second order on it
         for strategy in ("er", "ewc"):
             R = random_R(100 + seed, num_tasks=2)
@@ -494,7 +694,8 @@ def test_every_number_of_the_tables_is_in_the_csv(made):
     known = {row[key] for row in rows for key in ("mean", "sd", "low", "high", "p")}
     assert len(page.data) > 300 and set(page.data) <= known
     runs = {row["num"] for row in rows}
-    assert len(page.cells) == 4 * (6 + 2) + 2 * (5 + 2)  # groups times columns, with runs and tests
+    boards = 4 * (6 + 2) + 2 * (5 + 2)  # groups times columns, with runs and tests
+    assert len(page.cells) == boards + 2 * 3 * 5  # what it is against, estimators, columns
     for cell in page.cells:
         assert not re.search(r"\d", cell) or cell in runs, f"{cell!r} is a number outside <data>"
 
@@ -522,7 +723,30 @@ def test_every_number_of_the_figures_is_in_the_csv(made):
         "over-tasks",
         "curves",
         "resources",
+        "forecasts",
     }
+
+
+def test_a_scatter_shows_each_task_of_each_run_as_its_group(made):
+    page, rows, _ = made
+    block = next(b for b in json.loads(page.scripts["figures"]) if b["id"].endswith("forecasts"))
+    assert [view["choice"] for view in block["views"]] == [{"against": "experts"}, {"against": "zero-shot"}]
+    colours: dict[str, set[str]] = defaultdict(set)
+    for view, seeds in zip(block["views"], ("01", "2"), strict=True):
+        names = [panel["title"].partition(",")[0] for panel in view["panels"]]
+        assert names == ["vci", "covariance"], "the third says nothing"
+        for panel in view["panels"]:
+            quantity = panel["title"].partition(",")[0] + "_estimate"
+            for trace in panel["figure"]["data"]:
+                colours[trace["meta"]].add(trace["marker"]["color"] + trace["marker"]["symbol"])
+                assert {(seed, task) for seed, task in trace["customdata"]} == {(s, t) for s in seeds for t in (2, 3)}
+                for x, y, (seed, task) in zip(trace["x"], trace["y"], trace["customdata"], strict=True):
+                    at = {"kind": "run", "group": trace["meta"], "seed": seed, "task": str(task)}
+                    assert x == float(one(rows, quantity=quantity, **at)["mean"])
+                    assert y == float(one(rows, quantity="forward_transfer", **at)["mean"])
+    assert len(colours) == 4 and all(len(found) == 1 for found in colours.values())
+    source = (made[2] / "comparison.html").read_text(encoding="utf-8")
+    assert "never pooled" in source and "1 - tr(pinv(S_T) S_B) / min(D, C - 1)" in source
 
 
 def test_a_matrix_is_drawn_where_its_cells_belong(made):
@@ -624,6 +848,10 @@ HEAD = "after_task,task,mask,metric,value\n"
         ("transfer.json", "{", "transfer.json cannot be read"),
         ("transfer.json", "[]", "transfer.json cannot be read: it holds no object"),
         ("transfer.json", '{"scenario": "class"}', "says nothing of 'num_tasks'"),
+        ("transfer.json", {"tuning": {"trials": "many"}}, "transfer.json cannot be read: .*many"),
+        ("transfer.json", {"forecasts": {"vci": {"estimate": [1.0]}}}, "says nothing of 'forward_transfer'"),
+        ("transfer.json", {"forecasts": forecast({"vci": [1.0]}, [1, 2])}, "vci has 1 estimates"),
+        ("transfer.json", {"forecasts": forecast({"vci": ["a"]}, [1])}, "transfer.json cannot be read: .*'a'"),
         ("transfer.csv", "after_task,task,mask,value\n", "has no column 'metric'"),
         (
             "transfer.csv",
@@ -642,7 +870,10 @@ HEAD = "after_task,task,mask,metric,value\n"
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, sentence):
     place = make_run(tmp_path / "run")
-    (place / name).write_text(content, encoding="latin-1")
+    if isinstance(content, dict):
+        edit(place, **content)
+    else:
+        (place / name).write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=sentence) as error:
         read_run(place)
     assert str(place / name) in str(error.value) and "\n" not in str(error.value)

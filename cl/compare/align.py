@@ -112,7 +112,8 @@ def method_config(run: RunFiles) -> dict[str, Any]:
         {'epochs': 5}
     """
     skip = (*IGNORED, "stream", "dataset", "scenario")
-    return {k: v for k, v in run.config.items() if not under(k, skip) and k.rpartition(".")[2] not in _PLACES}
+    config = {k: v for k, v in run.config.items() if not under(k, skip) and k.rpartition(".")[2] not in _PLACES}
+    return {k: v for k, v in config.items() if (k, v) != ("protocol", None)}  # without one nothing is said of it
 
 
 def stream_config(run: RunFiles) -> dict[str, Any]:
@@ -133,7 +134,10 @@ def stream_config(run: RunFiles) -> dict[str, Any]:
         and key.rpartition(".")[2] not in _PLACES
         and not (key.rpartition(".")[2] == "seed" and value == seed and not key.startswith("dataset"))
     }
-    return {**kept, "scenario": run.scenario, "tasks": run.num_tasks}  # a protocol may leave tasks out
+    # a protocol may leave tasks out: first and last ones are other streams, even where they are as many
+    part = {"tune_first": "first", "score_rest": "last"}.get(str(run.config.get("protocol.name")))
+    tasks = f"{part} {run.num_tasks}" if part and run.config.get("protocol.num_tasks") else run.num_tasks
+    return {**kept, "scenario": run.scenario, "tasks": tasks}
 
 
 def differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -220,10 +224,13 @@ def shortest_names(configs: Sequence[Mapping[str, Any]], base: Any) -> list[str]
         part = {str(i): configs[i] for i in place}
         keys = _parting_keys(part)
         words = _words(keys)
-        for i in place:
-            values = configs[i]
-            shown = (f"{words[key]} {brief(values[key])}" if key in values else f"no {words[key]}" for key in keys)
-            names[i] = " ".join([name, *shown])
+        for digits in (4, None):  # of fractions, as a search draws them; all where fewer do not part them
+            for i in place:
+                has = configs[i]
+                shown = (f"{words[k]} {brief(has[k], digits)}" if k in has else f"no {words[k]}" for k in keys)
+                names[i] = " ".join([name, *shown])
+            if len({names[i] for i in place}) == len(place):
+                break
     return [name if name not in names[:i] else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
@@ -245,10 +252,13 @@ def _parting_keys(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _words(keys: Sequence[str]) -> dict[str, str]:
-    """Return short words for keys: the last part without "num_" and "_size", with the part above it where two agree."""
+    """Return short words for keys: the last part without "num_" and "_size", with the part above it where two agree.
+
+    A class or a name goes by what it is of: "protocol.name" is the protocol.
+    """
 
     def word(key: str, depth: int) -> str:
-        parts = key.removesuffix("._target_").split(".")
+        parts = key.removesuffix("._target_").removesuffix(".name").split(".")
         last = parts[-1].removeprefix("num_").removesuffix("_size")
         return " ".join([*parts[-depth:-1], last]).replace("_", " ")
 
@@ -256,13 +266,15 @@ def _words(keys: Sequence[str]) -> dict[str, str]:
     return {key: text if list(short.values()).count(text) == 1 else word(key, 2) for key, text in short.items()}
 
 
-def brief(value: Any) -> str:
-    """Return a value of a configuration as text, of a class only its name.
+def brief(value: Any, digits: int | None = None) -> str:
+    """Return a value of a configuration as text, of a class only its name, of a fraction so many digits, None for all.
 
     Example:
-        >>> brief("cl.backbones.MLP"), brief(None), brief(0.1)
-        ('MLP', 'null', '0.1')
+        >>> brief("cl.backbones.MLP"), brief(None), brief(0.1), brief(0.0123456, 4)
+        ('MLP', 'null', '0.1', '0.01235')
     """
+    if isinstance(value, float) and digits:
+        return f"{value:.{digits}g}"
     text = "null" if value is None else str(value)
     return text.rpartition(".")[2] if isinstance(value, str) and text.count(".") > 1 else text
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cl.compare.align import Comparison, brief
+from cl.compare.align import Comparison, Stage, brief
+from cl.compare.forecasts import Forecast, meanings
 from cl.compare.markup import datum, table, term, text
 from cl.compare.notes import listed
 from cl.compare.numbers import Numbers, entries
-from cl.compare.read import Entry
+from cl.compare.read import COSTS, Entry
 from cl.compare.table import Board, Column, Ranks
+from cl.compare.table import number as shown_number
+from cl.compare.tuning import chosen, found
 
 
 def ranks(over: Ranks | None) -> str:
@@ -32,8 +35,8 @@ def ranks(over: Ranks | None) -> str:
     )
 
 
-def configurations(comparison: Comparison) -> str:
-    """Return a table of what the groups differ in."""
+def configurations(comparison: Comparison, numbers: Numbers) -> str:
+    """Return a table of what the groups differ in, and one of how their hyper-parameters were chosen."""
 
     def shown(values: dict[str, Any], group: str) -> str:
         return text(brief(values[group])) if group in values else '<span class="none">–</span>'
@@ -48,7 +51,38 @@ def configurations(comparison: Comparison) -> str:
     what = (
         table("What the configurations of the groups differ in", head, rows) if rows else "<p>There is one group.</p>"
     )
-    return f'<section id="configurations"><h2>Configurations</h2>{what}</section>'
+    return f'<section id="configurations"><h2>Configurations</h2>{what}{_tuning(comparison, numbers)}</section>'
+
+
+def _tuning(comparison: Comparison, numbers: Numbers) -> str:
+    """Return how hyper-parameters were chosen and what the search cost, nothing where no run says it."""
+    tuned = [
+        (stage, group)
+        for stage in comparison.stages
+        for group, units in stage.runs.items()
+        if any(run.tuning for run in units.values())
+    ]
+    costs = [name for name in COSTS if any(numbers.one(s.name, group, f"tuning_{name}") for s, group in tuned)]
+    rows = "".join(_choice(stage, group, costs, numbers) for stage, group in tuned)
+    names = ("group", "stream", "hyper-parameters", "values found")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    titles = {"flops": "FLOPs"}
+    head += "".join(f'<th scope="col">{term(f"tuning_{name}", titles.get(name, name))}</th>' for name in costs)
+    made = table("How hyper-parameters were chosen, and what the search cost in all its trials", head, rows)
+    return f"<h3>Tuning</h3>{made}" if tuned else ""
+
+
+def _choice(stage: Stage, group: str, costs: Sequence[str], numbers: Numbers) -> str:
+    runs = list(stage.runs[group].values())
+    ways = dict.fromkeys(chosen(run) for run in runs)
+    values = dict.fromkeys(f"{key} = {brief(value)}" for run in runs for key, value in found(run).items())
+    cells = [text(stage.name), text("; ".join(ways)), "<br>".join(f"<code>{text(v)}</code>" for v in values) or "–"]
+    for name in costs:
+        cost = numbers.one(stage.name, group, f"tuning_{name}")
+        shown = datum(cost.mean, shown_number(cost.mean)) if cost else "–"
+        # runs of several searches may stand in one group
+        cells.append(f"{shown} ± {datum(cost.sd, shown_number(cost.sd))}" if cost and cost.sd > 0 else shown)
+    return f'<tr><th scope="row">{text(group)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def provenance(comparison: Comparison) -> str:
@@ -65,7 +99,9 @@ def provenance(comparison: Comparison) -> str:
     return f'<section id="runs"><h2>Runs</h2><details><summary>Directories</summary>{made}</details></section>'
 
 
-def definitions(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) -> str:
+def definitions(
+    comparison: Comparison, boards: Sequence[Board], numbers: Numbers, forecasts: Sequence[Forecast]
+) -> str:
     """Return what every term of the page means."""
     known: dict[str, Entry] = {}
     for run in comparison.runs:
@@ -96,6 +132,7 @@ def definitions(comparison: Comparison, boards: Sequence[Board], numbers: Number
     )
     if len(boards) < 2:
         del items["average-rank"], items["critical-difference"]
+    items |= meanings(forecasts, numbers.level)
     shown = "".join(
         f'<dt id="term-{text(name)}">{text(Column(name, "", Entry(0)).title.replace("-", " "))}</dt>'
         f'<dd id="def-{text(name)}">{text(definition)}</dd>'

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cl.compare.align import Comparison, align
+from cl.compare.forecasts import forecasts
 from cl.compare.html import page
 from cl.compare.numbers import Numbers, summarise
 from cl.compare.read import find_runs, read_run
@@ -64,10 +65,11 @@ def run(options: argparse.Namespace) -> None:
     numbers = summarise(comparison, options.level, bases)
     boards = _boards(comparison, numbers, options.scalar)
     over = ranks(comparison, boards, numbers)
+    found = {stage.name: forecasts(stage, numbers) for stage in comparison.stages}
     show(comparison, boards, over)
     out = Path(options.out)
     write_text(out / "comparison.csv", numbers.csv())
-    write_text(out / "comparison.html", page(comparison, boards, over, numbers, bases))
+    write_text(out / "comparison.html", page(comparison, boards, over, numbers, bases, found))
     print(f"page: {out / 'comparison.html'}, numbers: {out / 'comparison.csv'}")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 
 import cl
 from cl.compare.align import Comparison, Stage
 from cl.compare.appendix import configurations, definitions, provenance, ranks
 from cl.compare.figures import Block, Style, styles
+from cl.compare.forecasts import Forecast, taus
 from cl.compare.lines import blocks
 from cl.compare.markup import datum, table, term, text
 from cl.compare.notes import listed
@@ -30,7 +31,12 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def page(
-    comparison: Comparison, boards: Sequence[Board], over: Ranks | None, numbers: Numbers, bases: Sequence[str]
+    comparison: Comparison,
+    boards: Sequence[Board],
+    over: Ranks | None,
+    numbers: Numbers,
+    bases: Sequence[str],
+    forecasts: Mapping[str, Sequence[Forecast]],
 ) -> str:
     """Return the whole page.
 
@@ -40,15 +46,17 @@ def page(
         over: Ranks over the streams, if there are several.
         numbers: All numbers; the page shows no other.
         bases: Groups that matrices are subtracted from.
+        forecasts: By stream.
     """
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     stages = {stage.name: stage for stage in comparison.stages}
     parts, drawn = [], []
     for i, board in enumerate(boards, start=1):
-        made = blocks(comparison, stages[board.stream], board, numbers, bases, f"stream{i}")
+        found = forecasts[board.stream]
+        made = blocks(comparison, stages[board.stream], board, numbers, bases, found, f"stream{i}")
         drawn += made
-        parts.append(_stream(board, stages[board.stream], made, numbers, i))
+        parts.append(_stream(board, stages[board.stream], made, found, numbers, i))
     runs = comparison.runs
     title = f"{len(runs)} runs of {listed(comparison.groups)}"
     body = [
@@ -59,9 +67,9 @@ def page(
         _legend(comparison),
         *parts,
         ranks(over),
-        configurations(comparison),
+        configurations(comparison, numbers),
         provenance(comparison),
-        definitions(comparison, boards, numbers),
+        definitions(comparison, boards, numbers, [forecast for part in forecasts.values() for forecast in part]),
         f"<footer><p>clsim {text(cl.__version__)}. Every number of this page stands in comparison.csv.</p></footer>",
     ]
     figures = json.dumps([block.json() for block in drawn], allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
@@ -126,10 +134,13 @@ def _swatch(style: Style) -> str:
 # --------------------------------------------------------------------------- one stream
 
 
-def _stream(board: Board, stage: Stage, made: Sequence[Block], numbers: Numbers, place: int) -> str:
+def _stream(
+    board: Board, stage: Stage, made: Sequence[Block], found: Sequence[Forecast], numbers: Numbers, place: int
+) -> str:
     first = ' id="main" tabindex="-1"' if place == 1 else ""
     parts = [f'<section id="stream{place}"><div{first}><h2>{text(board.stream)}</h2>', _board(board, numbers), "</div>"]
-    parts += [_block(block) for block in made]
+    beside = {f"stream{place}-forecasts": taus(found, board.stream, numbers.level)}
+    parts += [_block(block, beside.get(block.id, "")) for block in made]
     return "\n".join([*parts, _every_scalar(board, stage, numbers), "</section>"])
 
 
@@ -143,19 +154,20 @@ def _board(board: Board, numbers: Numbers) -> str:
         if i == 0:
             head.append(f'<th scope="col">{term("against-best", "against the best")}</th>')
     rows = "".join(_row(row, board) for row in board.rows)
-    caption = f"Leaderboard of {board.stream}; the best of each column, bounds left out, is bold."
+    left_out = "bounds left out" if all(row.result for row in board.rows) else "bounds and tuning left out"
+    caption = f"Leaderboard of {board.stream}; the best of each column, {left_out}, is bold."
     return table(caption, "".join(head), rows)
 
 
 def _row(row: Row, board: Board) -> str:
-    bound = f"<small>{row.bound}</small>" if row.bound else ""
-    cells = [f'<th scope="row">{text(row.group)}{bound}</th>', f"<td>{row.num}</td>"]
+    remarks = "".join(f"<small>{remark}</small>" for remark in row.remarks)
+    cells = [f'<th scope="row">{text(row.group)}{remarks}</th>', f"<td>{row.num}</td>"]
     for i, (c, cell) in enumerate(zip(board.columns, row.cells, strict=True)):
         best = ' class="best"' if row.best[i] else ""
         cells.append(f"<td{best}>{_cell(c, cell)}</td>")
         if i == 0:
             cells.append(f"<td>{_test(c, row, board.best)}</td>")
-    return f"<tr{' class=bound' if row.bound else ''}>{''.join(cells)}</tr>"
+    return f"<tr{' class=aside' if row.bound or not row.result else ''}>{''.join(cells)}</tr>"
 
 
 def _cell(c: Column, cell: Number | None) -> str:
@@ -182,10 +194,11 @@ def _test(c: Column, row: Row, best: str) -> str:
     return shown + (f"<small>[{signed(test.low)}, {signed(test.high)}]</small>" if not math.isnan(test.low) else "")
 
 
-def _block(block: Block) -> str:
+def _block(block: Block, beside: str) -> str:
+    """Return a block with a table before its figures, or none."""
     return (
         f'<section class="block" aria-labelledby="{block.id}"><h3 id="{block.id}">{text(block.title)}</h3>'
-        f'<p>{text(block.about)}</p><div class="choices"></div><div class="panels" data-block="{block.id}">'
+        f'<p>{text(block.about)}</p>{beside}<div class="choices"></div><div class="panels" data-block="{block.id}">'
         "<noscript>Figures need JavaScript; their numbers stand in comparison.csv.</noscript></div></section>"
     )
 

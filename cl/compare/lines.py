@@ -23,6 +23,8 @@ from cl.compare.figures import (
     points,
     styles,
 )
+from cl.compare.forecasts import Forecast
+from cl.compare.forecasts import block as forecasts
 from cl.compare.numbers import Number, Numbers
 from cl.compare.read import LOWER_IS_BETTER
 from cl.compare.table import Board, Column, column
@@ -31,7 +33,13 @@ RESOURCES = ("seconds", "flops", "steps", "parameters", "memory_bytes", "state_b
 
 
 def blocks(
-    comparison: Comparison, stage: Stage, board: Board, numbers: Numbers, bases: Sequence[str], place: str
+    comparison: Comparison,
+    stage: Stage,
+    board: Board,
+    numbers: Numbers,
+    bases: Sequence[str],
+    found: Sequence[Forecast],
+    place: str,
 ) -> list[Block]:
     """Return the figures of one stream; a block without anything to show is left out.
 
@@ -41,6 +49,7 @@ def blocks(
         board: Its leaderboard.
         numbers: All numbers; nothing else is drawn.
         bases: Groups that matrices are subtracted from, the first one shown first.
+        found: What estimators said.
         place: Prefix of the identifiers on the page.
     """
     look = styles(comparison)
@@ -52,6 +61,7 @@ def blocks(
         over_tasks(stage, numbers, look),
         curves(stage, numbers, look),
         resources(stage, board, numbers, look),
+        forecasts(found, look),
     ]
     for block in made:
         block.id = f"{place}-{block.id}"

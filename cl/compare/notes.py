@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cl.compare.align import IGNORED, Comparison, differing, under
 from cl.compare.read import RunFiles
+from cl.compare.tuning import chosen
 
 MAX_NAMED = 4  # items that a sentence names before "and 3 more"
 
@@ -44,6 +45,7 @@ def sentences(
         notes.append(
             f"Grouped by {listed(by)}, runs of one group differ in {listed(left)}; tests pair those that agree."
         )
+    notes += _tuning(comparison)
     many = [key for key in comparison.differences if not key.startswith("strategy.")]
     if many and not by:
         notes.append(f"Groups differ in more than the strategy: {listed(many)}.")
@@ -122,6 +124,26 @@ def _seeds(comparison: Comparison) -> list[str]:
         if alone:
             verb = "has" if len(alone) == 1 else "have"
             notes.append(f"{listed(alone)} {verb} a single run{where}: no interval and no test can be given.")
+    return notes
+
+
+def _tuning(comparison: Comparison) -> list[str]:
+    notes = []
+    for stage in comparison.stages:
+        where = f" on {stage.name}" if len(comparison.stages) > 1 else ""
+        ways: dict[str, dict[str, None]] = {}
+        budgets: dict[str, dict[str, None]] = {}
+        for group, units in stage.runs.items():
+            for run in units.values():
+                ways.setdefault(chosen(run), {})[group] = None
+                # not the seconds: they are never the same twice
+                costs = [f"{run.tuning[name]:g} {name}" for name in ("trials", "steps") if name in run.tuning]
+                if costs:
+                    budgets.setdefault(", ".join(costs), {})[group] = None
+        for what, by in (("Hyper-parameters were chosen differently", ways), ("Searches had other budgets", budgets)):
+            if len(by) > 1:
+                parts = "; ".join(f"{key} ({listed(groups)})" for key, groups in by.items())
+                notes.append(f"{what}{where}: {parts}.")
     return notes
 
 

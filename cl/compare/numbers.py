@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cl.compare.align import Comparison, Stage, Unit
-from cl.compare.read import Array, Entry, RunFiles
+from cl.compare.read import COSTS, Array, Entry, RunFiles
 from cl.statistics import cell_intervals, t_interval
 
 Key: TypeAlias = tuple[str, str, str, str, str, str, str]
@@ -27,11 +27,11 @@ class Number:
 
     Attributes:
         kind: "group" (over the runs of a group), "run" (one run), "difference" (from the base, over shared units),
-            "test" (against the best), "rank" (over streams).
+            "test" (against the best), "rank" (over streams), "forecast" (Kendall's tau over tasks and runs).
         stream: Its name; "" for ranks.
         layout: Order of the tasks, where a stream has several; "" where the number is over all of them.
         group: Its name.
-        base: What is subtracted, or tested against.
+        base: What is subtracted, or tested against; of a forward transfer, "experts" or "zero-shot".
         seed: Of a run.
         mask: Classes that competed; "" for what belongs to no mask.
         quantity: Name of a scalar, resource or metric of a cell.
@@ -42,8 +42,8 @@ class Number:
         sd: Standard deviation over runs (divisor n - 1).
         low: Lower end of the t interval.
         high: Upper end.
-        num: Runs, pairs or streams.
-        p: Of the paired test, adjusted by Holm.
+        num: Runs, pairs, streams or points.
+        p: Of the paired test, adjusted by Holm; of tau.
     """
 
     kind: str
@@ -157,10 +157,11 @@ def summarise(comparison: Comparison, level: float, bases: Sequence[str]) -> Num
 
 
 def entries(run: RunFiles) -> dict[tuple[str, str], Entry]:
-    """Return every scalar of a run by (mask, name), its resources too."""
+    """Return every scalar of a run by (mask, name), its resources and the cost of its search too."""
     found = {(mask, name): entry for mask, part in run.scalars.items() for name, entry in part.items()}
     more = {("", name): _resource(name, value) for name, value in run.resources.items() if ("", name) not in found}
-    return found | more
+    budget = {f"tuning_{name}": run.tuning[name] for name in COSTS if name in run.tuning}
+    return found | more | {("", name): _resource(name, value) for name, value in budget.items()}
 
 
 _RESOURCES = {
@@ -175,6 +176,10 @@ _RESOURCES = {
     "memory_bytes": "bytes of the exemplar memory at the end",
     "stored_examples": "exemplars stored at the end",
     "peak_memory_bytes": "most bytes of memory in use at once",
+    "tuning_trials": "trials of the search that chose hyper-parameters, one search for all runs that took its values",
+    "tuning_seconds": "seconds of training in all trials of that search",
+    "tuning_steps": "optimiser steps in all trials of that search",
+    "tuning_flops": "floating-point operations of training in all trials of that search",
 }
 
 
@@ -182,11 +187,16 @@ def _resource(name: str, value: float) -> Entry:
     return Entry(value, _RESOURCES.get(name, f"{name} of the run"), "", "count", higher_is_better=False)
 
 
+def order_of(run: RunFiles, units: Mapping[Unit, RunFiles]) -> str:
+    """Return the order of a run where the runs beside it have several, else ""."""
+    several = any(other.order != run.order for other in units.values())
+    return "order " + ", ".join(str(i + 1) for i in run.order) if several else ""
+
+
 def _scalars(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, RunFiles]) -> None:
     values: dict[tuple[str, str], list[float]] = {}
-    orders = len({run.order for run in units.values()})
     for run in units.values():
-        layout = "order " + ", ".join(str(i + 1) for i in run.order) if orders > 1 else ""
+        layout = order_of(run, units)
         for (mask, name), entry in entries(run).items():
             if math.isfinite(entry.value):
                 values.setdefault((mask, name), []).append(entry.value)

@@ -19,6 +19,7 @@ from cl.errors import InputError
 Array = npt.NDArray[np.float64]
 _MARKS = ("transfer.json", "transfer.csv", "versions.json", "checkpoints")
 LOWER_IS_BETTER = {"ece"}  # metrics of cells; a scalar says it itself
+COSTS = ("trials", "seconds", "steps", "flops")  # of a search; beside them stand the values that it found
 PROBES = {"ridge", "knn", "cka"}  # what stands in the place of a mask where features were read
 
 
@@ -51,6 +52,21 @@ class Curve:
     values: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What an estimator said of each task before it was learned, and the forward transfer that came.
+
+    Attributes:
+        estimate: (T,), NaN where there is none.
+        forward_transfer: (T,), NaN for the first task.
+        against: "experts" or "zero-shot".
+    """
+
+    estimate: tuple[float, ...]
+    forward_transfer: tuple[float, ...]
+    against: str
+
+
 @dataclass
 class RunFiles:
     """What the files of one run directory say; what was not measured is absent.
@@ -68,6 +84,8 @@ class RunFiles:
         absent: Why a scalar could not be computed.
         curves: By (mask, metric, task tested).
         starts: Step of the run at which each task begins, where there are curves.
+        forecasts: By estimator.
+        tuning: The protocol of tuning, values that a search found by key, and its costs that are known; {} without one.
         resources: Totals of the run: sums of seconds, steps, rows and flops, the largest peak, else the last task's.
         notes: Sentences of the run.
         versions: What it ran on.
@@ -85,6 +103,8 @@ class RunFiles:
     absent: dict[str, str] = field(default_factory=dict)
     curves: dict[tuple[str, str, int], Curve] = field(default_factory=dict)
     starts: tuple[int, ...] = ()
+    forecasts: dict[str, Forecast] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
     resources: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -227,13 +247,29 @@ def _number(path: Path, row: dict[str, str], column: str) -> float:
 def _entry(raw: dict[str, Any]) -> Entry:
     divisor = raw.get("divisor")
     return Entry(
-        value=math.nan if raw.get("value") is None else float(raw["value"]),
+        value=_value(raw.get("value")),
         definition=str(raw.get("definition") or "") + (f", divided by {divisor}" if divisor not in (None, "1") else ""),
         source=str(raw.get("source") or ""),
         scale=str(raw.get("scale") or "fraction"),
         higher_is_better=bool(raw.get("higher_is_better", True)),
         caveat=raw.get("caveat"),
     )
+
+
+def _value(raw: Any) -> float:
+    return math.nan if raw is None else float(raw)
+
+
+def _forecast(name: str, raw: dict[str, Any]) -> Forecast:
+    guess, gain = (tuple(map(_value, raw[key])) for key in ("estimate", "forward_transfer"))
+    if len(guess) != len(gain):
+        raise ValueError(f"{name} has {len(guess)} estimates beside the forward transfer of {len(gain)} tasks")
+    return Forecast(guess, gain, str(raw["against"]))
+
+
+def _tuning(raw: dict[str, Any]) -> dict[str, Any]:
+    costs = {name: float(raw[name]) for name in COSTS if raw.get(name) is not None}
+    return {str(key): value for key, value in raw.items() if key not in COSTS} | costs
 
 
 def _read_transfer(run: RunFiles, path: Path) -> None:
@@ -248,6 +284,8 @@ def _read_transfer(run: RunFiles, path: Path) -> None:
             run.scalars[mask] = {name: _entry(raw) for name, raw in body["scalars"].items()}
         if content.get("measures"):
             run.scalars[""] = {name: _entry(raw) for name, raw in content["measures"].items()}
+        run.forecasts = {str(name): _forecast(name, raw) for name, raw in (content.get("forecasts") or {}).items()}
+        run.tuning = _tuning(content.get("tuning") or {})
         run.absent = {str(name): str(why) for name, why in (content.get("absent") or {}).items()}
     except KeyError as error:
         raise _unreadable(path, f"it says nothing of {error.args[0]!r}") from error

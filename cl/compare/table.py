@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cl.compare.align import Comparison, Stage
 from cl.compare.numbers import Number, Numbers, entries
 from cl.compare.read import Entry
+from cl.compare.tuning import MARKS, mark
 from cl.errors import unknown
 from cl.report import percent
 from cl.statistics import average_ranks, cliques, critical_difference, pairwise_tests
@@ -81,6 +82,7 @@ class Row:
         cells: Its number in each column, None where unmeasured.
         best: The columns in which it is the best of those that are no bounds.
         test: Its test against the best group in the leading column, None for the best itself.
+        tuning: What must be said of how its hyper-parameters were chosen, or "".
     """
 
     group: str
@@ -89,11 +91,22 @@ class Row:
     cells: list[Number | None]
     best: list[bool] = field(default_factory=list)
     test: Number | None = None
+    tuning: str = ""
+
+    @property
+    def result(self) -> bool:
+        """Whether its numbers are a result, and not a means of choosing hyper-parameters."""
+        return self.tuning != MARKS["tune_first"]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What stands below its name."""
+        return [remark for remark in (self.bound, self.tuning) if remark]
 
 
 @dataclass
 class Board:
-    """The leaderboard of one stream, the best group first."""
+    """The leaderboard of one stream, the best group first; `best` is "" where no group has a result."""
 
     stream: str
     columns: list[Column]
@@ -157,7 +170,7 @@ def leaderboard(comparison: Comparison, stage: Stage, numbers: Numbers, scalar: 
     rows = []
     for group, units in stage.runs.items():
         cells = [numbers.one(stage.name, group, c.quantity, c.mask) for c in columns]
-        rows.append(Row(group, comparison.groups[group].bound, len(units), cells))
+        rows.append(Row(group, comparison.groups[group].bound, len(units), cells, tuning=mark(units.values())))
     rows.sort(key=lambda row: _merit(lead, row.cells[0]), reverse=True)
     rivals = _rivals(comparison, rows)
     for i, c in enumerate(columns):
@@ -172,8 +185,9 @@ def leaderboard(comparison: Comparison, stage: Stage, numbers: Numbers, scalar: 
 
 
 def _rivals(comparison: Comparison, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that may be best: finished ones that are no bounds, or all where none is left."""
-    finished = [row for row in rows if comparison.groups[row.group].learned is None] or list(rows)
+    """Return the rows that may be best: finished results that are no bounds; all results where none is left."""
+    results = [row for row in rows if row.result]
+    finished = [row for row in results if comparison.groups[row.group].learned is None] or results
     return [row for row in finished if not row.bound] or finished
 
 
@@ -207,7 +221,8 @@ def _against(stage: Stage, numbers: Numbers, lead: Column, best: str) -> dict[st
 
 
 def ranks(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) -> Ranks | None:
-    """Return average ranks over the streams, None where fewer than two streams share two groups."""
+    """Return average ranks over the streams with results, None where fewer than two streams share two groups."""
+    boards = [board for board in boards if board.best]
     table: dict[str, dict[str, float]] = {}
     for name, group in comparison.groups.items():
         cells = {board.stream: row.cells[0] for board in boards for row in board.rows if row.group == name}
@@ -250,7 +265,7 @@ def terminal_table(board: Board) -> Table:
         if i == 0:
             table.add_column(Text("against best\n(Holm)"), justify="right")
     for row in board.rows:
-        cells: list[Any] = [Text(row.group + (f"\n{row.bound}" if row.bound else "")), str(row.num)]
+        cells: list[Any] = [Text("\n".join([row.group, *row.remarks])), str(row.num)]
         for i, (c, cell) in enumerate(zip(board.columns, row.cells, strict=True)):
             cells.append(Text(cell_text(c, cell), style="bold" if row.best[i] else ""))
             if i == 0:

@@ -79,21 +79,22 @@ def run_with_curves(workload: Workload, tasks: list[Arrays]) -> tuple[list[float
 
 def run_with_reports(workload: Workload, tasks: list[Arrays]) -> tuple[list[float], int]:
     """Do as `run` with all that the command line has on: bar, curves, files, picture, terminal, checkpoints."""
-    from pytorch_lightning.loggers import CSVLogger
     from rich.console import Console
 
     from cl.report.files import FileReport
     from cl.report.picture import PictureReport
     from cl.report.progress import ProgressBar
     from cl.report.terminal import TerminalReport
+    from cl.report.training import TrainingReport
 
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "terminal").open("w") as screen:
+        training = TrainingReport()
         console = Console(file=screen, force_terminal=True, force_interactive=True, width=120)
         return run(
             workload,
             tasks,
             directory=Path(folder) / "run",
-            reports=[FileReport(), PictureReport(), TerminalReport(console)],
+            reports=[FileReport(), PictureReport(), TerminalReport(console), training],
             callbacks=[ProgressBar(console)],
-            logger=[CSVLogger(folder, name="curves")],
+            logger=[training.logger],
         )

@@ -9,6 +9,7 @@ from cl.errors import InputError
 from cl.explain import flatten
 from cl.files import write_text
 
+_FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
 _LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
 
 
@@ -17,6 +18,31 @@ def make(node: Any, *arguments: Any, **options: Any) -> Any:
     from hydra.utils import instantiate
 
     return instantiate(node, *arguments, _convert_="all", **options)
+
+
+def settle(cfg: Any, directory: Path) -> dict[str, Any]:
+    """Return the resolved configuration, and write it to the directory or compare it with the one there.
+
+    Args:
+        cfg: What Hydra composed from `cl.conf`; what a search has found is put into it.
+        directory: The run's directory.
+
+    Raises:
+        InputError: If a run of another configuration was begun in the directory.
+    """
+    from omegaconf import OmegaConf
+
+    for key, value in (_protocol(cfg).found() if cfg.protocol else {}).items():
+        OmegaConf.update(cfg, key, value)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    _keep_config(config, directory)
+    return config
+
+
+def _protocol(cfg: Any) -> Any:
+    from cl.protocol import Protocol
+
+    return Protocol(**cfg.protocol)
 
 
 def build(cfg: Any, directory: Path) -> Any:
@@ -29,16 +55,11 @@ def build(cfg: Any, directory: Path) -> Any:
     Raises:
         InputError: If the configuration asks for what cannot work, or another one was begun in the directory.
     """
-    from omegaconf import OmegaConf
-
+    from cl.branch import Branch
     from cl.experiment import Experiment
-    from cl.protocol import Protocol
 
-    protocol = Protocol(**cfg.protocol) if cfg.protocol else None
-    for key, value in (protocol.found() if protocol else {}).items():
-        OmegaConf.update(cfg, key, value)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    _keep_config(config, directory)
+    config = settle(cfg, directory)
+    protocol = _protocol(cfg) if cfg.protocol else None
     stream = protocol.apply(make(cfg.stream)) if protocol else make(cfg.stream)
     strategies = {name: make(strategy) for name, strategy in (cfg.strategy or {}).items()}
     learner = _learner(cfg, stream, strategies)
@@ -57,8 +78,10 @@ def build(cfg: Any, directory: Path) -> Any:
         tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
         columns=(cfg.report or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
+        every=cfg.checkpoint.every,
         instruments=_instruments(cfg, stream),
         references=_references(cfg, config, reports),
+        branch=Branch.parse(cfg["from"]) if cfg["from"] else None,
     )
 
 
@@ -176,9 +199,10 @@ def _keep_config(config: dict[str, Any], directory: Path) -> None:
     from omegaconf import OmegaConf
 
     path, text = directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).replace(str(directory), ".")
-    if path.exists():
-        old, new = (flatten(OmegaConf.to_container(c)) for c in (OmegaConf.load(path), OmegaConf.create(text)))
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if path.exists() and (directory / "checkpoints").exists():  # else nothing was begun
+        old, new = flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(text)))
+        both = {key for key in old.keys() | new.keys() if key.partition(".")[0] not in _FREE and key not in _FREE}
+        changed = sorted(key for key in both if old.get(key) != new.get(key))
         if changed:
             listed = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed[:5])
             raise InputError(
@@ -187,3 +211,15 @@ def _keep_config(config: dict[str, Any], directory: Path) -> None:
             )
         return
     write_text(path, text)
+
+
+def _read(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of the file system, of YAML, of OmegaConf
+        raise InputError(
+            f"{path} cannot be read ({' '.join(str(error).split())}): remove it, and the run is continued as it is "
+            "configured now."
+        ) from error

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from cl import explain
+from cl import again, explain
+from cl.errors import InputError, Preempted
+
+_GO_ON = "All checkpoints are kept: run again with the same hydra.run.dir, or resume=DIR, to go on."
 
 
 def main() -> None:
@@ -24,13 +28,22 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below
     application = hydra.main(version_base="1.3", config_path="pkg://cl.conf", config_name="config")(run)
     try:
+        sys.argv[1:], repeated = again.expand(sys.argv[1:])
         application()
+        if repeated is not None:
+            print(again.verify(*repeated))
+    except InputError as error:
+        sys.exit(str(error))
     except MissingConfigException as error:
         sys.exit(explain.missing(error))
     except ConfigCompositionException as error:
         sys.exit(explain.readable(error))
+    except Preempted as error:
+        where = "; the task in training was saved" if error.saved else ""
+        print(f"Stopped by {signal.Signals(error.number).name}{where}. {_GO_ON}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
-        sys.exit("Interrupted. Checkpoints of finished tasks are kept; run again with the same hydra.run.dir to go on.")
+        sys.exit(f"Interrupted. {_GO_ON}")
 
 
 def run(cfg: Any) -> float:
@@ -41,10 +54,17 @@ def run(cfg: Any) -> float:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from cl.build import build
+    from cl.build import build, settle
+    from cl.report import percent, read_result
 
+    directory = Path(HydraConfig.get().runtime.output_dir)
     try:
-        done = build(cfg, Path(HydraConfig.get().runtime.output_dir)).run()
+        settle(cfg, directory)
+        finished = read_result(directory)
+        if finished is not None:
+            print(f"Finished before, average {percent(finished)}: {directory}. Another hydra.run.dir runs it anew.")
+            return finished
+        done = build(cfg, directory).run()
         return float(done.scalars(done.primary.mask)["average_accuracy"])
     except Exception as error:
         cause = explain.cause(error)

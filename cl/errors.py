@@ -14,6 +14,23 @@ class DivergenceError(RuntimeError):
     """Raised when a loss is NaN or infinite; its message is shown without a traceback."""
 
 
+class Preempted(SystemExit):
+    """Raised where a signal stops a run; the exit status is 128 and the signal's number, as shells have it.
+
+    Args:
+        number: Of the signal.
+        saved: Whether the task in training was saved, too.
+
+    Example:
+        >>> Preempted(15, saved=True).code
+        143
+    """
+
+    def __init__(self, number: int, saved: bool) -> None:
+        super().__init__(128 + number)
+        self.number, self.saved = number, saved
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """Return the error for a name that does not exist, with the nearest ones that do.
 

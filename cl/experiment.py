@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from cl import checkpoint
+from cl.branch import Branch
 from cl.errors import InputError
 from cl.instruments import Instrument, Instruments
 from cl.instruments.probes import Probes
 from cl.instruments.resources import Resources
 from cl.learner import Learner
 from cl.loader import EvalLoader
-from cl.report import Report, Run
+from cl.pause import Pause
+from cl.report import Report, Run, write_result
 from cl.task import Stream, Task
 
 TrainerFactory = Callable[..., pl.Trainer]
@@ -32,6 +34,7 @@ _NOISE = (
     ".*number of training batches.*logging interval.*",
     ".*`training_step` returned `None`.*",
     ".*GPU available but not used.*",
+    ".*`srun` command is available.*",
     ".*Starting from v1.9.0, `tensorboardX`.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*total length of `?DataLoader.* is zero.*",
@@ -71,10 +74,12 @@ class Experiment:
         notes: Sentences that belong beside the numbers.
         columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
             the k newest of these. The first and the last row are measured on all.
-        keep: The newest checkpoints that stay; None keeps all.
+        keep: The newest checkpoints of ends of tasks that stay; None keeps all.
+        every: Between two checkpoints inside a task: steps, a time such as "10min", or None; see `cl.pause`.
         instruments: What is measured beside R, by name; what a task costs is measured anyway.
         references: Makes what the run is compared with, after the last row of R; see `cl.references`.
         tuning: How hyper-parameters were chosen, for reports.
+        branch: Where the run begins, if not with an untrained learner.
 
     Raises:
         InputError: If columns or keep make no sense.
@@ -103,9 +108,11 @@ class Experiment:
         notes: Sequence[str] = (),
         columns: str | int = "all",
         keep: int | None = None,
+        every: int | str | None = None,
         instruments: Mapping[str, Instrument] | None = None,
         references: Callable[[Stream], dict[str, list[dict[str, Any]]]] | None = None,
         tuning: Mapping[str, Any] | None = None,
+        branch: Branch | None = None,
     ) -> None:
         if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
             raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
@@ -114,11 +121,14 @@ class Experiment:
         self.learner, self.stream, self.epochs = learner, stream, epochs
         self._trainer, self._logger, self._callbacks = trainer, list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
+        self.pause = Pause(every, self._save_inside)
         self.reports = list(reports)
         self.instruments = Instruments({"resources": Resources(), **(instruments or {})})
         self.resources: Resources = self.instruments["resources"]  # type: ignore[assignment]
         self.resources.watch(self.instruments)
-        self.references = references
+        self.references, self.branch = references, branch
+        if branch is not None:
+            branch.check(config or {}, len(stream))
         probes = [m.matrices for m in self.instruments.values() if isinstance(m, Probes)]
         self.run_view = Run(
             directory=directory or Path(),
@@ -135,6 +145,7 @@ class Experiment:
         )
         self.columns, self.keep = columns, keep
         self._all: EvalLoader | None = None
+        self._inside: Path | None = None  # the checkpoint inside the task that comes next
 
     def run(self) -> Run:
         """Learn the stream, or the rest of it where the directory holds checkpoints.
@@ -142,8 +153,9 @@ class Experiment:
         Raises:
             InputError: If the stream, or a checkpoint found, does not fit.
             DivergenceError: If a loss is NaN or infinite.
+            Preempted: If a signal stops the run; a task in training is saved before.
         """
-        with _quiet():
+        with _quiet(), self.pause.signals() if self.checkpoints is not None else nullcontext():
             self._start()
             for task in self.stream[self.learner.tasks_learned :]:
                 self._fit(task)
@@ -153,6 +165,8 @@ class Experiment:
                 self.run_view.references = self.references(self.stream)
             for report in self.reports:
                 report.finish(self.run_view)
+            if self.checkpoints is not None:
+                write_result(self.run_view)
         return self.run_view
 
     def learn(self, task: Task) -> None:
@@ -161,19 +175,28 @@ class Experiment:
             self._fit(task)
 
     def _start(self) -> None:
+        """Take up the run of the directory, or a branch of another, or measure the untrained learner."""
         found = checkpoint.latest(self.checkpoints) if self.checkpoints is not None else None
         if found is not None:
             checkpoint.load(self.learner, found, self.instruments)
+            self._inside = checkpoint.inside(found.parent, self.learner.tasks_learned)
+        if self.branch is not None:
+            self.run_view.notes += self.branch.notes(self.learner)
+            if found is None:
+                self.branch.load(self.learner, self.instruments)
+        begun = found is not None or self.branch is not None
+        self.run_view.total_steps = self.learner.total_steps + checkpoint.steps(self._inside)
         for report in self.reports:
-            report.start(self.run_view, self.learner.tasks_learned if found is not None else -1)
-        if found is None:
+            report.start(self.run_view, self.learner.tasks_learned if begun else -1)
+        if not begun:
             self.evaluate()
+        if found is None:
             self._save()
 
     def _make_trainer(self, **options: Any) -> pl.Trainer:
         trainer = self._trainer(
             logger=self._logger,
-            enable_checkpointing=False,
+            enable_checkpointing="callbacks" in options,  # ours alone
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -185,7 +208,7 @@ class Experiment:
 
     def _fit(self, task: Task) -> None:
         without = {} if task.val else {"limit_val_batches": 0}
-        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=self._callbacks, **without)
+        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=[*self._callbacks, self.pause], **without)
         self._take_over(trainer)
         self.learner.trainer = trainer  # tells the epochs, even where Lightning has nothing to fit
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
@@ -193,12 +216,16 @@ class Experiment:
         self.resources.begin(self.learner)
         self.learner.before_task(task)
         self.instruments.call("before_task", self.learner, task)
+        inside = self._load_inside()
         if self.learner.has_training:
             self.instruments.schedule(self.learner)
-            trainer.fit(self.learner)
+            self.pause.begin(trainer, self.learner, inside)
+            if self.learner.step < self.learner.num_steps:
+                trainer.fit(self.learner)
             if trainer.interrupted:
                 raise KeyboardInterrupt
             self.learner.to(trainer.strategy.root_device)
+            self.pause.trained(trainer, self.learner)
             self.learner.look()
             self.learner.looks = {}
         self.learner.after_task(task)
@@ -238,6 +265,28 @@ class Experiment:
             self._all = EvalLoader([task.test for task in self.stream], device, size)
         return self._all
 
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
     def _save(self) -> None:
         if self.checkpoints is not None:
+            self._settle()
             checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments)
+
+    def _save_inside(self, state: dict[str, Any]) -> None:
+        if self.checkpoints is not None:
+            self._settle()
+            checkpoint.save_inside(self.learner, self.checkpoints, state, self.instruments)
+
+    def _settle(self) -> None:
+        """See to it that what a checkpoint rests on is on the disk before it."""
+        for report in self.reports:
+            report.settle()
+
+    def _load_inside(self) -> dict[str, Any]:
+        """Go on inside the task that has just begun, if the directory says so; return what its training needs."""
+        found, self._inside = self._inside, None
+        if found is None:
+            return {}
+        state = checkpoint.load(self.learner, found, self.instruments)
+        self.learner.step = state["step"]
+        return state

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -23,15 +26,16 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
         if os.name != "nt":  # where a folder cannot be opened
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,3 +46,33 @@ def _sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file by write-then-rename."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a dict as JSON beside its SHA-256, so that `read_sealed` tells when a byte has changed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> write_sealed(path, {"value": 0.5})
+        >>> read_sealed(path)
+        {'value': 0.5}
+        >>> _ = path.write_text(path.read_text().replace("0.5", "0.6"))
+        >>> read_sealed(path) is None
+        True
+    """
+    write_text(path, json.dumps({"content": content, "sha256": _digest(content)}, indent=2, allow_nan=False))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `write_sealed` wrote, or None where the file is not there, torn or changed."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = found["content"]
+        return content if found["sha256"] == _digest(content) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

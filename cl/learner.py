@@ -8,8 +8,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.precision import MixedPrecision, Precision
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -18,6 +16,7 @@ from cl.curves import Curves
 from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
 from cl.loader import EvalLoader, TrainLoader
+from cl.plain import is_plain
 from cl.random import Random, derive
 from cl.score import calibrations, matrices, start
 from cl.strategy import Batch, Composition, OptimizerFactory, Strategy
@@ -26,7 +25,6 @@ from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 COMPILERS = ("default", "reduce-overhead", "max-autotune")
-_STEP_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
 
 class Learner(pl.LightningModule):
@@ -269,22 +267,15 @@ class Learner(pl.LightningModule):
         assert self._data is not None
         seed = derive(self.seed, "task", self.task.index) if self.shuffle else None
         shape = self.batch_size, self.chunk_size, self.steps_per_epoch
-        return TrainLoader(self._data, *shape, seed, lambda: self.current_epoch, self.device)
+        return TrainLoader(self._data, *shape, seed, lambda: self.step, self.device)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch where it is: the columns were moved once."""
         return batch
 
     def on_train_start(self) -> None:
-        """Find out whether anyone listens between backward and step; if not, Lightning's wrappers are skipped."""
-        precision = self.trainer.precision_plugin
-        unscaled = type(precision) is Precision or (isinstance(precision, MixedPrecision) and precision.scaler is None)
-        listened = any(
-            getattr(type(callback), hook) is not getattr(pl.Callback, hook)
-            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
-            for hook in _STEP_HOOKS
-        )
-        self._plain = unscaled and not listened and type(self.trainer.strategy) is SingleDeviceStrategy
+        """Skip Lightning's wrappers around the optimizer where nobody would notice."""
+        self._plain = is_plain(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Make the epoch's draws (dropout) a function of seed, task and epoch."""
@@ -404,6 +395,11 @@ class Learner(pl.LightningModule):
         if self.target.name == "label":
             values["val/accuracy"] = (self.mask(logits, batch.task).argmax(1) == batch.y).float().mean()
         self.log_dict(values, batch_size=len(batch), on_epoch=True)
+        where = {
+            "step": float(self.total_steps),
+            "train/task": self.task.index + 1.0,
+        }  # "step": loggers take it as such
+        self.log_dict(where, batch_size=1, on_epoch=True, reduce_fx="max")
 
     def on_test_epoch_start(self) -> None:
         """Start the scores of a row of R."""

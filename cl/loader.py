@@ -32,12 +32,12 @@ class TrainLoader:
             where a step is slow. Then there is no length to tell.
         num_steps: Minibatches an epoch, at most what the rows give.
         seed: Seed of the task's order; None keeps the rows as they stand.
-        epoch: Tells the present epoch.
+        step: Tells the minibatches of the task that are done; an epoch is begun where they end.
         device: Where minibatches go.
 
     Example:
         >>> data, cpu = TaskData(torch.arange(10.0), torch.arange(10)), torch.device("cpu")
-        >>> loader = TrainLoader(data, 4, chunk_size=2, num_steps=3, seed=0, epoch=lambda: 0, device=cpu)
+        >>> loader = TrainLoader(data, 4, chunk_size=2, num_steps=3, seed=0, step=lambda: 0, device=cpu)
         >>> [[len(batch) for batch in chunk] for chunk in loader]
         [[4, 4], [2]]
     """
@@ -49,11 +49,11 @@ class TrainLoader:
         chunk_size: int | None,
         num_steps: int,
         seed: int | None,
-        epoch: Callable[[], int],
+        step: Callable[[], int],
         device: torch.device,
     ) -> None:
         self.data, self.batch_size, self.chunk_size = data, batch_size, chunk_size
-        self.num_steps, self.seed, self.epoch, self.device = num_steps, seed, epoch, device
+        self.num_steps, self.seed, self.step, self.device = num_steps, seed, step, device
         self._host = [column.cpu().numpy() for column in (data.labels, data.tasks)]
 
     def __len__(self) -> int:
@@ -63,9 +63,10 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         order = np.arange(len(self.data))
+        epoch, done = divmod(self.step(), self.num_steps)
         if self.seed is not None:
-            order = np.random.default_rng(derive(self.seed, "order", self.epoch())).permutation(len(self.data))
-        order = order[: self.num_steps * self.batch_size]
+            order = np.random.default_rng(derive(self.seed, "order", epoch)).permutation(len(self.data))
+        order = order[done * self.batch_size : self.num_steps * self.batch_size]
         return self._held(order) if self.data.resident else self._read(order)
 
     def _held(self, order: Labels) -> Iterator[list[Batch]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import cl
 from cl.errors import DivergenceError, unknown
-from cl.files import write_text
+from cl.files import read_sealed, write_sealed
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
 
@@ -34,7 +34,7 @@ KINDS = ("experts", "joint")
 # Of a configuration, what a reference does not depend on; its data and initial weights are looked at themselves.
 _ELSEWHERE = (
     *("strategy", "report", "logger", "group", "tags", "checkpoint", "log_every", "chunk_size", "eval_batch_size"),
-    *("references", "reference_dir", "probes", "estimators", "weights", "protocol"),
+    *("references", "reference_dir", "probes", "estimators", "weights", "protocol", "from"),
 )
 Reference = dict[str, Any]
 
@@ -117,15 +117,16 @@ class References:
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
             what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
-            if not file.exists():
+            kept = read_sealed(file)  # one that is torn or changed is made again
+            if kept is None:
                 self.say(f"reference {what} of {total} ...")
                 try:
-                    write_text(file, json.dumps(_train(experiment), allow_nan=False))
+                    kept = _train(experiment)
+                    write_sealed(file, kept)
                 except DivergenceError as error:  # unmeasured, and no reason to lose the run itself
                     self.say(f"reference {what} diverged and is left out: {error}")
                     return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
-            found: Reference = json.loads(file.read_text())
-        return {"task": t + 1, **found}
+        return {"task": t + 1, **kept}
 
     def _digest(self, kind: str, experiment: Experiment, tasks: Sequence[Task]) -> str:
         digest = hashlib.blake2b(digest_size=10)
@@ -165,5 +166,5 @@ def _train(experiment: Experiment) -> Reference:
     curve = next((m for m in experiment.instruments.values() if isinstance(m, LearningCurves)), None)
     if curve is not None:
         steps = [step for _, step, _ in curve.at]
-        found["curve"] = list(zip(steps, curve.values()[:, 0].tolist(), strict=True))
+        found["curve"] = [list(point) for point in zip(steps, curve.values()[:, 0].tolist(), strict=True)]
     return {**found, "steps": experiment.learner.total_steps, "seconds": time.perf_counter() - began}

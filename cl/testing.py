@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-import pickle
 import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.report import Run
@@ -259,7 +259,10 @@ def _check_run(build: Build, toy: Toy, where: str) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         whole, stream = toy(build())
         before = _shapes(whole)
-        Experiment(whole, stream, _trainer, epochs=2, directory=Path(folder)).run()
+        try:
+            Experiment(whole, stream, _trainer, epochs=2, directory=Path(folder)).run()
+        except InputError as error:
+            raise AssertionError(f"{_names(whole)} ({where}): {error}") from error
         after = _shapes(whole)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         assert not changed, f"{_names(whole)} ({where}) changes the shape of {changed}: allocate it in setup, once."
@@ -268,13 +271,7 @@ def _check_run(build: Build, toy: Toy, where: str) -> list[dict[str, Any]]:
             R: Tensor = matrix.R  # type: ignore[assignment]
             assert bool(torch.isfinite(R).all()), f"R under the {mask} mask has unmeasured entries: {R.tolist()}."
         files = sorted(Path(folder).rglob("*.ckpt"))
-        try:
-            states = [torch.load(file, weights_only=True)["state_dict"] for file in files]
-        except pickle.UnpicklingError as error:
-            raise AssertionError(
-                f"{_names(whole)} ({where}) keeps state that `torch.load(weights_only=True)` refuses: keep tensors, "
-                "numbers, strings, and lists and dicts of them."
-            ) from error
+        states = [torch.load(file, weights_only=True)["state_dict"] for file in files]
         files[-1].unlink()
         resumed, stream = toy(build())
         Experiment(resumed, stream, _trainer, epochs=2, directory=Path(folder)).run()

@@ -313,7 +313,7 @@ BROKEN = [
     (StoresItInAnObject, STORED),
     (GrowsABuffer, r"changes the shape of \['strategies\.method\.rows'\]: allocate it in setup"),
     (AllocatesLate, r"changes the shape of \['strategies\.method\.late'\]"),
-    (KeepsAnObject, r"keeps state that `torch\.load\(weights_only=True\)` refuses"),
+    (KeepsAnObject, "state of this run cannot be kept as plain data .*Path"),
     (LeavesEvalMode, r"leaves the backbone in eval mode: use `learner\.evaluating\(\)`"),
     (ErasesARow, "R under the class mask has unmeasured entries"),
     (DropsRows, ROWS),

@@ -126,7 +126,7 @@ def test_a_run_writes_its_references_and_the_run_itself_is_not_moved(tmp_path: P
     assert torch.equal(plain.run_view.primary.R, run.primary.R)
     assert set(run.references) == {"experts", "joint"}
     for file in tmp_path.glob("*.json"):
-        assert set(json.loads(file.read_text())) >= {"value", "row", "steps", "seconds"}
+        assert set(json.loads(file.read_text())["content"]) >= {"value", "row", "steps", "seconds"}
 
 
 def test_a_reference_that_diverges_is_unmeasured_and_not_kept(tmp_path: Path) -> None:

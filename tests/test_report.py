@@ -650,7 +650,8 @@ def learn(run: Run, report: WandbReport, full: dict[str, torch.Tensor], rows: ra
     for i in rows:
         if i:
             for step in (10, 20):
-                report.logger.log_metrics({"train/loss": i + step / 100, "epoch": 0}, step=20 * (i - 1) + step)
+                point = {"train/loss": i + step / 100, "train/task": i, "epoch": 0}
+                report.logger.log_metrics(point, step=20 * (i - 1) + step)
             report.logger.log_metrics({"val/loss": 0.1 * i}, step=1)
         for mask, R in full.items():
             run.matrices[mask].record(i, R[i])

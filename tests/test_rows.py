@@ -94,7 +94,7 @@ def test_loaders_give_the_same_batches_from_a_file(tmp_path: Path, monkeypatch: 
     held, filed = mapped_dataset(tmp_path)
     monkeypatch.setattr(task, "RESIDENT", 0)
     views = [TaskData(d.train_x, d.train_y, 3, torch.arange(80, 5, -1)) for d in (held, filed)]
-    chunks = [list(TrainLoader(v, 8, 4, 9, 1, lambda: 2, CPU)) for v in views]
+    chunks = [list(TrainLoader(v, 8, 4, 9, 1, lambda: 2 * 9, CPU)) for v in views]
     assert [len(c) for c in chunks[0]] == [len(c) for c in chunks[1]] == [4, 4, 1]
     flat = [[b for chunk in some for b in chunk] for some in chunks]
     evaluated = [list(EvalLoader([v, v], CPU, 16)) for v in views]

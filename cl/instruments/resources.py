@@ -46,6 +46,7 @@ class Resources(Instrument):
         self.flops = flops
         self._counter: Any = None
         self._counted = self._a_row = math.nan
+        self._began, self._aside = time.perf_counter(), 0.0
         self._others: Instruments | None = None
 
     def watch(self, instruments: Instruments) -> None:
@@ -54,9 +55,9 @@ class Resources(Instrument):
 
     def steps(self, learner: Learner) -> Sequence[int]:
         """Return the step that is counted, and the one after it."""
-        if not self.flops or learner.compiled or not learner.num_steps:
+        if not self.flops or learner.compiled or not learner.num_steps or math.isfinite(self._counted):
             return ()
-        middle = learner.num_steps // 2
+        middle = max(learner.num_steps // 2, learner.step)  # or where the task goes on
         return middle, middle + 1
 
     def look(self, learner: Learner) -> None:
@@ -105,6 +106,17 @@ class Resources(Instrument):
                 self._a_row * len(task.train),
             )
         )
+
+    def get_extra_state(self) -> Any:
+        """Return the records, and the present task's clock and count."""
+        clock = {"spent": time.perf_counter() - self._began, "aside": self._measuring() - self._aside}
+        return {"records": list(self._records), **clock, "counted": self._counted, "a_row": self._a_row}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore what `get_extra_state` returned; the clock goes on."""
+        self._records = list(state["records"])
+        self._began, self._aside = time.perf_counter() - state["spent"], self._measuring() - state["aside"]
+        self._counted, self._a_row = state["counted"], state["a_row"]
 
     def _measuring(self) -> float:
         return 0.0 if self._others is None else self._others.seconds

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl.files import read_sealed, write_sealed
+
 if TYPE_CHECKING:
     from cl.transfer import TransferMatrix
 
@@ -54,6 +56,7 @@ class Run:
         instruments: What was measured beside R, by name.
         references: By kind, what the run is compared with, one a task; see `cl.references`.
         tuning: How hyper-parameters were chosen, and what that cost; see `cl.protocol`.
+        total_steps: Steps over the stream from which the run goes on, where it is a continued one.
 
     Example:
         >>> from cl.transfer import TransferMatrix
@@ -74,6 +77,7 @@ class Run:
     instruments: Mapping[str, Any] = field(default_factory=dict)
     references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
+    total_steps: int = 0
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
@@ -128,6 +132,9 @@ class Report:
 
     def row(self, run: Run, after_task: int) -> None:
         """React to a row of R that has just been measured (0: the untrained learner)."""
+
+    def settle(self) -> None:
+        """Put on the disk what a checkpoint that is about to be written takes as done."""
 
     def say(self, text: str) -> None:
         """React to a sentence on what goes on beside the stream, such as a reference that is trained."""
@@ -232,6 +239,24 @@ def versions() -> dict[str, str]:
         found["gpu"] = torch.cuda.get_device_name()
     commit = _git_commit()
     return {**found, "git_commit": commit} if commit else found
+
+
+def write_result(run: Run) -> None:
+    """Write `result.json`, by which a finished run is known: its final average under each mask."""
+    averages = {mask: run.scalars(mask)["average_accuracy"] for mask in run.matrices}
+    measured = {mask: value for mask, value in averages.items() if not math.isnan(value)}
+    write_sealed(run.directory / "result.json", {"mask": run.primary.mask, "average_accuracy": measured})
+
+
+def read_result(directory: Path) -> float | None:
+    """Return the final average of a finished run under the mask of its scenario, None where it is not finished.
+
+    Example:
+        >>> read_result(Path("no such place")) is None
+        True
+    """
+    found = read_sealed(directory / "result.json")
+    return None if found is None else float(found["average_accuracy"].get(found["mask"], math.nan))
 
 
 def _git_commit() -> str | None:

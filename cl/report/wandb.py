@@ -204,8 +204,8 @@ class WandbReport(Report):
 class WandbCurves(Logger):
     """The Lightning logger of a `WandbReport`: training curves in the same W&B run, on a step that never goes back.
 
-    Points that come with `train/...` set the step (the learner counts over the whole stream); others, such as a
-    validation whose Lightning step begins anew with every task, take the step of the last one.
+    Points that come with `train/task` set the step (the learner counts over the whole stream); those of others'
+    callbacks, whose Lightning step counts chunks and begins anew with every task, take the step of the last one.
 
     Example:
         >>> WandbReport(project="mine").logger.log_metrics({"train/loss": 0.5}, step=10)  # not begun yet: dropped
@@ -241,7 +241,7 @@ class WandbCurves(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log one point of every curve."""
-        if step is not None and any(name.startswith("train/") for name in metrics):
+        if step is not None and "train/task" in metrics:
             self._step = step
         point = {name: value for name, value in metrics.items() if name != "epoch"}  # it begins anew with every task
         if point:

@@ -1,0 +1,127 @@
+"""A run directory taken up again: `resume=DIR` goes on with it, `verify=DIR` repeats it and compares every bit."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cl.errors import InputError
+
+_OVERRIDES = Path(".hydra", "overrides.yaml")
+
+
+def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
+    """Return the arguments for Hydra; to verify a run, its directory and the one of its repetition, too.
+
+    Args:
+        arguments: Of the command line. `resume=DIR` stands for what the run of DIR was begun with, in the same
+            directory; `verify=DIR` for the same in a new one. What stands beside them is added. The value of
+            `from=DIR:task=3` is put in quotes, which Hydra wants.
+
+    Raises:
+        InputError: If DIR holds no command, or what is to be verified is not finished.
+
+    Example:
+        >>> expand(["from=runs/a:task=3", "seed=1"])
+        (["from='runs/a:task=3'", 'seed=1'], None)
+    """
+    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("resume=", "verify=")))
+    rest = [_quoted(argument) for argument in arguments if not argument.startswith(("resume=", "verify="))]
+    if not given:
+        return rest, None
+    if len(given) > 1:
+        raise InputError("resume and verify exclude each other: give one of them.")
+    from cl.report import read_result
+
+    what, text = next(iter(given.items()))
+    directory = Path(text)
+    command = overrides(directory)
+    if what == "resume":
+        return [*command, f"hydra.run.dir={_quote(str(directory))}", *rest], None
+    if read_result(directory) is None:
+        raise InputError(f"verify={directory}: the run is not finished; go on with it by resume={directory}.")
+    place = tempfile.mkdtemp(prefix="clsim-verify-")
+    return [*command, f"hydra.run.dir={_quote(place)}", "logger=none", *rest], (directory, Path(place))
+
+
+def overrides(directory: Path) -> list[str]:
+    """Return the overrides that the run of a directory was begun with.
+
+    Raises:
+        InputError: If they cannot be read.
+    """
+    from omegaconf import OmegaConf
+
+    path = directory / _OVERRIDES
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of the file system, of YAML, of OmegaConf
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path} cannot be read ({reason}): name the directory of a run of cl-run, or repeat its command with "
+            "its hydra.run.dir."
+        ) from error
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise InputError(f"{path} holds no list of overrides: repeat the command of the run with its hydra.run.dir.")
+    return [str(item) for item in found]
+
+
+def _quoted(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    return f"from={_quote(value)}" if key == "from" and value[:1] not in ("'", '"') and value != "null" else argument
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def verify(there: Path, here: Path) -> str:
+    """Return that a repetition came out the same, and remove it.
+
+    Raises:
+        InputError: If it did not; it says in what, and keeps the repetition.
+    """
+    found = differences(there, here)
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise InputError(
+            f"{there} differs from its repetition in {here}: {'; '.join(found[:5])}{more}. Compare versions and "
+            "hardware in the manifest.json of both."
+        )
+    shutil.rmtree(here)
+    return f"Verified: R, weights and all state of {there} came out the same, bit for bit."
+
+
+def differences(there: Path, here: Path) -> list[str]:
+    """Return in what two finished runs differ, a sentence each; nothing where every bit of both is the same.
+
+    The last checkpoints are compared, which hold R, weights, memories and generators.
+    """
+    import torch
+
+    from cl import checkpoint
+
+    files = [checkpoint.latest(place / "checkpoints") for place in (there, here)]
+    states: list[dict[str, Any]] = [checkpoint.read(file)["state_dict"] for file in files if file is not None]
+    found = []
+    for name in sorted(states[0].keys() | states[1].keys()):
+        a, b = (state.get(name) for state in states)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
+            if not torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)):
+                gap = float((a.double() - b.double()).abs().nan_to_num(torch.inf).max())
+                found.append(f"{name} by up to {gap:.3g}")
+        elif not _same(a, b):
+            found.append(name)
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    import torch
+
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return bool(a == b)

@@ -36,7 +36,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Completed
 def test_what_a_run_leaves(done):
     result, out = done
     left = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    expected = {"config.yaml", "transfer.csv", "transfer.json", "transfer.png", "versions.json"}
+    expected = {"config.yaml", "transfer.csv", "transfer.json", "transfer.png", "manifest.json"}
     assert expected | {f"checkpoints/after_task_{k:03d}.ckpt" for k in range(3)} <= left
     assert str(Path("out") / "transfer.png") in result.stdout.replace("\n", "") or "transfer.png" in result.stdout
     assert not [name for name in left if name.endswith(".tmp")]

@@ -583,7 +583,7 @@ def test_unfinished_runs_are_named_and_kept_only_on_demand(tmp_path, capsys):
     make_run(tmp_path / "runs" / "part", seed=1, R=torch.full((4, 3), 0.9), rows=3)
     (tmp_path / "runs" / "begun").mkdir()
     (tmp_path / "runs" / "begun" / "config.yaml").write_text("seed: 2\n")
-    (tmp_path / "runs" / "begun" / "versions.json").write_text("{}")
+    (tmp_path / "runs" / "begun" / "manifest.json").write_text("{}")
     rows = compare(tmp_path / "runs", "--out", tmp_path)
     assert {r["group"] for r in rows} == {"er"} and {r["num"] for r in select(rows, kind="group")} == {"1"}
     said = " ".join(capsys.readouterr().out.split())
@@ -609,7 +609,9 @@ def test_runs_are_found_in_the_order_of_their_numbers_and_never_in_hidden_folder
 
 def test_versions_that_differ_are_said(tmp_path):
     for seed, version in ((0, "2.1"), (1, "2.2")):
-        (make_run(tmp_path / str(seed), seed=seed) / "versions.json").write_text(json.dumps({"torch": version}))
+        (make_run(tmp_path / str(seed), seed=seed) / "manifest.json").write_text(
+            json.dumps({"versions": {"torch": version}})
+        )
     notes = align([read_run(path) for path in find_runs([tmp_path])]).notes
     assert "Versions of torch differ: 2.1 and 2.2." in notes
 
@@ -865,7 +867,7 @@ HEAD = "after_task,task,mask,metric,value\n"
         ),
         ("transfer.csv", f"{HEAD}1,1,class\n", "line 2 has not as many cells"),
         ("resources.csv", "task,seconds\n1,fast\n", "'fast' stands in the column 'seconds'"),
-        ("versions.json", "\xff", "versions.json cannot be read"),
+        ("manifest.json", "\xff", "manifest.json cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, sentence):

@@ -22,9 +22,10 @@ import torch
 from rich.console import Console
 
 from cl.files import replace_file, write_text
-from cl.report import Report, Run, headline, percent, remarks, versions
+from cl.report import Report, Run, headline, percent, remarks
 from cl.report import progress as progress_module
 from cl.report.files import FileReport, strict_json, transfer_json
+from cl.report.manifest import versions
 from cl.report.picture import PictureReport, draw, draw_accuracy, panels
 from cl.report.progress import ProgressBar
 from cl.report.terminal import DIVERGING, SEQUENTIAL, TerminalReport, accuracy_grid, colour, difference_grid, layout
@@ -111,7 +112,8 @@ def test_versions_name_what_is_installed_and_the_commit(tmp_path: Path, monkeypa
 
 
 def test_looking_for_versions_imports_nothing_heavy() -> None:
-    code = "import sys, cl.report; cl.report.versions(); print(sorted({'wandb','timm','avalanche'} & set(sys.modules)))"
+    look = "print(sorted({'wandb','timm','avalanche'} & set(sys.modules)))"
+    code = f"import sys; from cl.report.manifest import versions; versions(); {look}"
     answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert answer.stdout.strip() == "[]"
 
@@ -172,8 +174,8 @@ def test_file_report_writes_nothing_but_its_three_files(tmp_path: Path) -> None:
     report.start(run, -1)
     report.row(run, 2)
     report.finish(run)
-    assert sorted(p.name for p in run.directory.iterdir()) == ["transfer.csv", "transfer.json", "versions.json"]
-    assert json.loads((run.directory / "versions.json").read_text()) == versions()
+    assert sorted(p.name for p in run.directory.iterdir()) == ["manifest.json", "transfer.csv", "transfer.json"]
+    assert json.loads((run.directory / "manifest.json").read_text())["versions"] == versions()
 
 
 def test_a_crash_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -879,7 +881,7 @@ def test_all_reports_follow_a_real_run(offline: Path) -> None:
         logger=[wandb_report.logger],
         callbacks=[ProgressBar(console)],
     ).run()
-    assert {"transfer.csv", "transfer.json", "transfer.png", "versions.json", "wandb"} <= {
+    assert {"transfer.csv", "transfer.json", "transfer.png", "manifest.json", "wandb"} <= {
         p.name for p in offline.iterdir()
     }
     lines = text.getvalue().splitlines()

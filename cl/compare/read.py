@@ -17,7 +17,7 @@ import numpy.typing as npt
 from cl.errors import InputError
 
 Array = npt.NDArray[np.float64]
-_MARKS = ("transfer.json", "transfer.csv", "versions.json", "checkpoints")
+_MARKS = ("transfer.json", "transfer.csv", "manifest.json", "checkpoints")
 LOWER_IS_BETTER = {"ece"}  # metrics of cells; a scalar says it itself
 COSTS = ("trials", "seconds", "steps", "flops")  # of a search; beside them stand the values that it found
 PROBES = {"ridge", "knn", "cka"}  # what stands in the place of a mask where features were read
@@ -170,8 +170,9 @@ def read_run(directory: Path) -> RunFiles:
         _read_curves(run, directory / "learning_curves.csv")
     if (directory / "resources.csv").exists():
         _read_resources(run, directory / "resources.csv")
-    if (directory / "versions.json").exists():
-        run.versions = {key: str(value) for key, value in _json(directory / "versions.json").items()}
+    if (directory / "manifest.json").exists():
+        found = _json(directory / "manifest.json").get("versions") or {}
+        run.versions = {key: str(value) for key, value in found.items()}
     return run
 
 

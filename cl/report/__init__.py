@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +20,6 @@ HEADLINE = {
     "bwt_gem": "backward transfer",
     "fwt_gem": "forward transfer",
     "forgetting_chaudhry": "forgetting",
-}
-
-_PACKAGES = {
-    "clsim": "clsim",
-    "torch": "torch",
-    "pytorch_lightning": "pytorch-lightning",
-    "torchvision": "torchvision",
-    "torchmetrics": "torchmetrics",
-    "hydra": "hydra-core",
-    "numpy": "numpy",
-    "timm": "timm",
-    "wandb": "wandb",
-    "avalanche": "avalanche-lib",
 }
 
 
@@ -216,31 +200,6 @@ def remarks(run: Run) -> list[str]:
     return run.notes + [drift] * (not run.boundaries) + ([f"Forward transfer, {about.rstrip('.')}."] if about else [])
 
 
-def versions() -> dict[str, str]:
-    """Return what the run ran on: interpreter, platform, packages (not imported), GPU, git commit; absent if unknown.
-
-    Example:
-        >>> {"python", "platform", "torch"} <= versions().keys()
-        True
-    """
-    import torch
-
-    import cl
-
-    found = {"python": platform.python_version(), "platform": platform.platform(), "clsim": cl.__version__}
-    for name, distribution in _PACKAGES.items():
-        try:
-            found[name] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    commit = _git_commit()
-    return {**found, "git_commit": commit} if commit else found
-
-
 def write_result(run: Run) -> None:
     """Write `result.json`, by which a finished run is known: its final average under each mask."""
     averages = {mask: run.scalars(mask)["average_accuracy"] for mask in run.matrices}
@@ -257,13 +216,3 @@ def read_result(directory: Path) -> float | None:
     """
     found = read_sealed(directory / "result.json")
     return None if found is None else float(found["average_accuracy"].get(found["mask"], math.nan))
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the working directory, "-dirty" appended where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None

@@ -7,10 +7,12 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cl.files import write_text
-from cl.report import Pace, Report, Run, versions
+from cl.report import Pace, Report, Run
+from cl.report.manifest import manifest
 
 
 def strict_json(value: Any) -> str:
@@ -110,7 +112,7 @@ def transfer_json(run: Run) -> str:
 
 
 class FileReport(Report):
-    """Keeps `transfer.csv`, `transfer.json` and `versions.json` of a run directory up to date after every row.
+    """Keeps `transfer.csv`, `transfer.json` and `manifest.json` of a run directory up to date after every row.
 
     Example:
         >>> import tempfile
@@ -131,8 +133,9 @@ class FileReport(Report):
         self._written: dict[str, int] = {}  # how much of each table
 
     def start(self, run: Run, after_task: int) -> None:
-        """Write `versions.json`, and the rows of `transfer.csv` that are known."""
-        write_text(run.directory / "versions.json", strict_json(versions()))
+        """Write `manifest.json`, and the rows of `transfer.csv` that are known."""
+        path = run.directory / "manifest.json"
+        write_text(path, strict_json(manifest(run, after_task, _sittings(path) if after_task >= 0 else [])))
         header = "after_task,task,mask,metric,value\n"
         write_text(run.directory / "transfer.csv", header + transfer_csv(run, range(after_task + 1)))
         self._written = {}
@@ -162,3 +165,11 @@ class FileReport(Report):
             write_text(run.directory / "references.json", strict_json(run.references))
         with self._pace:
             write_text(run.directory / "transfer.json", transfer_json(run))
+
+
+def _sittings(path: Path) -> list[dict[str, Any]]:
+    """Return the sittings that a manifest tells of, none where it cannot be read."""
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["sittings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

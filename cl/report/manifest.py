@@ -1,0 +1,114 @@
+"""`manifest.json`: what a run needs to be made again, and what it was made on, sitting by sitting."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+from cl.report import Run
+
+_PACKAGES = {
+    "clsim": "clsim",
+    "torch": "torch",
+    "pytorch_lightning": "pytorch-lightning",
+    "torchvision": "torchvision",
+    "torchmetrics": "torchmetrics",
+    "hydra": "hydra-core",
+    "numpy": "numpy",
+    "timm": "timm",
+    "wandb": "wandb",
+    "avalanche": "avalanche-lib",
+}
+
+
+def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the manifest of a run: versions, hardware, seed, digest of the configuration, and its sittings.
+
+    Args:
+        run: Its configuration and steps are looked at.
+        after_task: From where this sitting goes on; -1 for a fresh run.
+        earlier: Sittings of before, each with its own versions and hardware.
+
+    Example:
+        >>> from pathlib import Path
+        >>> found = manifest(Run(Path("."), {"seed": 3}, [], "class", {}), -1, [])
+        >>> found["seed"], len(found["sittings"])
+        (3, 1)
+    """
+    config = json.dumps(run.config, sort_keys=True, default=str)
+    sitting = {
+        "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "after_task": max(after_task, 0),
+        "step": run.total_steps,
+        "command": sys.argv,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    return {
+        "versions": sitting["versions"],
+        "seed": run.config.get("seed"),
+        "config_sha256": hashlib.sha256(config.replace(str(run.directory), ".").encode()).hexdigest(),
+        "sittings": [*earlier, sitting],
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Return the machine: its name, processor, cores, threads in use, and graphics cards.
+
+    Example:
+        >>> hardware()["cores"] >= 1
+        True
+    """
+    import torch
+
+    found = {
+        "host": platform.node(),
+        "processor": torch.backends.cpu.get_cpu_capability() + " " + platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return what a run runs on: interpreter, platform, packages (not imported), GPU, git commit; absent if unknown.
+
+    Example:
+        >>> {"python", "platform", "torch"} <= versions().keys()
+        True
+    """
+    import torch
+
+    import cl
+
+    found = {"python": platform.python_version(), "platform": platform.platform(), "clsim": cl.__version__}
+    for name, distribution in _PACKAGES.items():
+        try:
+            found[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    commit = _git_commit()
+    return {**found, "git_commit": commit} if commit else found
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the working directory, "-dirty" appended where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

@@ -102,26 +102,15 @@ def differences(there: Path, here: Path) -> list[str]:
     import torch
 
     from cl import checkpoint
+    from cl.stream_checks import same
 
     files = [checkpoint.latest(place / "checkpoints") for place in (there, here)]
     states: list[dict[str, Any]] = [checkpoint.read(file)["state_dict"] for file in files if file is not None]
     found = []
     for name in sorted(states[0].keys() | states[1].keys()):
         a, b = (state.get(name) for state in states)
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
-            if not torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)):
-                gap = float((a.double() - b.double()).abs().nan_to_num(torch.inf).max())
-                found.append(f"{name} by up to {gap:.3g}")
-        elif not _same(a, b):
-            found.append(name)
+        if not same(a, b):
+            tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+            gap = (a.double() - b.double()).abs().nan_to_num(0).max() if tensors else None  # type: ignore[union-attr]
+            found.append(name if gap is None else f"{name} by up to {float(gap):.3g}")
     return found
-
-
-def _same(a: Any, b: Any) -> bool:
-    import torch
-
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.equal(a, b)
-    return bool(a == b)

@@ -280,7 +280,7 @@ class Experiment:
     def _settle(self) -> None:
         """See to it that what a checkpoint rests on is on the disk before it."""
         for report in self.reports:
-            report.settle()
+            report.settle(self.learner.tasks_learned, self.learner.total_steps)
 
     def _load_inside(self) -> dict[str, Any]:
         """Go on inside the task that has just begun, if the directory says so; return what its training needs."""

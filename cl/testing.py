@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -22,11 +20,11 @@ from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.report import Run
-from cl.rows import Mapped
 from cl.strategy import Batch, Strategy
-from cl.target import classes_of
+from cl.stream_checks import check_stream, same
 from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
 
+__all__ = ["ToyBackbone", "check_strategy", "check_stream", "toy_learner", "toy_run", "toy_stream"]
 _trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, barebones=False)
 Build = Callable[[], Mapping[str, Strategy]]
 Toy = Callable[..., tuple[Learner, Stream]]
@@ -158,6 +156,7 @@ def check_strategy(
         _check_run(lambda: {"replay": _Replay(), **build()}, partial(toy, num_tasks=2), f"{scenario}, beside a replay")
         if scenario == scenarios[0]:
             _check_chunks(build, toy, states[2])
+            _check_inside(build, toy, states[3])
         if first_task_is_finetuning:
             _check_first_task(states[1], scenario, backbone)
 
@@ -275,7 +274,7 @@ def _check_run(build: Build, toy: Toy, where: str) -> list[dict[str, Any]]:
         files[-1].unlink()
         resumed, stream = toy(build())
         Experiment(resumed, stream, _trainer, epochs=2, directory=Path(folder)).run()
-    _check_same(whole, resumed, stream, where)
+    _checksame(whole, resumed, stream, where)
     return states
 
 
@@ -283,10 +282,10 @@ def _shapes(learner: Learner) -> dict[str, torch.Size | None]:
     return {name: value.shape if isinstance(value, Tensor) else None for name, value in learner.state_dict().items()}
 
 
-def _check_same(whole: Learner, resumed: Learner, stream: Stream, where: str) -> None:
+def _checksame(whole: Learner, resumed: Learner, stream: Stream, where: str) -> None:
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         # the errors of calibration follow the predictions, which are compared below
-        assert name.startswith("calibration.") or _same(a, b), (
+        assert name.startswith("calibration.") or same(a, b), (
             f"{_names(whole)} ({where}): {name} differs after resuming at a task boundary: keep all state in buffers."
         )
     batch = Batch(*TaskData.concat([task.test for task in stream]).tensors())
@@ -297,22 +296,41 @@ def _check_same(whole: Learner, resumed: Learner, stream: Stream, where: str) ->
     )
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, Tensor):
-        return torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) if a.is_floating_point() else torch.equal(a, b)
-    return bool(a == b)
-
-
 def _check_chunks(build: Build, toy: Toy, state: dict[str, Any]) -> None:
     for chunk_size in (1, 7, 64):
         learner, stream = toy(build(), chunk_size=chunk_size)
         _learn(learner, stream, range(2))
         for name, value in learner.state_dict().items():
-            assert name.startswith(("matrices.", "calibration.")) or _same(value, state[name]), (
+            assert name.startswith(("matrices.", "calibration.")) or same(value, state[name]), (
                 f"{_names(learner)}: {name} depends on chunk_size: count steps in a buffer, not by chunks."
             )
+
+
+class _Halted(Exception):
+    """Raised by `_Halt`."""
+
+
+class _Halt(pl.Callback):
+    """Ends a run in the second epoch of its second task."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.task_index == 1 and pl_module.step == 8:
+            raise _Halted
+
+
+def _check_inside(build: Build, toy: Toy, state: dict[str, Any]) -> None:
+    """Stop a run inside a task, and compare where it ends with the state of one that was not stopped."""
+    with TemporaryDirectory() as folder:
+        learner, stream = toy(build(), chunk_size=1)
+        options: dict[str, Any] = {"epochs": 2, "directory": Path(folder)}
+        with suppress(_Halted):
+            Experiment(learner, stream, _trainer, every=1, callbacks=[_Halt()], **options).run()
+        learner, stream = toy(build(), chunk_size=1)
+        Experiment(learner, stream, _trainer, **options).run()
+    for name, value in learner.state_dict().items():
+        assert name.startswith("calibration.") or same(value, state[name]), (
+            f"{_names(learner)}: {name} differs after resuming inside a task: keep what changes there in buffers."
+        )
 
 
 @functools.cache
@@ -325,123 +343,3 @@ def _finetuned(scenario: Scenario, backbone: str) -> dict[str, Any]:
 def _check_first_task(state: dict[str, Any], scenario: Scenario, backbone: str) -> None:
     for name, tensor in _finetuned(scenario, backbone).items():
         assert torch.equal(tensor, state[name]), f"{scenario}: {name} differs from fine-tuning after one task."
-
-
-# ---- streams --------------------------------------------------------------------------------------------------------
-
-
-def check_stream(stream: Stream | Callable[[], Stream]) -> None:
-    """Check that a stream keeps the contract; raise an error that says where it does not.
-
-    It can be iterated twice and nested; reads the same every time, and when built anew; has every label, task label and
-    number in range; keeps test examples out of every training and validation set, and validation examples out of their
-    task's training set; and its augmentation and normalisation leave their input alone.
-
-    Args:
-        stream: A stream, or the function that builds it, which is then called twice.
-
-    Raises:
-        InputError: From `Stream.check`.
-        AssertionError: One sentence.
-
-    Example:
-        >>> check_stream(toy_stream)
-    """
-    stream, again = (stream, None) if isinstance(stream, Stream) else (stream(), stream())
-    stream.check()
-    _check_iteration(stream)
-    for task in stream:
-        for part in ("train", "val", "test"):
-            if getattr(task, part) is not None:
-                _check_part(f"The {part} set of task {task.index} of {stream.name!r}", stream, task, part)
-                if again is not None:
-                    same = _equal(getattr(task, part).tensors(), getattr(again[task.index], part).tensors())
-                    assert same, f"{stream.name!r} differs when built twice: draw from its seed alone."
-    _check_leaks(stream)
-    x = stream[0].train.take(torch.arange(min(8, len(stream[0].train)))).tensors()[0]
-    if stream.augment is not None:
-        augment = stream.augment
-        views = [_apply("augment", lambda rows: augment(rows, np.random.default_rng(0)), x) for _ in range(2)]
-        assert torch.equal(*views), "augment differs for one generator state: draw from the generator it is given."
-        alike = views[0].shape == x.shape and views[0].dtype == x.dtype
-        assert alike, (
-            f"augment gives {views[0].dtype} {tuple(views[0].shape)} for {x.dtype} {tuple(x.shape)}: keep both."
-        )
-    if stream.normalize is not None:
-        view = _apply("normalize", stream.normalize, x)
-        assert view.is_floating_point() and bool(view.isfinite().all()), "normalize does not give finite floats."
-
-
-def _check_iteration(stream: Stream) -> None:
-    pairs = [(a.index, b.index) for a in stream for b in stream]
-    expected = list(itertools.product(range(len(stream)), repeat=2))
-    assert pairs == expected, f"Nested iteration of {stream.name!r} gives {pairs[:5]}: return a new iterator each time."
-    assert stream[-1].index == len(stream) - 1, f"stream[-1] of {stream.name!r} is not its last task."
-    names = len(stream.class_names)
-    assert names in (0, stream.num_classes), f"{stream.name!r} names {names} of {stream.num_classes} classes: name all."
-
-
-def _check_part(what: str, stream: Stream, task: Task, part: str) -> None:
-    data: TaskData = getattr(task, part)
-    first = [column.clone() for column in data.tensors()]  # a transform in place would change both readings
-    assert _equal(first, data.tensors()), (
-        f"{what} differs when read twice: draw from a fixed seed, copy before changing."
-    )
-    lengths = {len(column) for column in (*first, data.labels)}
-    assert lengths == {len(data)}, f"{what} has columns of lengths {sorted(lengths)} and says {len(data)}."
-    shape, dtype = stream.target.row(stream.num_classes)
-    assert (first[1].dtype, first[1].shape[1:]) == (dtype, shape), (
-        f"{what} has labels of {first[1].dtype}: make them {dtype}."
-    )
-    labels = first[2].unique().tolist()
-    if part != "train" or not stream.repeats:
-        assert labels == [task.index], f"{what} carries the task labels {labels}: give its rows the task's index."
-    for label in labels:  # rows that come in another task keep the label of their own
-        strange = set(classes_of(first[1][first[2] == label])) - set(stream[label].classes)
-        assert not strange, (
-            f"{what} has rows of classes {sorted(strange)} labelled as task {label}, which has none such."
-        )
-    if first[0].is_floating_point():
-        assert bool(torch.isfinite(first[0]).all()), f"{what} has NaN or infinity: clean the data."
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return all(_same(left, right) for left, right in zip(a, b, strict=True))
-
-
-def _apply(what: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    kept = x.clone()
-    out = function(x)
-    assert torch.equal(x, kept), f"{what} changes its input in place, which memories store raw: work on a copy."
-    return out
-
-
-def _check_leaks(stream: Stream) -> None:
-    """Look for shared rows of one storage, exactly, and for copies, of which real data hold some by chance."""
-    trained = torch.cat([_addresses(task.train) for task in stream])
-    for task in stream:
-        test = _addresses(task.test)
-        shared = int(torch.isin(test, trained).sum())
-        if not shared and _copies(task.test, task.train) > len(task.test) / 2:
-            shared = _copies(task.test, task.train)
-        assert not shared, f"{shared} test examples of task {task.index} are trained on: keep them apart."
-        if task.val is not None:
-            val = _addresses(task.val)
-            shared = int(torch.isin(val, _addresses(task.train)).sum())
-            assert not shared, f"{shared} validation examples of task {task.index} are trained on: keep them apart."
-            shared = int(torch.isin(val, torch.cat([_addresses(t.test) for t in stream])).sum())
-            assert not shared, f"{shared} validation examples of task {task.index} are tested on: take them from train."
-
-
-def _addresses(data: TaskData) -> Tensor:
-    """Return where each row begins in memory, (n,)."""
-    index = torch.arange(len(data.y)) if data.index is None else data.index.cpu()
-    if isinstance(data.x, Tensor):
-        return data.x.data_ptr() + index * data.x.stride(0) * data.x.element_size()
-    source = data.x.path.resolve() if isinstance(data.x, Mapped) else id(getattr(data.x, "dataset", data.x))
-    return (hash(source) % 2**31 << 32) + index
-
-
-def _copies(a: TaskData, b: TaskData) -> int:
-    known = {row.numpy().tobytes() for row in b.tensors()[0]}
-    return sum(row.numpy().tobytes() in known for row in a.tensors()[0])

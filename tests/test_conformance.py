@@ -248,6 +248,22 @@ class KeepsAnObject(Strategy):
         pass
 
 
+class CountsWithinATask(Strategy):
+    """Right at the ends of tasks, where the count is folded into a buffer, and wrong inside them."""
+
+    def setup(self, learner, stream):
+        self.register_buffer("total", torch.zeros(()))
+
+    def before_task(self, learner, task):
+        self.count = 0
+
+    def after_step(self, learner, batch, logits):
+        self.count += 1
+
+    def after_task(self, learner, task):
+        self.total += self.count
+
+
 class LeavesEvalMode(Strategy):
     def after_task(self, learner, task):
         learner.backbone.eval()
@@ -314,6 +330,7 @@ BROKEN = [
     (GrowsABuffer, r"changes the shape of \['strategies\.method\.rows'\]: allocate it in setup"),
     (AllocatesLate, r"changes the shape of \['strategies\.method\.late'\]"),
     (KeepsAnObject, "state of this run cannot be kept as plain data .*Path"),
+    (CountsWithinATask, r"strategies\.method\.total differs after resuming inside a task"),
     (LeavesEvalMode, r"leaves the backbone in eval mode: use `learner\.evaluating\(\)`"),
     (ErasesARow, "R under the class mask has unmeasured entries"),
     (DropsRows, ROWS),

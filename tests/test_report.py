@@ -602,15 +602,6 @@ def test_the_same_bars_serve_every_task_and_are_gone_in_between(clock: list[floa
 # --------------------------------------------------------------------------- Weights & Biases
 
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("WANDB_API_KEY", "WANDB_DATA_DIR", "WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "run"
-
-
 def records(directory: Path) -> list[Any]:
     """Read the records of a finished offline run; W&B's own process may still be writing the last ones."""
     (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")

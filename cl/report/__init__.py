@@ -117,8 +117,8 @@ class Report:
     def row(self, run: Run, after_task: int) -> None:
         """React to a row of R that has just been measured (0: the untrained learner)."""
 
-    def settle(self) -> None:
-        """Put on the disk what a checkpoint that is about to be written takes as done."""
+    def settle(self, after_task: int, total_steps: int) -> None:
+        """Put on the disk what a checkpoint that is about to be written there takes as done."""
 
     def say(self, text: str) -> None:
         """React to a sentence on what goes on beside the stream, such as a reference that is trained."""

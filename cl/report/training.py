@@ -41,7 +41,7 @@ class TrainingReport(Report):
         write_text(path, "\n".join([_HEADER, *kept]) + "\n")
         self.logger.path, self.logger.step, self.logger.task = path, run.total_steps, after_task + 1
 
-    def settle(self) -> None:
+    def settle(self, after_task: int, total_steps: int) -> None:
         """Wait for the disk."""
         if self.logger.path is not None:
             sync(self.logger.path)

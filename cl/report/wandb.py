@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers import Logger
 
-from cl.files import write_text
+from cl.files import read_sealed, write_sealed, write_text
 from cl.report import Report, Run
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class WandbReport(Report):
     all scenarios share a name, and `measure/<name>` for what needs more than R; `<mask>/R` (table) and
     `<mask>/R_heat_map` (image); all of these against `tasks_learned`. `train/...`, `val/...` and, for evaluations
     inside tasks, `curve/<mask>/task <j>` against `train/step`. What is unmeasured is left out (null in a table), never
-    0. A run that is continued in its directory keeps its W&B id.
+    0. A run that is continued in its directory keeps its W&B id, and does not log again what was logged before: the
+    points of a run come in the same order every time, so that it is enough to count them.
 
     Args:
         project: W&B project.
@@ -64,6 +65,8 @@ class WandbReport(Report):
         self.run: Any = None  # wandb's, while there is one
         self.logger = WandbCurves(self)
         self._looked = 0  # evaluations inside tasks that are logged
+        self._count = self._logged = 0  # points of the run so far, and those that W&B has been given
+        self._marks: dict[str, int] = {}  # points before each checkpoint
         self._reason = ""  # why it is not as was asked for
 
     def start(self, run: Run, after_task: int) -> None:
@@ -75,8 +78,35 @@ class WandbReport(Report):
         self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
         if self.run is not None:
             self.attempt(lambda: write_text(identity, self.run.id))
+            self._find_place(known is not None, _mark(max(after_task, 0), run.total_steps))
             self.attempt(self._define_axes, run)
             self.attempt(self._announce)
+
+    def settle(self, after_task: int, total_steps: int) -> None:
+        """Note how many points stand before a checkpoint."""
+        if self.run is not None and self.directory is not None:
+            self._marks[_mark(after_task, total_steps)] = self._count
+            write_sealed(self.directory / "wandb" / "marks.json", self._marks)
+
+    def log(self, point: Mapping[str, Any]) -> None:
+        """Give W&B one point, unless an earlier sitting has."""
+        self._count += 1
+        if self._count > self._logged:
+            self.run.log(dict(point), step=self._count - 1)
+            self._logged = self._count
+            assert self.directory is not None
+            (self.directory / "wandb" / "points.txt").write_text(f"{self._count:012d}")
+
+    def _find_place(self, goes_on: bool, mark: str) -> None:
+        """Find which points the sittings of before have logged beyond the checkpoint."""
+        assert self.directory is not None
+        folder = self.directory / "wandb"
+        self._marks = (read_sealed(folder / "marks.json") or {}) if goes_on else {}
+        try:
+            self._logged = int((folder / "points.txt").read_text()) if goes_on else 0
+        except (OSError, ValueError):
+            self._logged = 0
+        self._count = self._marks.get(mark, self._logged)
 
     def row(self, run: Run, after_task: int) -> None:
         """Log R so far, as a table and a picture, and the scalars over the tasks learned."""
@@ -186,7 +216,7 @@ class WandbReport(Report):
             values[f"{mask}/R_heat_map"] = wandb.Image(_pixels(draw_accuracy(run, mask)))
         if after_task:
             values.update(_scalars(run))
-        self.run.log(values)
+        self.log(values)
 
     def _log_curves(self, run: Run) -> None:
         """Log the evaluations inside the task that has just ended: `curve/<mask>/task <j>` against `train/step`."""
@@ -197,7 +227,7 @@ class WandbReport(Report):
         for _, _, step, tested, mask, _, value in curves.records(self._looked):
             points.setdefault(step, {})[f"curve/{mask}/task {tested}"] = float(value)
         for step, point in points.items():
-            self.run.log({**point, "train/step": step})
+            self.log({**point, "train/step": step})
         self._looked = len(curves)
 
 
@@ -245,7 +275,7 @@ class WandbCurves(Logger):
             self._step = step
         point = {name: value for name, value in metrics.items() if name != "epoch"}  # it begins anew with every task
         if point:
-            self._report.attempt(lambda: self._report.run.log({**point, "train/step": self._step}))
+            self._report.attempt(self._report.log, {**point, "train/step": self._step})
 
 
 def _scalars(run: Run) -> dict[str, float]:
@@ -256,6 +286,10 @@ def _scalars(run: Run) -> dict[str, float]:
     named |= {f"{mask}/{name}": value for mask in run.matrices for name, value in run.scalars(mask).items()}
     named.update({f"transfer/{name}": value for name, value in run.scalars(run.primary.mask).items()})
     return {name: value for name, value in named.items() if not math.isnan(value)}
+
+
+def _mark(after_task: int, total_steps: int) -> str:
+    return f"task {after_task} step {total_steps}"
 
 
 def _or_none(value: float) -> float | None:

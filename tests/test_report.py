@@ -826,7 +826,7 @@ def test_a_w_and_b_that_cannot_start_costs_one_sentence(offline: Path, monkeypat
 
 def test_a_w_and_b_that_dies_on_the_way_costs_one_sentence(offline: Path) -> None:
     class Dying:
-        def log(self, values: object) -> None:
+        def log(self, values: object, step: int) -> None:
             raise BrokenPipeError("gone")
 
     report, run = WandbReport(dir=offline), make_run(2, directory=offline)

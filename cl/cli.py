@@ -18,35 +18,49 @@ def main() -> None:
     import hydra
     from hydra.errors import ConfigCompositionException, MissingConfigException
 
-    from cl import plugins
+    from cl import plugins, sweep
 
     plugins.register()
+    jobs = sweep.watch()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below
     application = hydra.main(version_base="1.3", config_path="pkg://cl.conf", config_name="config")(run)
     try:
         application()
+        verdict = sweep.verdict(jobs)
     except MissingConfigException as error:
         sys.exit(explain.missing(error))
     except ConfigCompositionException as error:
         sys.exit(explain.readable(error))
     except KeyboardInterrupt:
         sys.exit("Interrupted. Checkpoints of finished tasks are kept; run again with the same hydra.run.dir to go on.")
+    except Exception as error:  # of a launcher, or of a search that found nothing
+        cause = explain.cause(error)
+        verdict = sweep.verdict(jobs) or (str(cause) if cause else None)
+        if verdict is None:
+            raise
+    if verdict is not None:
+        sys.exit(verdict)
 
 
-def run(cfg: Any) -> float:
+def run(cfg: Any) -> float | str:
     """Build the experiment that a composed configuration describes, and run it; what the user can mend ends it here.
 
     Returns:
-        The final average, which a sweeper may maximise.
+        The final average, which a sweeper may maximise; of a job of a sweep that failed, the sentence that says why.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
+    from cl import sweep
     from cl.build import build
 
+    directory = Path(HydraConfig.get().runtime.output_dir)
     try:
-        done = build(cfg, Path(HydraConfig.get().runtime.output_dir)).run()
+        done = build(cfg, directory).run()
         return float(done.scalars(done.primary.mask)["average_accuracy"])
     except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return sweep.failed(error, directory)
         cause = explain.cause(error)
         if cause is None:
             raise

@@ -32,6 +32,7 @@ _NOISE = (
     ".*number of training batches.*logging interval.*",
     ".*`training_step` returned `None`.*",
     ".*GPU available but not used.*",
+    ".*`srun` command is available on your system but is not used.*",
     ".*Starting from v1.9.0, `tensorboardX`.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*total length of `?DataLoader.* is zero.*",

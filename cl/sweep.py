@@ -39,7 +39,7 @@ def watch() -> list[Any]:
     jobs: list[Any] = []
     for launcher in Plugins.instance().discover(Launcher):
         if "launch" in vars(launcher):
-            launcher.launch = _watched(inspect.unwrap(vars(launcher)["launch"]), jobs)  # type: ignore[method-assign]
+            setattr(launcher, "launch", _watched(inspect.unwrap(vars(launcher)["launch"]), jobs))  # noqa: B010
     return jobs
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -46,15 +46,18 @@ def jobs(sweep: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(sweep.iterdir()) if path.is_dir() and not path.name.startswith(".")}
 
 
-def start(place: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the sweep in the folder `place`."""
+@contextmanager
+def started(place: Path, *options: str) -> Iterator[None]:
+    """Start the sweep in the folder `place`; then wait for its end, and check it."""
     line = command("-m", *options, *SWEEP, "hydra.sweep.dir=sweep")
-    return subprocess.Popen(line, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(sweep: subprocess.Popen[str]) -> None:
-    """Wait for the end of a sweep, and check it."""
-    out, err = sweep.communicate(timeout=600)
+    sweep = subprocess.Popen(line, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield
+        out, err = sweep.communicate(timeout=600)
+    except BaseException:
+        sweep.kill()
+        say("".join(stream[-3000:] for stream in sweep.communicate()))
+        raise
     say(err.strip().splitlines()[-1] if err.strip() else "no verdict")
     check_verdict(subprocess.CompletedProcess([], sweep.returncode, out, err))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -111,13 +112,12 @@ def main() -> None:
     ):
         say("skipped, this machine has no hydra-ray-launcher (pip install -e '.[ray]')")
         return
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     place = Path(tempfile.mkdtemp(prefix="clsim-ray-"))
     with Cluster(place) as cluster:
         began = time.monotonic()
-        process = common.start(place, "launcher=ray", f"hydra.launcher.ray.init.address={cluster.address}")
-        first = disturb(cluster, place / "sweep")
-        common.finish(process)
+        with common.started(place, "launcher=ray", f"hydra.launcher.ray.init.address={cluster.address}"):
+            first = disturb(cluster, place / "sweep")
         say(f"the sweep took {time.monotonic() - began:.0f} s")
     common.check_not_again(first)
     common.check_same(place / "sweep", common.undisturbed(place))

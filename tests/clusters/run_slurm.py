@@ -148,9 +148,8 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="clsim-slurm-"))
     with Slurm(place):
         began = time.monotonic()
-        process = common.start(place, "launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1")
-        first = disturb(place / "sweep")
-        common.finish(process)
+        with common.started(place, "launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"):
+            first = disturb(place / "sweep")
         say(f"the sweep took {time.monotonic() - began:.0f} s")
     common.check_not_again(first)
     common.check_same(place / "sweep", common.undisturbed(place))

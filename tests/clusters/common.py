@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Long enough to be stopped in the middle: some ten seconds a job. With the second learning rate a job diverges at once.
@@ -22,12 +23,12 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "cl", *arguments]
 
 
-def wait(what: str, ready: Callable[[], bool], seconds: float = 180) -> None:
+def wait(what: str, ready: Callable[[], bool], seconds: float = 180, ended: Callable[[], Any] = lambda: None) -> None:
     """Wait until something is so, or end the script with a sentence."""
     end = time.monotonic() + seconds
     while not ready():
-        if time.monotonic() > end:
-            sys.exit(f"Not within {seconds:.0f} s: {what}.")
+        if time.monotonic() > end or ended() is not None:
+            sys.exit(f"Waited in vain: {what}.")
         time.sleep(0.2)
 
 
@@ -47,18 +48,17 @@ def jobs(sweep: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def started(place: Path, *options: str) -> Iterator[None]:
+def started(place: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Start the sweep in the folder `place`; then wait for its end, and check it."""
     line = command("-m", *options, *SWEEP, "hydra.sweep.dir=sweep")
     sweep = subprocess.Popen(line, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        yield
+        yield sweep
         out, err = sweep.communicate(timeout=600)
     except BaseException:
         sweep.kill()
         say("".join(stream[-3000:] for stream in sweep.communicate()))
         raise
-    say(err.strip().splitlines()[-1] if err.strip() else "no verdict")
     check_verdict(subprocess.CompletedProcess([], sweep.returncode, out, err))
 
 
@@ -74,11 +74,11 @@ def check_not_again(first: dict[Path, float]) -> None:
             sys.exit(f"{job} began again, instead of going on from its checkpoints.")
 
 
-def job(sweep: Path, seed: int) -> Path:
+def job(process: subprocess.Popen[str], sweep: Path, seed: int) -> Path:
     """Wait until a job that does not diverge has learned two tasks, and return its directory."""
-    wait(f"the job of seed {seed} starts", lambda: any(sweep.glob(f"*lr=0.1,*seed={seed},*")))
+    wait(f"the job of seed {seed} starts", lambda: any(sweep.glob(f"*lr=0.1,*seed={seed},*")), ended=process.poll)
     found = next(sweep.glob(f"*lr=0.1,*seed={seed},*"))
-    wait(f"{found} learns two tasks", lambda: learned(found, 2))
+    wait(f"{found} learns two tasks", lambda: learned(found, 2), ended=process.poll)
     if learned(found, 5):
         sys.exit(f"{found} finished before it could be stopped: give it more epochs.")
     return found
@@ -94,9 +94,10 @@ def undisturbed(place: Path) -> Path:
 
 def check_verdict(done: subprocess.CompletedProcess[str]) -> None:
     """Check that the two jobs that diverge are told, and that they alone are lost."""
-    last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
-    if done.returncode != 1 or not last.startswith("2 of 4 jobs failed:") or "Traceback" in done.stderr:
+    verdict = [line for line in done.stderr.splitlines() if line.startswith("2 of 4 jobs failed:")]
+    if done.returncode != 1 or len(verdict) != 1 or "Traceback" in done.stderr:
         sys.exit(f"Wrong end (status {done.returncode}):\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    say(verdict[0])
 
 
 def check_same(sweep: Path, expected: Path) -> None:

@@ -66,7 +66,7 @@ def missing() -> str | None:
     lacking = [name for name in PROGRAMS if shutil.which(name) is None]
     if lacking:
         return f"no {', '.join(lacking)} (apt-get install slurm-wlm munge)"
-    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+    if importlib.util.find_spec("submitit") is None:
         return "no hydra-submitit-launcher (pip install -e '.[slurm]')"
     return None
 
@@ -126,11 +126,11 @@ def number(job: Path) -> str:
     return str(OmegaConf.load(job / ".hydra" / "hydra.yaml").hydra.job.id)
 
 
-def disturb(sweep: Path) -> dict[Path, float]:
+def disturb(process: subprocess.Popen[str], sweep: Path) -> dict[Path, float]:
     """Stop the two jobs that do not diverge after their second task; return when each wrote its first checkpoint."""
     first = {}
     for seed, way in enumerate((["scontrol", "requeue"], ["scancel", "--signal=USR2"])):
-        job = common.job(sweep, seed)
+        job = common.job(process, sweep, seed)
         first[job], name = common.written(job), number(job)
         subprocess.run([*way, name], check=True)
         say(f"{' '.join(way)} {name} after two tasks of {job.name}")
@@ -148,8 +148,8 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="clsim-slurm-"))
     with Slurm(place):
         began = time.monotonic()
-        with common.started(place, "launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"):
-            first = disturb(place / "sweep")
+        with common.started(place, "launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1") as process:
+            first = disturb(process, place / "sweep")
         say(f"the sweep took {time.monotonic() - began:.0f} s")
     common.check_not_again(first)
     common.check_same(place / "sweep", common.undisturbed(place))

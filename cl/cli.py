@@ -34,11 +34,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("Interrupted. Checkpoints of finished tasks are kept; run again with the same hydra.run.dir to go on.")
     except Exception as error:  # of a launcher, or of a search that found nothing
-        cause = explain.cause(error)
-        verdict = sweep.verdict(jobs) or (str(cause) if cause else None)
-        if verdict is None:
+        verdict = " ".join(str(said) for said in (explain.cause(error), sweep.verdict(jobs)) if said)
+        if not verdict:
             raise
-    if verdict is not None:
+    if verdict:
         sys.exit(verdict)
 
 

@@ -54,11 +54,10 @@ def _watched(launch: Callable[..., Sequence[Any]], jobs: list[Any]) -> Callable[
         except HydraException:
             raise
         except Exception as error:  # no job's: those are returned
-            name = type(self).__name__
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(
-                f"{name} lost its jobs ({reason}): mend that and run again with the same hydra.sweep.dir; "
-                "every run goes on from its checkpoints."
+                f"{type(self).__name__} could not go on ({reason}): mend that, and run again with the same "
+                "hydra.sweep.dir; every run goes on from its checkpoints."
             ) from error
         jobs.extend(returned)
         return returned

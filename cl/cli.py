@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cl import again, explain
-from cl.errors import InputError, Preempted
+from cl.errors import Preempted
 
 _GO_ON = "All checkpoints are kept: run again with the same hydra.run.dir, or resume=DIR, to go on."
 
@@ -22,18 +22,18 @@ def main() -> None:
     import hydra
     from hydra.errors import ConfigCompositionException, MissingConfigException
 
-    from cl import plugins
+    from cl import plugins, sweep
 
     plugins.register()
+    jobs = sweep.watch()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below
     application = hydra.main(version_base="1.3", config_path="pkg://cl.conf", config_name="config")(run)
     try:
         sys.argv[1:], repeated = again.expand(sys.argv[1:])
         application()
-        if repeated is not None:
+        verdict = sweep.verdict(jobs)
+        if repeated is not None and not verdict:
             print(again.verify(*repeated))
-    except InputError as error:
-        sys.exit(str(error))
     except MissingConfigException as error:
         sys.exit(explain.missing(error))
     except ConfigCompositionException as error:
@@ -44,16 +44,24 @@ def main() -> None:
         raise
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. {_GO_ON}")
+    except Exception as error:  # of a launcher, or of a search that found nothing
+        verdict = " ".join(str(said) for said in (explain.cause(error), sweep.verdict(jobs)) if said)
+        if not verdict:
+            raise
+    if verdict:
+        sys.exit(verdict)
 
 
-def run(cfg: Any) -> float:
+def run(cfg: Any) -> float | str:
     """Build the experiment that a composed configuration describes, and run it; what the user can mend ends it here.
 
     Returns:
-        The final average, which a sweeper may maximise.
+        The final average, which a sweeper may maximise; of a job of a sweep that failed, the sentence that says why.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
+    from cl import sweep
     from cl.build import build, settle
     from cl.report import percent, read_result
 
@@ -67,6 +75,8 @@ def run(cfg: Any) -> float:
         done = build(cfg, directory).run()
         return float(done.scalars(done.primary.mask)["average_accuracy"])
     except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return sweep.failed(error, directory)
         cause = explain.cause(error)
         if cause is None:
             raise

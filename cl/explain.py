@@ -7,6 +7,15 @@ from typing import Any
 
 from cl.errors import DivergenceError, InputError, unknown
 
+# Plugins of Hydra that are installed with an extra.
+_EXTRAS = {
+    "hydra/sweeper/optuna": ("hydra/sweeper=tune searches with Optuna", "tune"),
+    "hydra/launcher/joblib": ("launcher=joblib starts processes with joblib", "joblib"),
+    "hydra/launcher/submitit_slurm": ("launcher=submitit_slurm queues jobs with submitit", "slurm"),
+    "hydra/launcher/submitit_local": ("launcher=submitit_local starts processes with submitit", "slurm"),
+    "hydra/launcher/ray": ("launcher=ray runs jobs on Ray", "ray"),
+}
+
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested dicts by dotted key.
@@ -61,8 +70,9 @@ def missing(error: Any) -> str:
 
     found = re.search(r"Could not (?:find|load) '([^']+)'", str(error))
     group, _, name = (found.group(1) if found else str(error.missing_cfg_file or "")).rpartition("/")
-    if (group, name) == ("hydra/sweeper", "optuna"):
-        return "hydra/sweeper=tune searches with Optuna, which is not installed: pip install 'clsim[tune]'."
+    if f"{group}/{name}" in _EXTRAS:
+        what, extra = _EXTRAS[f"{group}/{name}"]
+        return f"{what}, which is not installed: pip install 'clsim[{extra}]'."
     folder = files("cl.conf").joinpath(group)
     own = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")] if folder.is_dir() else []
     options = {*own, *(error.options or ())}

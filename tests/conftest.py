@@ -9,6 +9,8 @@ import torch
 
 torch.set_num_threads(1)
 
+collect_ignore = ["clusters"]  # scripts that CI calls where Slurm and Ray are installed
+
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

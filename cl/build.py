@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cl.arguments import check_value
 from cl.errors import InputError
 from cl.explain import flatten
 from cl.files import write_text
+from cl.make import made, make
 
+Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
+# The keys that no `_target_` takes, and what they are.
+_KEYS: dict[str, Any] = {
+    **{"seed": int, "epochs": int, "batch_size": int, "eval_batch_size": Whole, "chunk_size": Whole, "log_every": int},
+    **{"gradient_clip": Number, "train_mask": Text, "compile": Text, "init": Text, "weights": Text, "freeze": bool},
+    **{"probes": Sequence[str], "estimators": Sequence[str], "references": Sequence[str], "reference_dir": str},
+    **{"checkpoint": dict[str, Any], "checkpoint.keep": Whole, "report.columns": str | int, "report.every": Whole},
+    **{"report.points": Whole, "report.subset": int, "report.flops": bool, "scenario": Text, "strategy": Options},
+    **{"report": Options, "logger": Options, "protocol": Options, "protocol.name": str, "protocol.num_tasks": Whole},
+    **{"protocol.tuned": Text},
+}
+_NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
 _LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
-
-
-def make(node: Any, *arguments: Any, **options: Any) -> Any:
-    """Return what a configuration with a `_target_` describes; lists and dicts reach it as such."""
-    from hydra.utils import instantiate
-
-    return instantiate(node, *arguments, _convert_="all", **options)
 
 
 def build(cfg: Any, directory: Path) -> Any:
@@ -33,17 +41,21 @@ def build(cfg: Any, directory: Path) -> Any:
 
     from cl.experiment import Experiment
     from cl.protocol import Protocol
+    from cl.strategy import Strategy
+    from cl.task import Stream
 
-    protocol = Protocol(**cfg.protocol) if cfg.protocol else None
+    _check(cfg)
+    protocol = Protocol(**cfg.protocol) if cfg.get("protocol") else None
     for key, value in (protocol.found() if protocol else {}).items():
         OmegaConf.update(cfg, key, value)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    _keep_config(config, directory)
-    stream = protocol.apply(make(cfg.stream)) if protocol else make(cfg.stream)
-    strategies = {name: make(strategy) for name, strategy in (cfg.strategy or {}).items()}
+    text = _config_text(config, directory)
+    stream = made(cfg.stream, Stream)
+    stream = protocol.apply(stream) if protocol else stream
+    strategies = {name: made(strategy, Strategy) for name, strategy in (cfg.get("strategy") or {}).items()}
     learner = _learner(cfg, stream, strategies)
     reports, loggers, callbacks = _reports(cfg)
-    return Experiment(
+    experiment = Experiment(
         learner,
         stream,
         make(cfg.trainer),
@@ -55,11 +67,13 @@ def build(cfg: Any, directory: Path) -> Any:
         config=config,
         notes=_notes(cfg, learner.backbone) + ([protocol.remark] if protocol else []),
         tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
-        columns=(cfg.report or {}).get("columns", "all"),
+        columns=(cfg.get("report") or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
         instruments=_instruments(cfg, stream),
         references=_references(cfg, config, reports),
     )
+    write_text(directory / "config.yaml", text)  # only now: what cannot be built is no run to continue
+    return experiment
 
 
 def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
@@ -76,7 +90,9 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     options = {key: cfg[key] for key in _LEARNER}
-    learner = Learner(stream, backbone, strategies, make(cfg.optimizer), make(cfg.scheduler), head=head, **options)
+    optimizer, scheduler = make(cfg.optimizer), None if cfg.get("scheduler") is None else make(cfg.scheduler)
+    _check_optimizer(optimizer, scheduler, stream)
+    learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
     if cfg.compile is not None:
         learner.compile(cfg.compile)
     return learner
@@ -87,7 +103,7 @@ def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
     from cl.instruments.curves import LearningCurves
     from cl.instruments.resources import Resources
 
-    report = cfg.report or {}
+    report = cfg.get("report") or {}
     rows = report.get("subset", 1000)
     found: dict[str, Any] = {"resources": Resources(flops=report.get("flops", False))}
     if report.get("every") is not None or report.get("points") is not None:
@@ -113,7 +129,7 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
         return None
 
     def experiment(stream: Any, strategies: dict[str, Any]) -> Any:
-        report = cfg.report or {}
+        report = cfg.get("report") or {}
         every, points = report.get("every"), report.get("points")
         points = 10 if every is None and points is None else points
         curves = {"curves": LearningCurves(stream, every, points, report.get("subset", 1000))}
@@ -160,7 +176,7 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     from cl.report import Report
 
     parts = [
-        make(part) for group in (cfg.report, cfg.logger) for part in (group or {}).values() if OmegaConf.is_config(part)
+        make(part) for group in ("report", "logger") for part in (cfg.get(group) or {}).values() if OmegaConf.is_config(part)
     ]
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
@@ -168,8 +184,8 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
 
 
-def _keep_config(config: dict[str, Any], directory: Path) -> None:
-    """Write the resolved configuration, or compare it with the one that the directory holds.
+def _config_text(config: dict[str, Any], directory: Path) -> str:
+    """Return the resolved configuration as it is kept; refuse another than the one that the directory holds.
 
     The directory itself is written as ".", so that a run that was moved or copied can be continued.
     """
@@ -185,5 +201,39 @@ def _keep_config(config: dict[str, Any], directory: Path) -> None:
                 f"{directory} holds a run of another configuration ({listed}): choose another hydra.run.dir, or "
                 "repeat that configuration to continue it."
             )
-        return
-    write_text(path, text)
+    return text
+
+
+def _check(cfg: Any) -> None:
+    """Refuse groups that are not there, and values of the wrong type."""
+    from omegaconf import OmegaConf
+
+    for group in _NEEDED:
+        if cfg.get(group) is None:
+            raise InputError(f"There is no {group}: choose one, as cl-run --help lists them.")
+    for key, annotation in _KEYS.items():
+        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        if OmegaConf.is_dict(parent) and key.rpartition(".")[2] in parent:
+            value = parent[key.rpartition(".")[2]]
+            check_value(key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, annotation)
+    if cfg.seed < 0:
+        raise InputError(f"seed={cfg.seed} must be 0 or more.")
+
+
+def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any) -> None:
+    """Build and step both once, on a parameter of their own, so that what they refuse is known before training."""
+    import torch
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+    made_of = optimizer([torch.nn.Parameter(torch.zeros(1))])
+    if not isinstance(made_of, torch.optim.Optimizer):
+        raise InputError(f"optimizer makes a {type(made_of).__name__}, not an optimizer: correct its _target_.")
+    schedule = scheduler(made_of) if scheduler is not None else None
+    if isinstance(schedule, ReduceLROnPlateau) and any(task.val is None for task in stream):
+        raise InputError("ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction.")
+    try:
+        made_of.step()
+        if schedule is not None:
+            schedule.step(0.0) if isinstance(schedule, ReduceLROnPlateau) else schedule.step()
+    except Exception as error:
+        raise InputError(f"Optimizer and scheduler cannot step ({error}): correct their arguments.") from error

@@ -29,6 +29,11 @@ def main() -> None:
         sys.exit(explain.missing(error))
     except ConfigCompositionException as error:
         sys.exit(explain.readable(error))
+    except Exception as error:
+        sentence = explain.before_run(error)
+        if sentence is None:
+            raise
+        sys.exit(sentence)
     except KeyboardInterrupt:
         sys.exit("Interrupted. Checkpoints of finished tasks are kept; run again with the same hydra.run.dir to go on.")
 

@@ -38,10 +38,13 @@ def cause(error: BaseException | None) -> BaseException | None:
 def _wrong_call(error: BaseException | None) -> InputError | None:
     """Return a sentence on a `_target_` that is not there or takes other arguments, not on what failed inside it."""
     from hydra.errors import InstantiationException
-    from omegaconf.errors import MissingMandatoryValue
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     if isinstance(error, MissingMandatoryValue):
         return InputError(f"{error.full_key} has no default: write {error.full_key}=... on the command line.")
+    if isinstance(error, OmegaConfBaseException):
+        reason = str(error.msg or error).strip().splitlines()[0].rstrip(".")
+        return InputError(f"{error.full_key or 'The configuration'}: {reason}. Correct it on the command line.")
     if not isinstance(error, InstantiationException):
         return None
     inner = error.__cause__ or error.__context__
@@ -66,7 +69,29 @@ def missing(error: Any) -> str:
     folder = files("cl.conf").joinpath(group)
     own = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")] if folder.is_dir() else []
     options = {*own, *(error.options or ())}
-    return str(unknown(group, name, options)) if group and options else " ".join(str(error).split())
+    return str(unknown(group, name, options)) if group and options else _one_line(str(error))
+
+
+def before_run(error: BaseException) -> str | None:
+    """Return a sentence for what Hydra could not compose or write before any run; None for what happened in one."""
+    import hydra.core.utils as jobs
+    from hydra._internal import config_loader_impl as loader
+
+    frames, place = set(), error.__traceback__
+    while place is not None:
+        frames.add((place.tb_frame.f_globals.get("__name__"), place.tb_frame.f_code.co_name))
+        place = place.tb_next
+    modules = {module for module, _ in frames}
+    if loader.__name__ in modules:
+        return _one_line(f"The configuration cannot be composed: {error}")
+    if isinstance(error, OSError) and jobs.__name__ in modules and ("cl.cli", "run") not in frames:
+        reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        return _one_line(f"The run has nowhere to write ({reason}): choose another hydra.run.dir")
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".") + "."
 
 
 def readable(error: Exception) -> str:
@@ -80,7 +105,7 @@ def readable(error: Exception) -> str:
     text = str(error)
     match = re.search(r"Could not (?:override|append to config) '?([\w.@]+)'?|override '([\w.@/]+)'", text)
     if match is None:
-        return " ".join(text.split())
+        return _one_line(text)
     key = match.group(1) or match.group(2)
     GlobalHydra.instance().clear()
     with initialize_config_module("cl.conf", version_base="1.3"):

@@ -45,7 +45,9 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
     """
     if not _fits(value, annotation):
         expected = " or ".join(dict.fromkeys(_describe(annotation)))
-        quoted = f""": write {key.rpartition(".")[2]}="'{value}'\"""" if _is_number(value) and "text" in expected else ""
+        quoted = (
+            f""": write {key.rpartition(".")[2]}="'{value}'\"""" if _is_number(value) and "text" in expected else ""
+        )
         raise InputError(f"{key}={_shown(value)} must be {expected}{quoted}.")
 
 
@@ -75,7 +77,9 @@ def check_call(key: str, target: Any, values: Mapping[str, Any], keys: Mapping[s
         if name not in parameters:
             if extra:
                 continue
-            raise unknown(f"argument of {key}", name, [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL])
+            raise unknown(
+                f"argument of {key}", name, [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
+            )
         default = parameters[name].default
         if value is default or (type(value) is type(default) and value == default):
             continue
@@ -144,7 +148,9 @@ def _describe(annotation: Any) -> list[str]:
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return ["a mapping"]
     if kind in (list, tuple, set, frozenset, Sequence, Iterable):
-        elements = " or ".join(dict.fromkeys(word for part in inner if part is not Ellipsis for word in _describe(part)))
+        elements = " or ".join(
+            dict.fromkeys(word for part in inner if part is not Ellipsis for word in _describe(part))
+        )
         plural = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts"}.get(elements, elements)
         return [f"a list of {plural}" if plural else "a list"]
     return [f"made by a _target_ ({getattr(kind, '__name__', kind)})"]
@@ -156,5 +162,9 @@ def _is_number(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     """Return a value as one writes it, cut where it is long."""
-    text = {None: "null", True: "true", False: "false"}[value] if value is None or value is True or value is False else repr(value)
+    text = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
     return text if len(text) <= 80 else f"{text[:77]}..."

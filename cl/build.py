@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cl.arguments import check_value
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.explain import flatten
 from cl.files import write_text
 from cl.make import made, make
@@ -72,7 +72,8 @@ def build(cfg: Any, directory: Path) -> Any:
         instruments=_instruments(cfg, stream),
         references=_references(cfg, config, reports),
     )
-    write_text(directory / "config.yaml", text)  # only now: what cannot be built is no run to continue
+    if not (directory / "config.yaml").exists():  # only now: what cannot be built is no run to continue
+        write_text(directory / "config.yaml", text)
     return experiment
 
 
@@ -176,12 +177,26 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     from cl.report import Report
 
     parts = [
-        make(part) for group in ("report", "logger") for part in (cfg.get(group) or {}).values() if OmegaConf.is_config(part)
+        make(part)
+        for group in ("report", "logger")
+        for part in (cfg.get(group) or {}).values()
+        if OmegaConf.is_config(part)
     ]
+    for part in parts:
+        _check_inside(part)
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
     reports = [part for part in parts if isinstance(part, Report)]
     return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
+
+
+def _check_inside(logger: Any) -> None:
+    """Refuse a logger whose name or version would lead out of its folder."""
+    folder, inside = getattr(logger, "save_dir", None), getattr(logger, "log_dir", None)
+    if isinstance(folder, str) and isinstance(inside, str):
+        root = Path(folder).resolve()
+        if root not in (Path(inside).resolve(), *Path(inside).resolve().parents):
+            raise InputError(f"A logger of {folder} would write to {inside}, outside of it: give it a plain name.")
 
 
 def _config_text(config: dict[str, Any], directory: Path) -> str:
@@ -216,8 +231,8 @@ def _check(cfg: Any) -> None:
         if OmegaConf.is_dict(parent) and key.rpartition(".")[2] in parent:
             value = parent[key.rpartition(".")[2]]
             check_value(key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, annotation)
-    if cfg.seed < 0:
-        raise InputError(f"seed={cfg.seed} must be 0 or more.")
+    check_range("", 0, seed=cfg.seed, epochs=cfg.epochs)
+    check_range("", 0, above=True, gradient_clip=cfg.gradient_clip)
 
 
 def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any) -> None:

@@ -57,13 +57,21 @@ SMALL = {
     "stream=i_blurry": {"stream.num_tasks": "2"},
     "stream=repetition": {"stream.num_tasks": "3", "stream.rows_per_task": "12"},
     "stream=mosaic": {"stream.num_tasks": "2", "stream.num_images": "20", "stream.num_test": "10"},
-    "stream=linear_teachers": {"stream.num_tasks": "2", "stream.rank": "2", "stream.dimension": "8", "stream.num_rows": "8"},
+    "stream=linear_teachers": {
+        "stream.num_tasks": "2",
+        "stream.rank": "2",
+        "stream.dimension": "8",
+        "stream.num_rows": "8",
+    },
     "stream=transfer_by_design": {"stream.target_rows": "10"},
     "stream=large_first_task": {"stream.first_task": "2"},
     **{f"stream={s}": {"stream.source.num_tasks": "2"} for s in ("long_tailed", "boundary_free", "label_noise")},
     **{f"stream={s}": {"stream.source.num_tasks": "2"} for s in ("label_scarcity", "revisited", "online")},
     "stream=domains": {"stream.datasets.first.test_fraction": "0.8", "stream.datasets.second.num_train": "40"},
-    "stream=chronological": {"stream.datasets.first.test_fraction": "0.8", "stream.datasets.third.test_fraction": "0.8"},
+    "stream=chronological": {
+        "stream.datasets.first.test_fraction": "0.8",
+        "stream.datasets.third.test_fraction": "0.8",
+    },
     "backbone=mlp": {"backbone.hidden": "[8]"},
     "backbone=identity": {},
     "backbone=simple_cnn": {"backbone.channels": "[4]", "backbone.hidden": "8"},
@@ -117,9 +125,29 @@ def leaves(group: str, option: str) -> list[str]:
 
 
 ROOT_KEYS = [
-    *("seed", "epochs", "batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "checkpoint.keep"),
+    *(
+        "seed",
+        "epochs",
+        "batch_size",
+        "eval_batch_size",
+        "chunk_size",
+        "gradient_clip",
+        "train_mask",
+        "checkpoint.keep",
+    ),
     *("log_every", "init", "probes", "estimators", "references", "weights", "freeze", "group", "tags", "scenario"),
-    *("reference_dir", "checkpoint", "strategy", "dataset", "stream", "optimizer", "trainer", "report", "head", "model"),
+    *(
+        "reference_dir",
+        "checkpoint",
+        "strategy",
+        "dataset",
+        "stream",
+        "optimizer",
+        "trainer",
+        "report",
+        "head",
+        "model",
+    ),
 ]
 
 
@@ -176,7 +204,11 @@ def outcome(overrides: list[str], folder: Path) -> str:
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(PATIENCE)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             main()
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import math
 import sys
@@ -94,7 +95,8 @@ def _resolved(annotation: Any, target: Any) -> Any:
         return annotation
     module = sys.modules.get(getattr(inspect.unwrap(target), "__module__", ""))
     try:
-        return eval(annotation, dict(vars(module)) if module else {})
+        names = {**vars(typing), **vars(collections.abc), **(vars(module) if module else {})}
+        return eval(annotation, names)
     except Exception:
         return Any
 
@@ -152,7 +154,8 @@ def _describe(annotation: Any) -> list[str]:
             dict.fromkeys(word for part in inner if part is not Ellipsis for word in _describe(part))
         )
         plural = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts"}.get(elements, elements)
-        return [f"a list of {plural}" if plural else "a list"]
+        count = f"{len(inner)} " if kind is tuple and inner and inner[-1] is not Ellipsis else ""
+        return [f"a list of {count}{plural}" if plural else "a list"]
     return [f"made by a _target_ ({getattr(kind, '__name__', kind)})"]
 
 

@@ -52,7 +52,7 @@ def build(cfg: Any, directory: Path) -> Any:
     text = _config_text(config, directory)
     stream = made(cfg.stream, Stream)
     stream = protocol.apply(stream) if protocol else stream
-    strategies = {name: made(strategy, Strategy) for name, strategy in (cfg.get("strategy") or {}).items()}
+    strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     learner = _learner(cfg, stream, strategies)
     reports, loggers, callbacks = _reports(cfg)
     experiment = Experiment(
@@ -188,6 +188,17 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
     reports = [part for part in parts if isinstance(part, Report)]
     return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
+
+
+def _mappings(cfg: Any, group: str) -> list[tuple[str, Any]]:
+    """Return the entries of a group by name, each of which describes one thing."""
+    from omegaconf import OmegaConf
+
+    entries = (cfg.get(group) or {}).items()
+    for name, node in entries:
+        if not OmegaConf.is_dict(node):
+            raise InputError(f"{group}.{name}={node} must be a mapping with a _target_.")
+    return list(entries)
 
 
 def _check_inside(logger: Any) -> None:

@@ -44,7 +44,7 @@ def check_range(
     """
     for name, value in values.items():
         for number in value if isinstance(value, Sequence) else [value]:
-            if number is None or (low < number if above else low <= number) and number <= high:
+            if number is None or ((low < number if above else low <= number) and number <= high):
                 continue
             least = f"above {low}" if above else f"{low} or more"
             wanted = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from typing import Any
 
@@ -44,6 +45,7 @@ def _exhausted(error: BaseException | None) -> InputError | None:
     """Return a sentence where the disk or the memory is full, which nobody's code is to blame for."""
     import torch
 
+    made = re.search(r"full_key: (\S+)", str(error))
     while error is not None:  # not through __context__: what fails while a full memory is handled is a bug
         text = str(error).strip()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -56,9 +58,9 @@ def _exhausted(error: BaseException | None) -> InputError | None:
         allocator = isinstance(error, RuntimeError) and any(words in text for words in _TOO_MUCH)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or allocator:
             reason = " ".join(text.split())[:200].rstrip(".") or "the system gives no more"
-            return InputError(
-                f"Out of memory ({reason}): free some. {_GO_ON}, or choose a smaller model, batch or memory."
-            )
+            if made is not None:
+                return InputError(f"{made.group(1)} takes more memory than there is ({reason}): ask for less.")
+            return InputError(f"Out of memory ({reason}): free some, or ask for less of it. {_GO_ON}.")
         error = error.__cause__
     return None
 
@@ -88,7 +90,6 @@ def _wrong_call(error: BaseException | None) -> InputError | None:
 
 def missing(error: Any) -> str:
     """Name the nearest options where a group has none of that name."""
-    import re
     from importlib.resources import files
 
     found = re.search(r"Could not (?:find|load) '([^']+)'", str(error))
@@ -114,9 +115,8 @@ def before_run(error: BaseException) -> str | None:
         place = place.tb_next
     modules = {module for module, _ in frames}
     if loader.__name__ in modules:
-        return _one_line(
-            f"The configuration cannot be composed ({error}): a group takes names, as in strategy=er or strategy=[er,gpm]"
-        )
+        hint = "a group takes names, as strategy=er or strategy=[er,gpm], and ~group leaves it out"
+        return _one_line(f"The configuration cannot be composed ({error}): {hint}")
     if isinstance(error, OSError) and jobs.__name__ in modules and ("cl.cli", "run") not in frames:
         reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
         return _one_line(f"The run has nowhere to write ({reason}): choose another hydra.run.dir")
@@ -130,7 +130,6 @@ def _one_line(text: str) -> str:
 def readable(error: Exception) -> str:
     """Name the nearest keys where an override names a key that does not exist."""
     import difflib
-    import re
     from importlib.resources import files
 
     from hydra import compose, initialize_config_module

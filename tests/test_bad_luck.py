@@ -131,7 +131,7 @@ def test_an_exception_in_a_callback(
 
 
 class Torn:
-    """A transform that fails on the training rows of the second task, as a damaged image would, when they are needed."""
+    """A transform that fails on the training rows of the second task, as a damaged image would."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if Armed.now and len(x) == 48:
@@ -238,7 +238,7 @@ def full(*_: object, **__: object) -> None:
 def test_a_full_disk_at_any_write_leaves_whole_files_and_a_run_to_go_on(
     call: str, whole: tuple[Path, list[Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every write-then-rename of a run in turn is the one that finds no room; one in three here, all in a run by hand."""
+    """Every write-then-rename of a run in turn finds no room; one in three here, all in a run by hand."""
     real, every = getattr(os, call), os.environ.get("CL_FUZZ")
     count = [0]
 

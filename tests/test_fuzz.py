@@ -1,7 +1,7 @@
 """Whatever configuration is written, `cl-run` finishes a run or says one sentence: drawn groups, drawn values.
 
-A case is a list of overrides, and runs as on the command line, in this process. More of them by hand:
-`CL_FUZZ=2000 CL_FUZZ_SEED=1 pytest tests/test_fuzz.py -k drawn`; CL_FUZZ_LOG=FILE goes on after failures and keeps every outcome.
+A case is a list of overrides, and runs as on the command line, in this process. More of them by hand, a line of the log
+for each, failures and all: `CL_FUZZ=2000 CL_FUZZ_SEED=1 CL_FUZZ_LOG=FILE pytest tests/test_fuzz.py -k drawn`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ from omegaconf import OmegaConf
 from cl.cli import main
 
 BY_HAND, LOG = int(os.environ.get("CL_FUZZ", "0")), os.environ.get("CL_FUZZ_LOG")
-if BY_HAND:  # which composes everything once more
-    Hydra.get_mode = lambda *_, **__: RunMode.RUN
-
 CONF = Path(__file__).parent.parent / "conf"
 PATIENCE = 30  # seconds of a case; the longest that are meant to finish take three
 
@@ -95,33 +92,49 @@ GROUPS = {
     "logger": ("csv", "none"),
     "report": ("quiet", "default"),
     "protocol": ("tune_first", "score_rest", "tune_everything"),
-    "strategy": ("er", "finetune", "agem", "cumulative", "derpp", "ewc", "gpm", "joint", "l2p", "lwf", "ncm", "avalanche"),
-}  # fmt: skip
+    "strategy": tuple(sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))),
+}
 LISTS = {"probes": ("ridge", "knn", "cka"), "references": ("experts", "joint"), "estimators": ("tmi", "log_me", "ped")}
 KNOWN = {"scenario": None, "protocol": None}  # groups that are none where nothing is drawn
 
 VALUES = (
     *("-1", "0", "1", "2", "3", "7", "1000000000000", "99999999999999999999999", "0.5", "1.5", "-0.5", "2.0", "1e-12"),
     *("1e30", "nan", "inf", "-inf", "abc", "''", "null", "true", "false", "[]", "[1]", "[0,1]", "[1,-1]", "[0.5,a]"),
-    *("[[1]]", "{}", "{a:1}", "../up", "a/b", "'1'", "shuffled", "auto", "'${seed}'", "'${nowhere}'", "???"),
+    *(
+        "[0]",
+        "[-1,2]",
+        "[1000000000000]",
+        "[[1]]",
+        "{}",
+        "{a:1}",
+        "../up",
+        "a/b",
+        "'1'",
+        "shuffled",
+        "auto",
+        "'${seed}'",
+        "'${nowhere}'",
+        "???",
+    ),
 )
+NUMBERS = VALUES[:17]
 ENDLESS = {("epochs", "1000000000000"), ("strategy.avalanche.epochs", "1000000000000")}  # would take what was asked for
 
 
-def leaves(group: str, option: str) -> list[str]:
-    """Return the keys that an option of a group writes."""
+def leaves(group: str, option: str) -> dict[str, object]:
+    """Return the keys that an option of a group writes, with their values."""
     text = (CONF / group / f"{option}.yaml").read_text()
     prefix = "" if "@package _global_" in text else group
 
-    def walk(tree: object, path: str) -> Iterator[str]:
+    def walk(tree: object, path: str) -> Iterator[tuple[str, object]]:
         if isinstance(tree, dict) and tree:
             for key, branch in tree.items():
                 if key != "defaults":
                     yield from walk(branch, f"{path}.{key}".strip("."))
         elif path:
-            yield path
+            yield path, tree
 
-    return list(walk(OmegaConf.to_container(OmegaConf.create(text)), prefix))
+    return dict(walk(OmegaConf.to_container(OmegaConf.create(text)), prefix))
 
 
 ROOT_KEYS = [
@@ -163,17 +176,19 @@ def cases(draw: st.DrawFn) -> list[str]:
     written = {group: option for group, option in chosen.items() if group != "strategy"}
     written["strategy"] = strategies[0] if len(strategies) == 1 else f"[{','.join(strategies)}]"
     written |= TINY
-    keys = [*ROOT_KEYS, *leaves("trainer", "default"), *leaves("head", "linear")]
+    keys = {**dict.fromkeys(ROOT_KEYS), **leaves("trainer", "default"), **leaves("head", "linear")}
     options = [(g, o) for g, o in chosen.items() if g != "strategy"] + [("strategy", s) for s in strategies]
     for group, option in options:
-        keys += leaves(group, option)
+        keys |= leaves(group, option)
         if not (group == "dataset" and chosen["stream"] in ("linear_teachers", "domains", "chronological")):
             written |= SMALL.get(f"{group}={option}", {})
     for name, known in LISTS.items():
         if draw(st.integers(0, 7)) == 0:
             written[name] = f"[{','.join(draw(st.lists(st.sampled_from(known), max_size=2)))}]"
     for _ in range(draw(st.integers(0, 3))):
-        key, value = draw(st.sampled_from(sorted(set(keys)))), draw(st.sampled_from(VALUES))
+        key = draw(st.sampled_from(sorted(keys)))
+        alike = NUMBERS if isinstance(keys[key], int | float | None) else VALUES
+        value = draw(st.sampled_from(draw(st.sampled_from([alike, alike, VALUES]))))
         if (key, value) not in ENDLESS:
             written[key] = value
     pictures = chosen["report"] != "null" and draw(st.integers(0, 7)) > 0  # which take half of the time
@@ -201,7 +216,8 @@ def outcome(overrides: list[str], folder: Path) -> str:
     handlers, argv, here = logging.root.handlers[:], sys.argv, Path.cwd()
     sys.argv = ["cl-run", "hydra.run.dir=out", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled", *overrides]
     os.chdir(folder)
-    before = signal.signal(signal.SIGALRM, late)
+    before, mode = signal.signal(signal.SIGALRM, late), Hydra.get_mode
+    Hydra.get_mode = lambda *_, **__: RunMode.RUN  # which composes everything once more to find that
     signal.alarm(PATIENCE)
     try:
         with (
@@ -218,7 +234,7 @@ def outcome(overrides: list[str], folder: Path) -> str:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-        sys.argv = argv
+        sys.argv, Hydra.get_mode = argv, mode
         os.chdir(here)
         logging.root.handlers[:] = handlers
         GlobalHydra.instance().clear()
@@ -267,7 +283,7 @@ def logged(overrides: list[str]) -> None:
 
 @seed(int(os.environ.get("CL_FUZZ_SEED", "0")))
 @settings(
-    max_examples=BY_HAND or 60,
+    max_examples=BY_HAND or 30,
     derandomize=not BY_HAND,
     deadline=None,
     database=None,
@@ -276,3 +292,100 @@ def logged(overrides: list[str]) -> None:
 @given(cases())
 def test_a_drawn_configuration_is_a_run_or_a_sentence(overrides: list[str]) -> None:
     (logged if LOG else examine)(overrides)
+
+
+# ------------------------------------------------------------------ each cause that was found, and what is asked for
+
+FAST = (
+    *("dataset=synthetic", "report=quiet", "epochs=1", "batch_size=16", "trainer.accelerator=cpu", "log_every=3"),
+    *("dataset.num_train=60", "dataset.num_test=30", "dataset.num_classes=4", "stream.num_tasks=2"),
+    *("backbone.hidden=[8]", "~report.picture", "~report.curves"),
+)
+HUGE = "1000000000000"
+
+
+def example(overrides: str, tmp_path: Path) -> str:
+    """Return the sentence on a few overrides of a small run."""
+    given = overrides.split()
+    keys = {override.partition("=")[0] for override in given}
+    return outcome([*(o for o in FAST if o.partition("=")[0] not in keys), *given], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "epochs=0",
+        "batch_size=1000000000",
+        f"eval_batch_size={HUGE} chunk_size={HUGE} log_every={HUGE}",
+        "report.points=1000000000",
+        "strategy=[er,er]",
+        "~scheduler ~logger",
+        "optimizer.lr=0",
+        "strategy.er.batch_size=1000000000",
+    ],
+)
+def test_what_makes_sense_runs(overrides: str, tmp_path: Path) -> None:
+    assert example(overrides, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ("epochs=abc", "epochs='abc' must be a whole number."),
+        ("epochs=-1", "epochs=-1 must be 0 or more."),
+        ("epochs=true", "epochs=true must be a whole number."),
+        ("seed=-1", "seed=-1 must be 0 or more."),
+        ("seed=1.5", "seed=1.5 must be a whole number."),
+        ("seed=99999999999999999999999", "must be a whole number"),
+        ("dataset.seed=-1", "seed=-1 must be 0 or more."),
+        ("batch_size=2.5", "batch_size=2.5 must be a whole number."),
+        ("batch_size=null", "batch_size=null must be a whole number."),
+        ("log_every=0", "log_every=0 must be 1 or more."),
+        ("gradient_clip=0", "gradient_clip=0 must be above 0."),
+        ("optimizer.lr=-1", "optimizer cannot be made (Invalid learning rate: -1)"),
+        ("optimizer.lr=nan", "optimizer.lr=nan must be a number."),
+        ("optimizer=adam optimizer.betas=[0.9]", "optimizer.betas=[0.9] must be a list of 2 numbers."),
+        ("optimizer._partial_=false", "optimizer cannot be made (SGD.__init__() missing"),
+        ("optimizer._partial_=2", "optimizer._partial_=2 must be true or false."),
+        ("optimizer._target_=torch.nn.ReLU", "no argument of optimizer called 'lr'"),
+        ("stream.num_tasks=0", "4 classes do not split evenly"),
+        ("stream.num_tasks=1000", "more than the 4 classes"),
+        (f"stream=permuted stream.num_tasks={HUGE}", "must be between 1 and 10000"),
+        (f"stream=repetition stream.num_tasks={HUGE}", "must be between 1 and 10000"),
+        ("dataset=null", "cannot be composed"),
+        ("strategy=null", "~group leaves it out"),
+        ("strategy=1", "a group takes names"),
+        ("~head", "There is no head"),
+        ("strategy.er=5", "strategy.er=5 must be a mapping"),
+        ("trainer.devices=0", "trainer cannot be made"),
+        ("trainer.precision=foo", "trainer.precision='foo' must be 64"),
+        ("trainer.accelerator=warp", "trainer cannot be made (You selected an invalid accelerator name"),
+        ("epocs=3", "did you mean epochs"),
+        ("+strategy.er.memroy=3", "no argument of strategy.er called 'memroy': did you mean 'memory_size'?"),
+        ("+strategy.mine._target_=no.such.Thing", "strategy.mine cannot be made"),
+        ("+strategy.mine._target_=torch.nn.ReLU", "makes a ReLU, where a Strategy is needed"),
+        ("strategy.er._target_=abc", "strategy.er cannot be made"),
+        ("strategy.er._target_=5", "strategy.er._target_=5 must be text"),
+        ("+strategy.keys._target_=cl.strategies.finetune.Finetune", "A strategy cannot be called 'keys'"),
+        (f"strategy.er.memory_size={HUGE}", "takes 8e+04 GB"),
+        (f"backbone.hidden=[{HUGE}]", "backbone takes more memory than there is"),
+        (f"dataset.num_train={HUGE}", "stream.dataset takes more memory than there is"),
+        ("dataset.input_shape=[-1]", "dataset.input_shape=(-1,) must be 1 or more."),
+        ("+dataset.name=3", "no argument of dataset called 'name'"),
+        ("tags='${nowhere}'", "tags: Interpolation key 'nowhere' not found"),
+        ("report.columns=0", "columns=0 of R are unknown"),
+        ("report.every=0", "report.every=0 must be 1 or more"),
+        ("checkpoint.keep=0", "checkpoint.keep=0"),
+        ("checkpoint.keep=x", "checkpoint.keep='x' must be a whole number or null."),
+        ("scheduler=plateau", "set stream.val_fraction"),
+        ("scheduler=cosine scheduler.T_max=0", "Optimizer and scheduler cannot step"),
+        ("strategy=[ncm,ewc]", "all are frozen"),
+        ("strategy=ewc strategy.ewc.weight=-1", "ewc.weight=-1 must be 0 or more."),
+        ("reference_dir=/dev/null/x references=[experts]", "reference_dir=/dev/null/x cannot be made"),
+        ("probes=ridge", "probes='ridge' must be a list of texts."),
+    ],
+)
+def test_a_cause_that_was_found_is_a_sentence(overrides: str, sentence: str, tmp_path: Path) -> None:
+    said = example(overrides, tmp_path)
+    assert sentence in said
+    check_sentence(said)

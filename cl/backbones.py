@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.errors import InputError, unknown
+from cl.errors import InputError, check_range, unknown
 from cl.vit import Timm as Timm
 from cl.vit import ViT as ViT
 from cl.vit import image_shape
@@ -34,6 +34,7 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, input_shape: Sequence[int], hidden: Sequence[int] = (100, 100), bias: bool = True) -> None:
+        check_range("backbone", 1, hidden=hidden)
         widths = [math.prod(input_shape), *hidden]
         if min(widths) < 1:
             raise InputError(f"hidden={list(hidden)} of MLP has an empty layer: give widths of at least 1.")
@@ -59,6 +60,7 @@ class SimpleCNN(nn.Sequential):
     def __init__(
         self, input_shape: Sequence[int], channels: Sequence[int] = (32, 64, 64), hidden: int = 128, bias: bool = True
     ) -> None:
+        check_range("backbone", 1, channels=channels, hidden=hidden)
         depth, height, width = image_shape("SimpleCNN", input_shape, 2 ** len(channels))
         layers: list[nn.Module] = []
         for a, b in pairwise([depth, *channels]):
@@ -115,6 +117,7 @@ class ResNet18(nn.Sequential):
     def __init__(self, input_shape: Sequence[int], width: int = 64, norm: str = "batch") -> None:
         if norm not in NORMS:
             raise InputError(f"norm={norm!r} of ResNet18 is unknown: use one of {', '.join(NORMS)}.")
+        check_range("backbone", 1, width=width)
         channels, _, _ = image_shape("ResNet18", input_shape, 8)
         make = NORMS[norm]
         layers: OrderedDict[str, nn.Module] = OrderedDict(
@@ -159,6 +162,12 @@ class AlexNetGPM(nn.Sequential):
         dropout: Sequence[float] = (0.2, 0.5),
     ) -> None:
         depth, height, width = image_shape("AlexNetGPM", input_shape, 19)
+        check_range("backbone", 1, channels=channels, hidden=hidden)
+        check_range("backbone", 0, 1, dropout=dropout)
+        if (len(channels), len(dropout)) != (3, 2):
+            raise InputError(
+                f"AlexNetGPM takes three channels and two dropouts, not {list(channels)}, {list(dropout)}: fix them."
+            )
         layers: list[nn.Module] = []
         low, high = dropout
         for outside, kernel, rate in zip(channels, (4, 3, 2), (low, low, high), strict=True):

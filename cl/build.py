@@ -6,43 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
-from cl.explain import flatten
-from cl.files import write_text
+from cl.make import made, make
+from cl.settle import keep, protocol_of, settle
 
-_FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
 _LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
-
-
-def make(node: Any, *arguments: Any, **options: Any) -> Any:
-    """Return what a configuration with a `_target_` describes; lists and dicts reach it as such."""
-    from hydra.utils import instantiate
-
-    return instantiate(node, *arguments, _convert_="all", **options)
-
-
-def settle(cfg: Any, directory: Path) -> dict[str, Any]:
-    """Return the resolved configuration, and write it to the directory or compare it with the one there.
-
-    Args:
-        cfg: What Hydra composed from `cl.conf`; what a search has found is put into it.
-        directory: The run's directory.
-
-    Raises:
-        InputError: If a run of another configuration was begun in the directory.
-    """
-    from omegaconf import OmegaConf
-
-    for key, value in (_protocol(cfg).found() if cfg.protocol else {}).items():
-        OmegaConf.update(cfg, key, value)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    _keep_config(config, directory)
-    return config
-
-
-def _protocol(cfg: Any) -> Any:
-    from cl.protocol import Protocol
-
-    return Protocol(**cfg.protocol)
 
 
 def build(cfg: Any, directory: Path) -> Any:
@@ -57,14 +24,17 @@ def build(cfg: Any, directory: Path) -> Any:
     """
     from cl.branch import Branch
     from cl.experiment import Experiment
+    from cl.strategy import Strategy
+    from cl.task import Stream
 
     config = settle(cfg, directory)
-    protocol = _protocol(cfg) if cfg.protocol else None
-    stream = protocol.apply(make(cfg.stream)) if protocol else make(cfg.stream)
-    strategies = {name: make(strategy) for name, strategy in (cfg.strategy or {}).items()}
+    protocol = protocol_of(cfg) if cfg.get("protocol") else None
+    stream = made(cfg.stream, Stream)
+    stream = protocol.apply(stream) if protocol else stream
+    strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     learner = _learner(cfg, stream, strategies)
     reports, loggers, callbacks = _reports(cfg)
-    return Experiment(
+    experiment = Experiment(
         learner,
         stream,
         make(cfg.trainer),
@@ -76,13 +46,15 @@ def build(cfg: Any, directory: Path) -> Any:
         config=config,
         notes=_notes(cfg, learner.backbone) + ([protocol.remark] if protocol else []),
         tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
-        columns=(cfg.report or {}).get("columns", "all"),
+        columns=(cfg.get("report") or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
         every=cfg.checkpoint.every,
         instruments=_instruments(cfg, stream),
         references=_references(cfg, config, reports),
         branch=Branch.parse(cfg["from"]) if cfg["from"] else None,
     )
+    keep(config, directory)  # only now: what cannot be built is no run to continue
+    return experiment
 
 
 def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
@@ -99,7 +71,9 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     options = {key: cfg[key] for key in _LEARNER}
-    learner = Learner(stream, backbone, strategies, make(cfg.optimizer), make(cfg.scheduler), head=head, **options)
+    optimizer, scheduler = make(cfg.optimizer), None if cfg.get("scheduler") is None else make(cfg.scheduler)
+    _check_optimizer(optimizer, scheduler, stream)
+    learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
     if cfg.compile is not None:
         learner.compile(cfg.compile)
     return learner
@@ -110,7 +84,7 @@ def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
     from cl.instruments.curves import LearningCurves
     from cl.instruments.resources import Resources
 
-    report = cfg.report or {}
+    report = cfg.get("report") or {}
     rows = report.get("subset", 1000)
     found: dict[str, Any] = {"resources": Resources(flops=report.get("flops", False))}
     if report.get("every") is not None or report.get("points") is not None:
@@ -136,7 +110,7 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
         return None
 
     def experiment(stream: Any, strategies: dict[str, Any]) -> Any:
-        report = cfg.report or {}
+        report = cfg.get("report") or {}
         every, points = report.get("every"), report.get("points")
         points = 10 if every is None and points is None else points
         curves = {"curves": LearningCurves(stream, every, points, report.get("subset", 1000))}
@@ -183,43 +157,53 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     from cl.report import Report
 
     parts = [
-        make(part) for group in (cfg.report, cfg.logger) for part in (group or {}).values() if OmegaConf.is_config(part)
+        make(part)
+        for group in ("report", "logger")
+        for part in (cfg.get(group) or {}).values()
+        if OmegaConf.is_config(part)
     ]
+    for part in parts:
+        _check_inside(part)
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
     reports = [part for part in parts if isinstance(part, Report)]
     return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
 
 
-def _keep_config(config: dict[str, Any], directory: Path) -> None:
-    """Write the resolved configuration, or compare it with the one that the directory holds.
-
-    The directory itself is written as ".", so that a run that was moved or copied can be continued.
-    """
+def _mappings(cfg: Any, group: str) -> list[tuple[str, Any]]:
+    """Return the entries of a group by name, each of which describes one thing."""
     from omegaconf import OmegaConf
 
-    path, text = directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).replace(str(directory), ".")
-    if path.exists() and (directory / "checkpoints").exists():  # else nothing was begun
-        old, new = flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(text)))
-        both = {key for key in old.keys() | new.keys() if key.partition(".")[0] not in _FREE and key not in _FREE}
-        changed = sorted(key for key in both if old.get(key) != new.get(key))
-        if changed:
-            listed = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed[:5])
-            raise InputError(
-                f"{directory} holds a run of another configuration ({listed}): choose another hydra.run.dir, or "
-                "repeat that configuration to continue it."
-            )
-        return
-    write_text(path, text)
+    entries = (cfg.get(group) or {}).items()
+    for name, node in entries:
+        if not OmegaConf.is_dict(node):
+            raise InputError(f"{group}.{name}={node} must be a mapping with a _target_.")
+    return list(entries)
 
 
-def _read(path: Path) -> Any:
-    from omegaconf import OmegaConf
+def _check_inside(logger: Any) -> None:
+    """Refuse a logger whose name or version would lead out of its folder."""
+    folder, inside = getattr(logger, "save_dir", None), getattr(logger, "log_dir", None)
+    if isinstance(folder, str) and isinstance(inside, str):
+        root = Path(folder).resolve()
+        if root not in (Path(inside).resolve(), *Path(inside).resolve().parents):
+            raise InputError(f"A logger of {folder} would write to {inside}, outside of it: give it a plain name.")
 
+
+def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any) -> None:
+    """Build and step both once, on a parameter of their own, so that what they refuse is known before training."""
+    import torch
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+    made_of = optimizer([torch.nn.Parameter(torch.zeros(1))])
+    if not isinstance(made_of, torch.optim.Optimizer):
+        raise InputError(f"optimizer makes a {type(made_of).__name__}, not an optimizer: correct its _target_.")
+    schedule = scheduler(made_of) if scheduler is not None else None
+    if isinstance(schedule, ReduceLROnPlateau) and any(task.val is None for task in stream):
+        raise InputError("ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction.")
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of the file system, of YAML, of OmegaConf
-        raise InputError(
-            f"{path} cannot be read ({' '.join(str(error).split())}): remove it, and the run is continued as it is "
-            "configured now."
-        ) from error
+        made_of.step()
+        if schedule is not None:
+            schedule.step(0.0) if isinstance(schedule, ReduceLROnPlateau) else schedule.step()
+    except Exception as error:
+        raise InputError(f"Optimizer and scheduler cannot step ({error}): correct their arguments.") from error

@@ -45,7 +45,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. {_GO_ON}")
     except Exception as error:  # of a launcher, or of a search that found nothing
-        verdict = " ".join(str(said) for said in (explain.cause(error), sweep.verdict(jobs)) if said)
+        verdict = " ".join(
+            str(said) for said in (explain.cause(error) or explain.before_run(error), sweep.verdict(jobs)) if said
+        )
         if not verdict:
             raise
     if verdict:
@@ -62,8 +64,9 @@ def run(cfg: Any) -> float | str:
     from hydra.types import RunMode
 
     from cl import sweep
-    from cl.build import build, settle
+    from cl.build import build
     from cl.report import percent, read_result
+    from cl.settle import settle
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import Logger
 from cl import checkpoint
 from cl.branch import Branch
 from cl.errors import InputError
+from cl.finite import check_finite
 from cl.instruments import Instrument, Instruments
 from cl.instruments.probes import Probes
 from cl.instruments.resources import Resources
@@ -225,6 +226,7 @@ class Experiment:
             if trainer.interrupted:
                 raise KeyboardInterrupt
             self.learner.to(trainer.strategy.root_device)
+            check_finite(self.learner)
             self.pause.trained(trainer, self.learner)
             self.learner.look()
             self.learner.looks = {}

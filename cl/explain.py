@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
 from typing import Any
 
@@ -41,31 +43,62 @@ def cause(error: BaseException | None) -> BaseException | None:
     first = error
     while error is not None and not isinstance(error, InputError | DivergenceError):
         error = error.__cause__ or error.__context__
-    return error if error is not None else _wrong_call(first)
+    return error if error is not None else _exhausted(first) or _wrong_call(first)
+
+
+_GO_ON = "The checkpoint of the last finished task is kept: run again with the same hydra.run.dir to go on from it"
+_TOO_MUCH = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "alloc_cpu.cpp", "overflow")
+
+
+def _exhausted(error: BaseException | None) -> InputError | None:
+    """Return a sentence where the disk or the memory is full, which nobody's code is to blame for."""
+    import torch
+
+    made = re.search(r"full_key: (\S+)", str(error))
+    while error is not None:  # not through __context__: what fails while a full memory is handled is a bug
+        text = str(error).strip()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {error.filename}" if error.filename else ""
+            return InputError(f"The disk has no room left{where} ({error.strerror}): free some. {_GO_ON}.")
+        if isinstance(error, RuntimeError) and any(
+            words in text for words in ("PytorchStreamWriter", "unexpected pos")
+        ):
+            return InputError(f"A checkpoint could not be written, as happens on a full disk: free some. {_GO_ON}.")
+        allocator = isinstance(error, RuntimeError) and any(words in text for words in _TOO_MUCH)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or allocator:
+            reason = " ".join(text.split())[:200].rstrip(".") or "the system gives no more"
+            if made is not None:
+                return InputError(f"{made.group(1)} takes more memory than there is ({reason}): ask for less.")
+            return InputError(f"Out of memory ({reason}): free some, or ask for less of it. {_GO_ON}.")
+        error = error.__cause__
+    return None
 
 
 def _wrong_call(error: BaseException | None) -> InputError | None:
     """Return a sentence on a `_target_` that is not there or takes other arguments, not on what failed inside it."""
     from hydra.errors import InstantiationException
-    from omegaconf.errors import MissingMandatoryValue
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     if isinstance(error, MissingMandatoryValue):
         return InputError(f"{error.full_key} has no default: write {error.full_key}=... on the command line.")
+    if isinstance(error, OmegaConfBaseException):
+        reason = str(error.msg or error).strip().splitlines()[0].rstrip(".")
+        return InputError(f"{error.full_key or 'The configuration'}: {reason}. Correct it on the command line.")
     if not isinstance(error, InstantiationException):
         return None
-    inner = error.__cause__ or error.__context__
+    inner = error.__cause__ or error.__context__ or error
     place = inner.__traceback__ if inner is not None else None
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     key = str(error).partition("full_key: ")[2] or "the configuration"
     if place is None or "hydra" not in place.tb_frame.f_code.co_filename:
         return None
-    return InputError(f"{key} cannot be made ({' '.join(str(inner).split())}): correct its _target_ or its arguments.")
+    reason = " ".join(str(inner).partition("full_key: ")[0].split())
+    return InputError(f"{key} cannot be made ({reason}): correct its _target_ or its arguments.")
 
 
 def missing(error: Any) -> str:
     """Name the nearest options where a group has none of that name."""
-    import re
     from importlib.resources import files
 
     found = re.search(r"Could not (?:find|load) '([^']+)'", str(error))
@@ -73,16 +106,41 @@ def missing(error: Any) -> str:
     if f"{group}/{name}" in _EXTRAS:
         what, extra = _EXTRAS[f"{group}/{name}"]
         return f"{what}, which is not installed: pip install 'clsim[{extra}]'."
+    if ".." in group.split("/"):
+        return f"There is no {group}/{name}: groups and options are names, as cl-run --help lists them."
     folder = files("cl.conf").joinpath(group)
     own = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")] if folder.is_dir() else []
     options = {*own, *(error.options or ())}
-    return str(unknown(group, name, options)) if group and options else " ".join(str(error).split())
+    return str(unknown(group, name, options - {"config"} or options)) if group and options else _one_line(str(error))
+
+
+def before_run(error: BaseException) -> str | None:
+    """Return a sentence for what Hydra could not compose or write before any run; None for what happened in one."""
+    import hydra.core.utils as jobs
+    from hydra._internal import config_loader_impl as loader
+
+    frames, place = set(), error.__traceback__
+    while place is not None:
+        frames.add((place.tb_frame.f_globals.get("__name__"), place.tb_frame.f_code.co_name))
+        place = place.tb_next
+    modules = {module for module, _ in frames}
+    if loader.__name__ in modules:
+        hint = "a group takes names, as strategy=er or strategy=[er,gpm], and ~group leaves it out"
+        return _one_line(f"The configuration cannot be composed ({error}): {hint}")
+    if isinstance(error, OSError) and jobs.__name__ in modules and ("cl.cli", "run") not in frames:
+        reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        return _one_line(f"The run has nowhere to write ({reason}): choose another hydra.run.dir")
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".") + "."
 
 
 def readable(error: Exception) -> str:
     """Name the nearest keys where an override names a key that does not exist."""
     import difflib
-    import re
+    from importlib.resources import files
 
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -90,7 +148,7 @@ def readable(error: Exception) -> str:
     text = str(error)
     match = re.search(r"Could not (?:override|append to config) '?([\w.@]+)'?|override '([\w.@/]+)'", text)
     if match is None:
-        return " ".join(text.split())
+        return _one_line(text)
     key = match.group(1) or match.group(2)
     GlobalHydra.instance().clear()
     with initialize_config_module("cl.conf", version_base="1.3"):
@@ -99,6 +157,10 @@ def readable(error: Exception) -> str:
             known = list(_flatten_keys(compose("config", overrides=[g for g in groups if not g.startswith(key)])))
         except Exception:
             known = list(_flatten_keys(compose("config")))
+    own = files("cl.conf").joinpath(key)
+    if "." not in key and own.is_dir():
+        options = sorted(entry.name[:-5] for entry in own.iterdir() if entry.name.endswith(".yaml"))
+        return f"{key} takes the name of an option, in a list where it takes several: {', '.join(options)}."
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     if key in known:  # in a sweep, of another job
         return f"There is no key {key!r} with this choice of groups, as there is with others: leave it out here."

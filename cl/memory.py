@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,12 +82,14 @@ class Memory(nn.Module):
         self._extras = tuple(extras or {})
         self._off_device: dict[str, Tensor] = {}
         self.register_buffer("here", torch.empty(0), persistent=False)  # follows the learner
-        columns = {
+        columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "x": (stream.input_shape, stream.input_dtype),
             "y": stream.target.row(stream.num_classes),
             "task": ((), torch.int64),
         }
-        for name, (shape, dtype) in {**columns, **{n: (s, torch.float32) for n, s in (extras or {}).items()}}.items():
+        columns |= {name: (shape, torch.float32) for name, shape in (extras or {}).items()}
+        _check_room(capacity, sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns.values()), storage)
+        for name, (shape, dtype) in columns.items():
             if storage == "device":
                 self.register_buffer(f"rows_{name}", torch.zeros(capacity, *shape, dtype=dtype))
             else:
@@ -236,6 +240,21 @@ def _check(capacity: int, stream: Stream, policy: str, storage: str) -> None:
         )
     if capacity < 1:
         raise InputError(f"A memory of {capacity} exemplars holds nothing: set memory_size to 1 or more.")
+
+
+def _check_room(capacity: int, row_bytes: int, storage: str) -> None:
+    """Refuse what the machine cannot hold: a kernel may promise memory and end the process when it is written to."""
+    if storage == "disk":
+        room = shutil.disk_usage(tempfile.gettempdir()).free
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if capacity * row_bytes > room:
+        raise InputError(
+            f"memory_size={capacity} takes {capacity * row_bytes / 1e9:.3g} GB, and the {storage} has "
+            f"{room / 1e9:.3g} GB: lower it{'' if storage == 'disk' else ', or try storage=disk'}."
+        )
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

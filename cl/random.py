@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cl.errors import InputError
+
 
 def derive(seed: int, *position: int | str) -> int:
     """Return a seed that depends on `seed` and a position only, never on what ran before.
@@ -16,6 +18,8 @@ def derive(seed: int, *position: int | str) -> int:
         >>> derive(0, "order", 3, 1) == derive(0, "order", 3, 1) != derive(0, "order", 3, 2)
         True
     """
+    if seed < 0:
+        raise InputError(f"seed={seed} must be 0 or more.")
     key = [zlib.crc32(p.encode()) if isinstance(p, str) else p for p in position]
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0] >> 1)
 

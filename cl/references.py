@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import cl
-from cl.errors import DivergenceError, unknown
+from cl.errors import DivergenceError, InputError, unknown
 from cl.files import read_sealed, write_sealed
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
@@ -114,7 +114,12 @@ class References:
 
         experiment = self._make(stream, strategies)
         file = self._folder / f"{kind}_{self._digest(kind, experiment, tasks)}.json"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"reference_dir={self._folder} cannot be made ({error.strerror}): name another."
+            ) from error
         with FileLock(file.with_suffix(".lock")):
             what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
             kept = read_sealed(file)  # one that is torn or changed is made again

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cl.cache import Allocate, decoded
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
-from cl.errors import InputError, unknown
+from cl.errors import InputError, check_range, unknown
 from cl.images import image_folder as image_folder
 from cl.random import derive
 from cl.task import TaskData
@@ -104,6 +104,9 @@ def synthetic(
         torch.uint8
     """
     shape = tuple(int(size) for size in input_shape)
+    check_range("dataset", 1, input_shape=shape)
+    if not shape:
+        raise InputError("dataset.input_shape=[] has no dimension: give one or more.")
     if min(num_train, num_test) < num_classes or num_classes < 1:
         raise InputError(
             f"num_train={num_train} and num_test={num_test} leave one of {num_classes} classes empty: raise them."

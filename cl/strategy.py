@@ -34,6 +34,7 @@ a strategy has no checkpoint code of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,7 @@ class Composition(nn.ModuleDict):
         owners: Hook with one owner to its method, which is the default where nobody defines it.
 
     Raises:
-        InputError: If two strategies own one hook.
+        InputError: If two strategies own one hook, or a name cannot be one.
 
     Example:
         >>> Composition({"plain": Strategy()}).chains["loss"]
@@ -199,7 +200,14 @@ class Composition(nn.ModuleDict):
     """
 
     def __init__(self, strategies: Mapping[str, Strategy]) -> None:
-        super().__init__(dict(strategies))
+        super().__init__()
+        for name in strategies:
+            if not re.fullmatch(r"[\w-]+", name) or name == "loss" or hasattr(self, name):
+                raise InputError(
+                    f"A strategy cannot be called {name!r}, which names its part of a checkpoint and a curve: choose a "
+                    "word of letters, digits, _ and - that is not taken."
+                )
+        self.update(dict(strategies))
         self.chains = {h: [(n, getattr(s, h)) for n, s in strategies.items() if overrides(s, h)] for h in CHAINED}
         self.owners = {h: self._owner(h, strategies) for h in ONE_OWNER}
 

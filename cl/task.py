@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl.errors import InputError, unknown
+from cl.errors import InputError, check_range, unknown
 from cl.random import derive
 from cl.rows import RESIDENT, Items, Rows, row_bytes, to_tensor
 from cl.target import TARGETS, Target, classes_of
 
 Scenario = Literal["class", "task", "domain"]
 SCENARIOS: tuple[Scenario, ...] = ("class", "task", "domain")
+MOST_TASKS = 10_000  # R has a row and a column for each
 Order = Sequence[int] | Literal["shuffled"] | None
 
 
@@ -294,6 +295,7 @@ class Stream(Sequence[Task]):
         length = num_tasks if callable(tasks) else len(tasks)
         if not length:
             raise InputError(f"Stream {name!r} has no tasks: give at least one.")
+        check_range("stream", 1, MOST_TASKS, num_tasks=length)
         self._tasks: list[Task | None] = [None] * length
         self.order = self._places = _resolve(order, length, seed, name)
         self._moved = None if order is None else torch.tensor(self._places).argsort()  # where each task went

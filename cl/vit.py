@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 
 
 def image_shape(what: str, shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
@@ -81,6 +81,10 @@ class ViT(nn.Module):
 
         super().__init__()
         channels, height, width = image_shape("ViT", input_shape, patch_size)
+        check_range("backbone", 1, 1000, patch_size=patch_size, depth=depth, heads=heads)
+        check_range("backbone", 1, dim=dim)
+        check_range("backbone", 0, mlp_ratio=mlp_ratio)
+        check_range("backbone", 0, 1, dropout=dropout, drop_path=drop_path)
         if height % patch_size or width % patch_size:
             raise InputError(f"patch_size={patch_size} of ViT does not divide {height}x{width}: choose one that does.")
         if dim % heads:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
 
@@ -60,6 +60,7 @@ class AGEM(Strategy):
 
     def __init__(self, memory_size: int = 200, batch_size: int = 256, storage: str = "device") -> None:
         super().__init__()
+        check_range("agem", 1, batch_size=batch_size)
         self.memory_size, self.batch_size, self.storage = memory_size, batch_size, storage
 
     def setup(self, learner: Learner, stream: Stream) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cl.errors import DivergenceError, InputError
+from cl.errors import DivergenceError, InputError, check_range
 from cl.interop import drawing, preparation, quietly, take_back, to_experience, to_network
 from cl.random import derive
 from cl.strategy import Strategy
@@ -59,6 +59,7 @@ class Avalanche(Strategy):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_range("avalanche", 1, epochs=epochs, batch_size=batch_size)
         self.path, self.epochs, self.batch_size, self.options = path, epochs, batch_size, options
 
     def setup(self, learner: Learner, stream: Stream) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl.errors import check_range
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
 
@@ -64,6 +65,8 @@ class DERpp(Strategy):
         storage: str = "device",
     ) -> None:
         super().__init__()
+        check_range("derpp", 1, batch_size=batch_size)
+        check_range("derpp", 0, alpha=alpha, beta=beta)
         self.memory_size, self.alpha, self.beta, self.batch_size = memory_size, alpha, beta, batch_size
         self.storage = storage
 

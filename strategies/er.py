@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from cl.errors import check_range
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
 
@@ -50,6 +51,7 @@ class ER(Strategy):
         storage: str = "device",
     ) -> None:
         super().__init__()
+        check_range("er", 1, batch_size=batch_size)
         self.memory_size, self.batch_size = memory_size, batch_size
         self.policy, self.every_epoch, self.storage = policy, every_epoch, storage
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cl.errors import InputError, unknown
+from cl.errors import InputError, check_range, unknown
 from cl.fisher import check_fisher, diagonal_fisher, flat, label_weights
 from cl.random import Random
 from cl.strategy import Batch, Strategy
@@ -73,6 +73,9 @@ class EWC(Strategy):
         gamma: float = 1.0,
     ) -> None:
         super().__init__()
+        check_range("ewc", 0, weight=weight)
+        check_range("ewc", 0, 1, gamma=gamma)
+        check_range("ewc", 1, num_samples=num_samples, batch_size=batch_size)
         check_fisher(fisher, batch_size)
         if merge not in MERGES:
             raise unknown("merge of Fishers", merge, MERGES)
@@ -96,6 +99,11 @@ class EWC(Strategy):
 
     def _theta(self, learner: Learner) -> list[nn.Parameter]:
         return [p for p in learner.trunk().parameters() if p.requires_grad]
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Refuse what would measure nothing."""
+        if len(self._theta(learner)) == 0:
+            raise InputError("EWC holds trainable weights, and all are frozen: drop it, or what freezes them.")
 
     def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty, from the second task on."""

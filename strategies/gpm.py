@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.random import Random
 from cl.representation import Layer, layer_inputs, trainable_layers
 from cl.strategy import Strategy
@@ -94,6 +94,8 @@ class GPM(Strategy):
         released_rule: bool = False,
     ) -> None:
         super().__init__()
+        check_range("gpm", 0, 1, threshold=threshold, increment=increment)
+        check_range("gpm", 1, num_samples=num_samples)
         self.threshold, self.increment = threshold, increment
         self.num_samples, self.released_rule = num_samples, released_rule
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class L2P(Strategy):
 
     def __init__(self, pool_size: int = 10, length: int = 5, top_k: int = 5, pull: float = 0.1) -> None:
         super().__init__()
+        check_range("l2p", 1, pool_size=pool_size, length=length)
+        check_range("l2p", 0, pull=pull)
         if not 1 <= top_k <= pool_size:
             raise InputError(f"l2p.top_k={top_k} must lie between 1 and pool_size={pool_size}.")
         self.pool_size, self.length, self.top_k, self.pull = pool_size, length, top_k, pull

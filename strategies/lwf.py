@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class LwF(Strategy):
 
     def __init__(self, alpha: float = 1.0, temperature: float = 2.0) -> None:
         super().__init__()
+        check_range("lwf", 0, alpha=alpha)
+        check_range("lwf", 0, above=True, temperature=temperature)
         self.alpha, self.temperature = alpha, temperature
 
     def setup(self, learner: Learner, stream: Stream) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cl.data import Array, Dataset, split_validation
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.random import derive
 from cl.rows import Rows
-from cl.task import SCENARIOS, Order, Scenario, Stream, Task, TaskData
+from cl.task import MOST_TASKS, SCENARIOS, Order, Scenario, Stream, Task, TaskData
 
 
 def tile(cells: Tensor, grid: int) -> Tensor:
@@ -114,6 +114,7 @@ def _check(dataset: Dataset, num_tasks: int, grid: int, scenario: str) -> None:
     if scenario not in SCENARIOS:
         raise InputError(f"scenario={scenario!r} is unknown: use one of {', '.join(SCENARIOS)}.")
     most = dataset.num_classes // 2
+    check_range("stream", 1, MOST_TASKS, num_tasks=num_tasks)
     if grid < 1 or num_tasks < 1 or (scenario != "domain" and num_tasks > most):
         raise InputError(
             f"num_tasks={num_tasks} and grid={grid} for {dataset.num_classes} classes: give 1 to {most} tasks, so that "

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from cl.data import Array, Dataset, split_validation
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.random import derive
-from cl.task import Order, Scenario, Stream, Task, TaskData
+from cl.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 
 
 def occurrences(num_tasks: int, num_classes: int, first: float, again: Sequence[float], seed: int) -> Array:
@@ -94,8 +94,8 @@ def repetition(
             f"first={first} must lie in (0, 1] and again={again} be one probability, or one for each of the "
             f"{dataset.num_classes} classes."
         )
-    if min(num_tasks, rows_per_task) < 1:
-        raise InputError(f"num_tasks={num_tasks} and rows_per_task={rows_per_task} must be 1 or more.")
+    check_range("stream", 1, MOST_TASKS, num_tasks=num_tasks)
+    check_range("stream", 1, rows_per_task=rows_per_task)
     present = occurrences(num_tasks, dataset.num_classes, first, chances, seed)
     train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
 

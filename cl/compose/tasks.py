@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.compose.base import Source, as_stream, labels_only, shift
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.random import derive
-from cl.task import Order, Scenario, Stream, Task, TaskData
+from cl.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 
 
 def reorder(source: Source, order: Order, seed: int = 0) -> Stream:
@@ -52,6 +52,7 @@ def repeat(
         3
     """
     stream = as_stream(source)
+    check_range("stream", 1, MOST_TASKS, times=times)
     path = list(range(len(stream))) * times if visits is None else [int(t) for t in visits]
     outside = [t for t in path if not 0 <= t < len(stream)]
     if not path or outside:

@@ -60,7 +60,8 @@ class LearningCurves(Instrument):
         last = learner.num_steps
         if self.points is None:
             return sorted({*range(0, last, self.every or 1), last})
-        return sorted({round(i * last / self.points) for i in range(self.points + 1)})
+        points = min(self.points, max(last, 1))  # more would be the same steps
+        return sorted({round(i * last / points) for i in range(points + 1)})
 
     def before_task(self, learner: Learner, task: Task) -> None:
         """Gather the part of the test sets that is looked at in this task."""

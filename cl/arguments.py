@@ -1,0 +1,173 @@
+"""The values of a configuration against the annotations of what they are passed to, before it is called."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
+
+from cl.errors import InputError, unknown
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    type(None): "null",
+}
+_LARGEST = 2**63 - 1  # of an integer in a tensor
+
+
+def check_value(key: str, value: Any, annotation: Any) -> None:
+    """Refuse a value of a configuration that is not of the annotated type; what it cannot judge passes.
+
+    Numbers are numbers: no NaN is one, true is none, and whole ones stay within 64 bits.
+
+    Args:
+        key: What the user wrote, such as `strategy.er.memory_size`.
+        value: Text, a number, true or false, null, or a list or dict of these.
+        annotation: Such as `int | None`.
+
+    Raises:
+        InputError: Naming key, value and what is expected.
+
+    Example:
+        >>> check_value("seed", 3, int)
+        >>> check_value("seed", 1.5, int | None)
+        Traceback (most recent call last):
+        cl.errors.InputError: seed=1.5 must be a whole number or null.
+    """
+    if not _fits(value, annotation):
+        expected = " or ".join(dict.fromkeys(_describe(annotation)))
+        quoted = (
+            f""": write {key.rpartition(".")[2]}="'{value}'\"""" if _is_number(value) and "text" in expected else ""
+        )
+        raise InputError(f"{key}={_shown(value)} must be {expected}{quoted}.")
+
+
+def check_call(key: str, target: Any, values: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> None:
+    """Check the values that a configuration passes to a function or class by name.
+
+    Args:
+        key: Of the configuration that holds them.
+        target: What is called.
+        values: By argument; those of other types than a configuration's are left alone.
+        keys: The key that a value was written under, where it is not `key.argument`.
+
+    Raises:
+        InputError: If there is no such argument, or a value has another type than the argument.
+
+    Example:
+        >>> check_call("optimizer", __import__("torch").optim.SGD, {"lr": "fast"})
+        Traceback (most recent call last):
+        cl.errors.InputError: optimizer.lr='fast' must be a number.
+    """
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return
+    extra = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, value in values.items():
+        if name not in parameters:
+            if extra:
+                continue
+            raise unknown(
+                f"argument of {key}", name, [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
+            )
+        default = parameters[name].default
+        if value is default or (type(value) is type(default) and value == default):
+            continue
+        check_value((keys or {}).get(name, f"{key}.{name}"), value, _resolved(parameters[name].annotation, target))
+
+
+def _resolved(annotation: Any, target: Any) -> Any:
+    """Return an annotation as a type, Any where it names what is not imported at run time."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    if not isinstance(annotation, str):
+        return annotation
+    module = sys.modules.get(getattr(inspect.unwrap(target), "__module__", ""))
+    try:
+        names = {**vars(typing), **vars(collections.abc), **(vars(module) if module else {})}
+        return eval(annotation, names)
+    except Exception:
+        return Any
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if not isinstance(value, str | int | float | list | dict | None):
+        return True  # made by a `_target_`
+    if annotation is Any or isinstance(annotation, TypeVar | str):
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is Literal:
+        return any(value == known and type(value) is type(known) for known in inner)
+    if annotation in (None, type(None)):
+        return value is None
+    if annotation is bool:
+        return isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if annotation is float:
+        return _is_number(value) and not math.isnan(value) and (isinstance(value, float) or abs(value) <= _LARGEST)
+    if annotation in (str, Path):
+        return isinstance(value, str) and "\0" not in value
+    kind = origin or annotation
+    if not isinstance(kind, type) or typing.is_typeddict(kind):
+        return True
+    if issubclass(kind, Mapping):
+        return isinstance(value, dict)
+    if kind in (list, tuple, set, frozenset, Sequence, Iterable) or issubclass(kind, Sequence):
+        return isinstance(value, list) and _all_fit(value, kind, inner)
+    return not isinstance(value, str | int | float | list | None) and not isinstance(value, dict)
+
+
+def _all_fit(values: list[Any], kind: Any, inner: tuple[Any, ...]) -> bool:
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        return len(values) == len(inner) and all(_fits(v, a) for v, a in zip(values, inner, strict=True))
+    return not inner or all(_fits(value, inner[0]) for value in values)
+
+
+def _describe(annotation: Any) -> list[str]:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        words = [word for part in inner for word in _describe(part)]
+        return [word for word in words if "_target_" not in word] or words
+    if origin is Literal:
+        return [", ".join(map(str, inner))]
+    if annotation in _WORDS or annotation is None:
+        return [_WORDS[annotation or type(None)]]
+    kind = origin or annotation
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return ["a mapping"]
+    if kind in (list, tuple, set, frozenset, Sequence, Iterable):
+        elements = " or ".join(
+            dict.fromkeys(word for part in inner if part is not Ellipsis for word in _describe(part))
+        )
+        plural = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts"}.get(elements, elements)
+        count = f"{len(inner)} " if kind is tuple and inner and inner[-1] is not Ellipsis else ""
+        return [f"a list of {count}{plural}" if plural else "a list"]
+    return [f"made by a _target_ ({getattr(kind, '__name__', kind)})"]
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as one writes it, cut where it is long."""
+    text = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
+    return text if len(text) <= 80 else f"{text[:77]}..."

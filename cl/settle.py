@@ -1,0 +1,118 @@
+"""The configuration of a run: checked, resolved, compared with that of the run that its directory holds, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cl.arguments import check_value
+from cl.errors import InputError, check_range
+from cl.explain import flatten
+from cl.files import write_text
+
+Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
+# The keys that no `_target_` takes, and what they are.
+_KEYS: dict[str, Any] = {
+    **{"seed": int, "epochs": int, "batch_size": int, "eval_batch_size": Whole, "chunk_size": Whole, "log_every": int},
+    **{"gradient_clip": Number, "train_mask": Text, "compile": Text, "init": Text, "weights": Text, "freeze": bool},
+    **{"probes": Sequence[str], "estimators": Sequence[str], "references": Sequence[str], "reference_dir": str},
+    **{
+        "checkpoint": dict[str, Any],
+        "checkpoint.keep": Whole,
+        "checkpoint.every": int | str | None,
+        "report.columns": str | int,
+        "report.every": Whole,
+    },
+    **{"report.points": Whole, "report.subset": int, "report.flops": bool, "scenario": Text, "strategy": Options},
+    **{"report": Options, "logger": Options, "protocol": Options, "protocol.name": str, "protocol.num_tasks": Whole},
+    **{"protocol.tuned": Text, "from": Text, "deterministic": bool},
+}
+_NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
+_FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
+
+
+def settle(cfg: Any, directory: Path) -> dict[str, Any]:
+    """Return the resolved configuration, checked, and compared with that of a run begun in the directory.
+
+    Args:
+        cfg: What Hydra composed from `cl.conf`; what a search has found is put into it.
+        directory: The run's directory.
+
+    Raises:
+        InputError: If a group is not there, a value is of another type, or the run there is of another configuration.
+    """
+    from omegaconf import OmegaConf
+
+    _check(cfg)
+    for key, value in (protocol_of(cfg).found() if cfg.get("protocol") else {}).items():
+        OmegaConf.update(cfg, key, value)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    _compare(config, directory)
+    return config
+
+
+def protocol_of(cfg: Any) -> Any:
+    """Return the protocol of tuning that a configuration names."""
+    from cl.protocol import Protocol
+
+    return Protocol(**cfg.protocol)
+
+
+def keep(config: dict[str, Any], directory: Path) -> None:
+    """Write `config.yaml`, unless a run has been begun in the directory, whose own it is."""
+    if not ((directory / "config.yaml").exists() and (directory / "checkpoints").exists()):
+        write_text(directory / "config.yaml", _text(config, directory))
+
+
+def _text(config: dict[str, Any], directory: Path) -> str:
+    """Return a configuration as it is kept: the directory is ".", so that a run may be moved or copied."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(config)).replace(str(directory), ".")
+
+
+def _compare(config: dict[str, Any], directory: Path) -> None:
+    """Refuse another configuration than that of the run begun in the directory."""
+    from omegaconf import OmegaConf
+
+    path = directory / "config.yaml"
+    if not (path.exists() and (directory / "checkpoints").exists()):
+        return
+    old, new = flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory))))
+    both = {key for key in old.keys() | new.keys() if key.partition(".")[0] not in _FREE and key not in _FREE}
+    changed = sorted(key for key in both if old.get(key) != new.get(key))
+    if changed:
+        listed = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed[:5])
+        raise InputError(
+            f"{directory} holds a run of another configuration ({listed}): choose another hydra.run.dir, or "
+            "repeat that configuration to continue it."
+        )
+
+
+def _read(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of the file system, of YAML, of OmegaConf
+        raise InputError(
+            f"{path} cannot be read ({' '.join(str(error).split())}): remove it, and the run is continued as it is "
+            "configured now."
+        ) from error
+
+
+def _check(cfg: Any) -> None:
+    """Refuse groups that are not there, and values of the wrong type."""
+    from omegaconf import OmegaConf
+
+    for group in _NEEDED:
+        if cfg.get(group) is None:
+            raise InputError(f"There is no {group}: choose one, as cl-run --help lists them.")
+    for key, annotation in _KEYS.items():
+        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        if OmegaConf.is_dict(parent) and key.rpartition(".")[2] in parent:
+            value = parent[key.rpartition(".")[2]]
+            check_value(key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, annotation)
+    check_range("", 0, seed=cfg.seed, epochs=cfg.epochs)
+    check_range("", 0, above=True, gradient_clip=cfg.gradient_clip)

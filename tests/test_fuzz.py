@@ -1,0 +1,391 @@
+"""Whatever configuration is written, `cl-run` finishes a run or says one sentence: drawn groups, drawn values.
+
+A case is a list of overrides, and runs as on the command line, in this process. More of them by hand, a line of the log
+for each, failures and all: `CL_FUZZ=2000 CL_FUZZ_SEED=1 CL_FUZZ_LOG=FILE pytest tests/test_fuzz.py -k drawn`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from cl.cli import main
+
+BY_HAND, LOG = int(os.environ.get("CL_FUZZ", "0")), os.environ.get("CL_FUZZ_LOG")
+CONF = Path(__file__).parent.parent / "conf"
+PATIENCE = 30  # seconds of a case; the longest that are meant to finish take three
+
+# What makes a case small, by group and option.
+TINY = {
+    "epochs": "1",
+    "batch_size": "16",
+    "trainer.accelerator": "cpu",
+    "log_every": "3",
+    "reference_dir": "references",
+}
+SMALL = {
+    "dataset=digits": {"dataset.test_fraction": "0.8", "batch_size": "64"},
+    "dataset=synthetic": {"dataset.num_train": "60", "dataset.num_test": "30", "dataset.num_classes": "4"},
+    "dataset=synthetic_images": {"dataset.num_train": "60", "dataset.num_test": "30", "dataset.num_classes": "4"},
+    "stream=split": {"stream.num_tasks": "2"},
+    "stream=permuted": {"stream.num_tasks": "2"},
+    "stream=rotated": {"stream.num_tasks": "2"},
+    "stream=corrupted": {"stream.kinds": "[clean,contrast]"},
+    "stream=data_incremental": {"stream.num_tasks": "2"},
+    "stream=i_blurry": {"stream.num_tasks": "2"},
+    "stream=repetition": {"stream.num_tasks": "3", "stream.rows_per_task": "12"},
+    "stream=mosaic": {"stream.num_tasks": "2", "stream.num_images": "20", "stream.num_test": "10"},
+    "stream=linear_teachers": {
+        "stream.num_tasks": "2",
+        "stream.rank": "2",
+        "stream.dimension": "8",
+        "stream.num_rows": "8",
+    },
+    "stream=transfer_by_design": {"stream.target_rows": "10"},
+    "stream=large_first_task": {"stream.first_task": "2"},
+    **{f"stream={s}": {"stream.source.num_tasks": "2"} for s in ("long_tailed", "boundary_free", "label_noise")},
+    **{f"stream={s}": {"stream.source.num_tasks": "2"} for s in ("label_scarcity", "revisited", "online")},
+    "stream=domains": {"stream.datasets.first.test_fraction": "0.8", "stream.datasets.second.num_train": "40"},
+    "stream=chronological": {
+        "stream.datasets.first.test_fraction": "0.8",
+        "stream.datasets.third.test_fraction": "0.8",
+    },
+    "backbone=mlp": {"backbone.hidden": "[8]"},
+    "backbone=identity": {},
+    "backbone=simple_cnn": {"backbone.channels": "[4]", "backbone.hidden": "8"},
+    "backbone=resnet18": {"backbone.width": "4"},
+    "backbone=vit": {"backbone.dim": "12", "backbone.depth": "1"},
+    "backbone=alexnet_gpm": {"backbone.channels": "[4,4,4]", "backbone.hidden": "8"},
+    "strategy=er": {"strategy.er.memory_size": "20"},
+    "strategy=derpp": {"strategy.derpp.memory_size": "20"},
+    "strategy=agem": {"strategy.agem.memory_size": "20", "strategy.agem.batch_size": "8"},
+    "strategy=ewc": {"strategy.ewc.num_samples": "10"},
+    "strategy=gpm": {"strategy.gpm.num_samples": "20"},
+    "strategy=l2p": {"strategy.l2p.pool_size": "5"},
+}
+GROUPS = {
+    "dataset": ("synthetic", "synthetic_images", "digits"),
+    "stream": tuple(key.partition("=")[2] for key in SMALL if key.startswith("stream=")),
+    "scenario": ("class", "task", "domain"),
+    "backbone": ("mlp", "identity", "simple_cnn", "resnet18", "vit", "alexnet_gpm"),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "scheduler": ("constant", "cosine", "multistep", "plateau"),
+    "logger": ("csv", "none"),
+    "report": ("quiet", "default"),
+    "protocol": ("tune_first", "score_rest", "tune_everything"),
+    "strategy": tuple(sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))),
+}
+LISTS = {"probes": ("ridge", "knn", "cka"), "references": ("experts", "joint"), "estimators": ("tmi", "log_me", "ped")}
+KNOWN = {"scenario": None, "protocol": None}  # groups that are none where nothing is drawn
+
+VALUES = (
+    *("-1", "0", "1", "2", "3", "7", "1000000000000", "99999999999999999999999", "0.5", "1.5", "-0.5", "2.0", "1e-12"),
+    *("1e30", "nan", "inf", "-inf", "abc", "''", "null", "true", "false", "[]", "[1]", "[0,1]", "[1,-1]", "[0.5,a]"),
+    *(
+        "[0]",
+        "[-1,2]",
+        "[1000000000000]",
+        "[[1]]",
+        "{}",
+        "{a:1}",
+        "../up",
+        "a/b",
+        "'1'",
+        "shuffled",
+        "auto",
+        "'${seed}'",
+        "'${nowhere}'",
+        "???",
+    ),
+)
+NUMBERS = VALUES[:17]
+ENDLESS = {("epochs", "1000000000000"), ("strategy.avalanche.epochs", "1000000000000")}  # would take what was asked for
+
+
+def leaves(group: str, option: str) -> dict[str, object]:
+    """Return the keys that an option of a group writes, with their values."""
+    text = (CONF / group / f"{option}.yaml").read_text()
+    prefix = "" if "@package _global_" in text else group
+
+    def walk(tree: object, path: str) -> Iterator[tuple[str, object]]:
+        if isinstance(tree, dict) and tree:
+            for key, branch in tree.items():
+                if key != "defaults":
+                    yield from walk(branch, f"{path}.{key}".strip("."))
+        elif path:
+            yield path, tree
+
+    return dict(walk(OmegaConf.to_container(OmegaConf.create(text)), prefix))
+
+
+ROOT_KEYS = [
+    *(
+        "seed",
+        "epochs",
+        "batch_size",
+        "eval_batch_size",
+        "chunk_size",
+        "gradient_clip",
+        "train_mask",
+        "checkpoint.keep",
+    ),
+    *("log_every", "init", "probes", "estimators", "references", "weights", "freeze", "group", "tags", "scenario"),
+    *(
+        "reference_dir",
+        "checkpoint",
+        "strategy",
+        "dataset",
+        "stream",
+        "optimizer",
+        "trainer",
+        "report",
+        "head",
+        "model",
+    ),
+]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> list[str]:
+    """Draw overrides: a few groups, made small, and none to three wild values."""
+    chosen = {"dataset": "synthetic", "stream": "split", "backbone": "mlp", "strategy": "er", "report": "quiet"}
+    for group in draw(st.lists(st.sampled_from(sorted(GROUPS)), max_size=4, unique=True)):
+        chosen[group] = draw(st.sampled_from(GROUPS[group]))
+    strategies = [chosen["strategy"]]
+    if draw(st.integers(0, 3)) == 0:
+        strategies += draw(st.lists(st.sampled_from(GROUPS["strategy"]), max_size=2))
+    written = {group: option for group, option in chosen.items() if group != "strategy"}
+    written["strategy"] = strategies[0] if len(strategies) == 1 else f"[{','.join(strategies)}]"
+    written |= TINY
+    keys = {**dict.fromkeys(ROOT_KEYS), **leaves("trainer", "default"), **leaves("head", "linear")}
+    options = [(g, o) for g, o in chosen.items() if g != "strategy"] + [("strategy", s) for s in strategies]
+    for group, option in options:
+        keys |= leaves(group, option)
+        if not (group == "dataset" and chosen["stream"] in ("linear_teachers", "domains", "chronological")):
+            written |= SMALL.get(f"{group}={option}", {})
+    for name, known in LISTS.items():
+        if draw(st.integers(0, 7)) == 0:
+            written[name] = f"[{','.join(draw(st.lists(st.sampled_from(known), max_size=2)))}]"
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(st.sampled_from(sorted(keys)))
+        alike = NUMBERS if isinstance(keys[key], int | float | None) else VALUES
+        value = draw(st.sampled_from(draw(st.sampled_from([alike, alike, VALUES]))))
+        if (key, value) not in ENDLESS:
+            written[key] = value
+    pictures = chosen["report"] != "null" and draw(st.integers(0, 7)) > 0  # which take half of the time
+    without = ["~report.picture", "~report.curves"] if pictures and written.get("report") != "null" else []
+    return [*(f"{key}={value}" for key, value in written.items()), *without]
+
+
+SEEN: set[tuple[str, ...]] = set()
+
+
+class Hang(Exception):
+    """A case took too long."""
+
+
+def outcome(overrides: list[str], folder: Path) -> str:
+    """Run `cl-run` with overrides: "" where it finished, else its sentence.
+
+    Raises:
+        Exception: Whatever else came out, which is a failure.
+    """
+
+    def late(*_: object) -> None:
+        raise Hang(f"longer than {PATIENCE} s")
+
+    handlers, argv, here = logging.root.handlers[:], sys.argv, Path.cwd()
+    sys.argv = ["cl-run", "hydra.run.dir=out", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled", *overrides]
+    os.chdir(folder)
+    before, mode = signal.signal(signal.SIGALRM, late), Hydra.get_mode
+    Hydra.get_mode = lambda *_, **__: RunMode.RUN  # which composes everything once more to find that
+    signal.alarm(PATIENCE)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            main()
+        return ""
+    except SystemExit as stop:
+        assert isinstance(stop.code, str), f"exit code {stop.code}"
+        return stop.code
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        sys.argv, Hydra.get_mode = argv, mode
+        os.chdir(here)
+        logging.root.handlers[:] = handlers
+        GlobalHydra.instance().clear()
+
+
+def check_sentence(said: str) -> None:
+    """A sentence is one line that a person can read."""
+    assert "\n" not in said and "Traceback" not in said and " object at 0x" not in said, said
+    assert len(said) < 1000, said
+    assert said.rstrip()[-1:] in ".)?", said
+
+
+def examine(overrides: list[str]) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        said = outcome(overrides, folder)
+        if said:
+            check_sentence(said)
+        strangers = {path.name for path in folder.iterdir()} - {"out", "references"}
+        assert not strangers, f"files outside of the run directory: {strangers}"
+    finally:
+        shutil.rmtree(folder)
+
+
+def logged(overrides: list[str]) -> None:
+    """Keep the outcome of a case that was not drawn before, and go on."""
+    if tuple(overrides) in SEEN:
+        return
+    SEEN.add(tuple(overrides))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    record: dict[str, object] = {"case": overrides}
+    try:
+        said = outcome(overrides, folder)
+        record["said"] = said
+        if said:
+            check_sentence(said)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[-4:]
+        where = " < ".join(f"{Path(f.filename).name}:{f.lineno}:{f.name}" for f in reversed(frames))
+        record |= {"error": f"{type(error).__name__}: {str(error)[:300]}", "where": where}
+    finally:
+        shutil.rmtree(folder)
+    with Path(str(LOG)).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@seed(int(os.environ.get("CL_FUZZ_SEED", "0")))
+@settings(
+    max_examples=BY_HAND or 30,
+    derandomize=not BY_HAND,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(cases())
+def test_a_drawn_configuration_is_a_run_or_a_sentence(overrides: list[str]) -> None:
+    (logged if LOG else examine)(overrides)
+
+
+# ------------------------------------------------------------------ each cause that was found, and what is asked for
+
+FAST = (
+    *("dataset=synthetic", "report=quiet", "epochs=1", "batch_size=16", "trainer.accelerator=cpu", "log_every=3"),
+    *("dataset.num_train=60", "dataset.num_test=30", "dataset.num_classes=4", "stream.num_tasks=2"),
+    *("backbone.hidden=[8]", "~report.picture", "~report.curves"),
+)
+HUGE = "1000000000000"
+
+
+def example(overrides: str, tmp_path: Path) -> str:
+    """Return the sentence on a few overrides of a small run."""
+    given = overrides.split()
+    keys = {override.partition("=")[0] for override in given}
+    return outcome([*(o for o in FAST if o.partition("=")[0] not in keys), *given], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "epochs=0",
+        "batch_size=1000000000",
+        f"eval_batch_size={HUGE} chunk_size={HUGE} log_every={HUGE}",
+        "report.points=1000000000",
+        "strategy=[er,er]",
+        "~scheduler ~logger",
+        "optimizer.lr=0",
+        "strategy.er.batch_size=1000000000",
+    ],
+)
+def test_what_makes_sense_runs(overrides: str, tmp_path: Path) -> None:
+    assert example(overrides, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ("epochs=abc", "epochs='abc' must be a whole number."),
+        ("epochs=-1", "epochs=-1 must be 0 or more."),
+        ("epochs=true", "epochs=true must be a whole number."),
+        ("seed=-1", "seed=-1 must be 0 or more."),
+        ("seed=1.5", "seed=1.5 must be a whole number."),
+        ("seed=99999999999999999999999", "must be a whole number"),
+        ("dataset.seed=-1", "seed=-1 must be 0 or more."),
+        ("batch_size=2.5", "batch_size=2.5 must be a whole number."),
+        ("batch_size=null", "batch_size=null must be a whole number."),
+        ("log_every=0", "log_every=0 must be 1 or more."),
+        ("gradient_clip=0", "gradient_clip=0 must be above 0."),
+        ("optimizer.lr=-1", "optimizer cannot be made (Invalid learning rate: -1)"),
+        ("optimizer.lr=nan", "optimizer.lr=nan must be a number."),
+        ("optimizer=adam optimizer.betas=[0.9]", "optimizer.betas=[0.9] must be a list of 2 numbers."),
+        ("optimizer._partial_=false", "optimizer cannot be made (SGD.__init__() missing"),
+        ("optimizer._partial_=2", "optimizer._partial_=2 must be true or false."),
+        ("optimizer._target_=torch.nn.ReLU", "no argument of optimizer called 'lr'"),
+        ("stream.num_tasks=0", "4 classes do not split evenly"),
+        ("stream.num_tasks=1000", "more than the 4 classes"),
+        (f"stream=permuted stream.num_tasks={HUGE}", "must be between 1 and 10000"),
+        (f"stream=repetition stream.num_tasks={HUGE}", "must be between 1 and 10000"),
+        ("dataset=null", "cannot be composed"),
+        ("strategy=null", "~group leaves it out"),
+        ("strategy=1", "a group takes names"),
+        ("~head", "There is no head"),
+        ("strategy.er=5", "strategy.er=5 must be a mapping"),
+        ("trainer.devices=0", "trainer cannot be made"),
+        ("trainer.precision=foo", "trainer.precision='foo' must be 64"),
+        ("trainer.accelerator=warp", "trainer cannot be made (You selected an invalid accelerator name"),
+        ("epocs=3", "did you mean epochs"),
+        ("+strategy.er.memroy=3", "no argument of strategy.er called 'memroy': did you mean 'memory_size'?"),
+        ("+strategy.mine._target_=no.such.Thing", "strategy.mine cannot be made"),
+        ("+strategy.mine._target_=torch.nn.ReLU", "makes a ReLU, where a Strategy is needed"),
+        ("strategy.er._target_=abc", "strategy.er cannot be made"),
+        ("strategy.er._target_=5", "strategy.er._target_=5 must be text"),
+        ("+strategy.keys._target_=cl.strategies.finetune.Finetune", "A strategy cannot be called 'keys'"),
+        (f"strategy.er.memory_size={HUGE}", "takes 8e+04 GB"),
+        (f"backbone.hidden=[{HUGE}]", "backbone takes more memory than there is"),
+        (f"dataset.num_train={HUGE}", "stream.dataset takes more memory than there is"),
+        ("dataset.input_shape=[-1]", "dataset.input_shape=(-1,) must be 1 or more."),
+        ("+dataset.name=3", "no argument of dataset called 'name'"),
+        ("tags='${nowhere}'", "tags: Interpolation key 'nowhere' not found"),
+        ("report.columns=0", "columns=0 of R are unknown"),
+        ("report.every=0", "report.every=0 must be 1 or more"),
+        ("checkpoint.keep=0", "checkpoint.keep=0"),
+        ("checkpoint.keep=x", "checkpoint.keep='x' must be a whole number or null."),
+        ("scheduler=plateau", "set stream.val_fraction"),
+        ("scheduler=cosine scheduler.T_max=0", "Optimizer and scheduler cannot step"),
+        ("strategy=[ncm,ewc]", "all are frozen"),
+        ("strategy=ewc strategy.ewc.weight=-1", "ewc.weight=-1 must be 0 or more."),
+        ("reference_dir=/dev/null/x references=[experts]", "reference_dir=/dev/null/x cannot be made"),
+        ("probes=ridge", "probes='ridge' must be a list of texts."),
+    ],
+)
+def test_a_cause_that_was_found_is_a_sentence(overrides: str, sentence: str, tmp_path: Path) -> None:
+    said = example(overrides, tmp_path)
+    assert sentence in said
+    check_sentence(said)

@@ -48,6 +48,7 @@ def _watched(launch: Callable[..., Sequence[Any]], jobs: list[Any]) -> Callable[
 
     @functools.wraps(launch)
     def watched(self: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        _stay_inside(self, job_overrides)
         _share_cores(self, len(job_overrides))
         try:
             returned = launch(self, job_overrides, initial_job_idx)
@@ -63,6 +64,18 @@ def _watched(launch: Callable[..., Sequence[Any]], jobs: list[Any]) -> Callable[
         return returned
 
     return watched
+
+
+def _stay_inside(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> None:
+    """Refuse values that would lead out of the sweep's directory, of which the jobs' directories bear the names."""
+    free = launcher.config.hydra.job.config.override_dirname.exclude_keys
+    for override in (override for job in job_overrides for override in job):
+        key, _, value = override.lstrip("+~").partition("=")
+        if ".." in value.strip("'\"").split("/") and key not in free and "=" not in key:
+            raise InputError(
+                f"{override} would be part of the name of a job's directory, and lead out of the sweep's: set "
+                "hydra.sweep.subdir='${hydra:job.num}'."
+            )
 
 
 def _share_cores(launcher: Any, num_jobs: int) -> None:

@@ -260,7 +260,7 @@ def test_a_full_disk_at_any_write_leaves_whole_files_and_a_run_to_go_on(
         limit[0] = 0
         assert not list(folder.rglob("*.tmp"))
         for file in (folder / "checkpoints").glob("*"):
-            assert checkpoint._whole(file)
+            assert checkpoint.is_whole(file)
         assert_goes_on(folder, whole)
     assert n > 6
 
@@ -369,7 +369,11 @@ def test_a_run_directory_that_cannot_be_made(place: str, cl_run, tmp_path: Path)
 def test_a_loggers_name_does_not_lead_out_of_the_run_directory(name: str, cl_run, tmp_path: Path) -> None:
     before = {p.name for p in tmp_path.iterdir()}
     with pytest.raises(SystemExit, match="outside of it"):
-        cl_run(f"logger.csv.name={name}")
+        cl_run(
+            "+logger.mine._target_=pytorch_lightning.loggers.CSVLogger",
+            "+logger.mine.save_dir=${hydra:runtime.output_dir}",
+            f"+logger.mine.name={name}",
+        )
     assert {p.name for p in tmp_path.iterdir()} - before <= {"out", "__pycache__"}
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 from cl.errors import DivergenceError, InputError, unknown
+
+# No room, no right, no file where a folder should be, or the other way round. A file that is missing is not among them:
+# it may be a mistake in somebody's code, which a traceback finds.
+_DENIED = {
+    *(errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -20,6 +28,22 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, branch in tree.items() for k, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()}
 
 
+FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
+
+
+def changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Return the first values in which two flattened configurations differ so that a run cannot go on; else nothing.
+
+    Example:
+        >>> changes({"seed": 0, "checkpoint.keep": 1}, {"seed": 3})
+        'seed: 0 there, 3 here'
+    """
+    keys = {key for key in there.keys() | here.keys() if key.partition(".")[0] not in FREE and key not in FREE}
+    pairs = [(key, there.get(key), here.get(key)) for key in sorted(keys)]
+    found = [f"{key}: {a} there, {b} here" for key, a, b in pairs if a != b and not (a != a and b != b)]
+    return "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
 def cause(error: BaseException | None) -> BaseException | None:
     """Return the error in a chain of causes that is meant for the user, or None where there is none.
 
@@ -32,7 +56,23 @@ def cause(error: BaseException | None) -> BaseException | None:
     first = error
     while error is not None and not isinstance(error, InputError | DivergenceError):
         error = error.__cause__ or error.__context__
-    return error if error is not None else _wrong_call(first)
+    return error if error is not None else denied(first) or _wrong_call(first)
+
+
+def denied(error: BaseException | None) -> InputError | None:
+    """Return a sentence on a file that the system does not let be written or read, None for all other errors.
+
+    Example:
+        >>> print(denied(OSError(errno.ENOSPC, "No space left on device", "out/transfer.csv")))
+        out/transfer.csv cannot be used (No space left on device): mend that, and go on from what was saved before.
+    """
+    while error is not None and not (isinstance(error, OSError) and error.errno in _DENIED and error.filename):
+        error = error.__cause__ or error.__context__
+    if not isinstance(error, OSError):
+        return None
+    return InputError(
+        f"{error.filename} cannot be used ({error.strerror}): mend that, and go on from what was saved before."
+    )
 
 
 def _wrong_call(error: BaseException | None) -> InputError | None:

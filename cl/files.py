@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,53 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _named(path):
+        try:
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            if os.name != "nt":  # where a folder cannot be opened
+                sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file."""
+    with _named(path), path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an error of the file system the name of the file that it is about: a full disk names none."""
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        if os.name != "nt":  # where a folder cannot be opened
-            sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files of `replace_file` that writers have left who were killed.
+
+    Args:
+        folder: Where nobody but the caller writes.
+        name: Of the one file whose temporary ones are meant; None means all.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / ".a.txt.4711.tmp").write_text("tor")
+        >>> remove_leftovers(folder)
+        >>> list(folder.iterdir())
+        []
+    """
+    for path in folder.glob(".*.tmp"):
+        found = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+        if found is not None and name in (None, found.group(1)) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -41,6 +41,7 @@ class Run:
         references: By kind, what the run is compared with, one a task; see `cl.references`.
         tuning: How hyper-parameters were chosen, and what that cost; see `cl.protocol`.
         total_steps: Steps over the stream from which the run goes on, where it is a continued one.
+        settled: What the reports' `settle` returned for the checkpoint from which it goes on.
 
     Example:
         >>> from cl.transfer import TransferMatrix
@@ -62,6 +63,7 @@ class Run:
     references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
+    settled: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
@@ -117,8 +119,13 @@ class Report:
     def row(self, run: Run, after_task: int) -> None:
         """React to a row of R that has just been measured (0: the untrained learner)."""
 
-    def settle(self) -> None:
-        """Put on the disk what a checkpoint that is about to be written takes as done."""
+    def settle(self) -> Mapping[str, Any] | None:
+        """Put on the disk what a checkpoint that is about to be written takes as done.
+
+        Returns:
+            By the name of a file, plain data that tell later whether it is as it is now; `Run.settled` hands them back.
+        """
+        return None
 
     def say(self, text: str) -> None:
         """React to a sentence on what goes on beside the stream, such as a reference that is trained."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cl.again import keep_command
 from cl.errors import InputError
-from cl.explain import flatten
+from cl.explain import changes, flatten
 from cl.files import write_text
 
-_FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
 _LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
 
 
@@ -36,6 +36,7 @@ def settle(cfg: Any, directory: Path) -> dict[str, Any]:
         OmegaConf.update(cfg, key, value)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     _keep_config(config, directory)
+    keep_command(directory)
     return config
 
 
@@ -200,16 +201,14 @@ def _keep_config(config: dict[str, Any], directory: Path) -> None:
 
     path, text = directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).replace(str(directory), ".")
     if path.exists() and (directory / "checkpoints").exists():  # else nothing was begun
-        old, new = flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(text)))
-        both = {key for key in old.keys() | new.keys() if key.partition(".")[0] not in _FREE and key not in _FREE}
-        changed = sorted(key for key in both if old.get(key) != new.get(key))
+        changed = changes(flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(text))))
         if changed:
-            listed = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed[:5])
             raise InputError(
-                f"{directory} holds a run of another configuration ({listed}): choose another hydra.run.dir, or "
-                "repeat that configuration to continue it."
+                f"{directory} holds a run of another configuration ({changed}; see {path.name}): choose another "
+                "hydra.run.dir, or repeat that configuration to continue it."
             )
-        return
+        if path.read_bytes() == text.encode():
+            return
     write_text(path, text)
 
 

@@ -44,6 +44,11 @@ def main() -> None:
         raise
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. {_GO_ON}")
+    except (OSError, ValueError) as error:  # of Hydra's, which writes and opens its files before ours
+        found = explain.denied(error)
+        if found is None:
+            raise
+        sys.exit(str(found))
 
 
 def run(cfg: Any) -> float:

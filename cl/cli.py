@@ -60,13 +60,19 @@ def run(cfg: Any) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from cl.build import build, settle
-    from cl.report import percent, read_result
+    from cl.report import changed_since, percent, read_result
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
         settle(cfg, directory)
         finished = read_result(directory)
         if finished is not None:
+            for name in changed_since(directory):
+                print(
+                    f"{directory / name} has changed since the run finished: remove result.json there, and running "
+                    "again writes it anew from the last checkpoint.",
+                    file=sys.stderr,
+                )
             print(f"Finished before, average {percent(finished)}: {directory}. Another hydra.run.dir runs it anew.")
             return finished
         done = build(cfg, directory).run()

@@ -66,13 +66,12 @@ def denied(error: BaseException | None) -> InputError | None:
         >>> print(denied(OSError(errno.ENOSPC, "No space left on device", "out/transfer.csv")))
         out/transfer.csv cannot be used (No space left on device): mend that, and go on from what was saved before.
     """
-    while error is not None and not (isinstance(error, OSError) and error.errno in _DENIED and error.filename):
+    while error is not None and not (isinstance(error, OSError) and error.errno in _DENIED):
         error = error.__cause__ or error.__context__
     if not isinstance(error, OSError):
         return None
-    return InputError(
-        f"{error.filename} cannot be used ({error.strerror}): mend that, and go on from what was saved before."
-    )
+    what = error.filename or "The disk"
+    return InputError(f"{what} cannot be used ({error.strerror}): mend that, and go on from what was saved before.")
 
 
 def _wrong_call(error: BaseException | None) -> InputError | None:

@@ -90,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict as JSON beside its SHA-256, so that `read_sealed` tells when a byte has changed.
+    """Write a dict as JSON beside its SHA-256, so that `read_sealed` tells when a byte, or the name, has changed.
 
     Example:
         >>> import tempfile
@@ -102,7 +102,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
         >>> read_sealed(path) is None
         True
     """
-    write_text(path, json.dumps({"content": content, "sha256": _digest(content)}, indent=2, allow_nan=False))
+    write_text(path, json.dumps({"content": content, "sha256": _digest(path.name, content)}, indent=2, allow_nan=False))
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
@@ -110,10 +110,15 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         content: dict[str, Any] = found["content"]
-        return content if found["sha256"] == _digest(content) else None
+        return content if found["sha256"] == _digest(path.name, content) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _digest(name: str, content: Any) -> str:
+    return hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, empty where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

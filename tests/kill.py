@@ -29,24 +29,33 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _COMMON = [
     *("dataset=synthetic", "dataset.num_classes=6", "dataset.num_train=96", "dataset.num_test=48"),
-    *("stream.num_tasks=3", "epochs=2", "batch_size=8", "log_every=3", "backbone.hidden=[16]", "reference_dir=references"),
+    *("stream.num_tasks=3", "epochs=2", "batch_size=8", "log_every=3", "reference_dir=references"),
     *("trainer.accelerator=cpu", "report=quiet", "~report.picture", "~report.curves", "hydra.run.dir=out"),
 ]
 _STEPS = ["checkpoint.every=2", "chunk_size=1"]
-_IMAGES = ["dataset.image=true", "dataset.input_shape=[3,8,8]", "dataset.augment._target_=cl.augment.RandomCropFlip"]
-_VIT = ["backbone=vit", "~backbone.hidden", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"]
+_CROP = "dataset.augment={_target_:cl.augment.RandomCropFlip,padding:2}"
+_IMAGES = ["dataset.image=true", "dataset.input_shape=[3,8,8]", _CROP]
+_MLP = ["backbone.hidden=[16]"]
+_VIT = ["backbone=vit", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"]
 _WATCHED = ["report.points=3", "report.subset=20", "report.flops=true", "probes=[ridge,knn,cka]"]
 
 CASES: dict[str, list[str]] = {
     "finetune": ["strategy=finetune", "optimizer.momentum=0.9", "scheduler=cosine", *_STEPS],
     "er": ["strategy=er", "strategy.er.memory_size=20", "+trainer.accumulate_grad_batches=3", *_STEPS],
     "er on disk": ["strategy=er", "strategy.er.storage=disk", "strategy.er.policy=class_balanced", "optimizer=adam"],
-    "er watched": ["strategy=er", *_WATCHED, "estimators=[log_me,covariance]", "checkpoint.every=3", "checkpoint.keep=1"],
+    "er watched": [
+        "strategy=er",
+        *_WATCHED,
+        "estimators=[log_me,covariance]",
+        "checkpoint.every=3",
+        "checkpoint.keep=1",
+    ],
     "derpp": ["strategy=derpp", "optimizer=adam", *_IMAGES, *_STEPS],
     "ewc": ["strategy=ewc", "optimizer.momentum=0.9", "gradient_clip=1", "references=[experts,joint]", *_STEPS],
     "lwf": ["strategy=lwf", "scheduler=plateau", "scheduler.patience=0", "stream.val_fraction=0.2", *_STEPS],
@@ -72,11 +81,11 @@ class Fuse:
     """Counts the instants around what a run does to its files, and kills it at one of them.
 
     Args:
-        at: Which one, from 1; 0 for none.
+        at: Which one, from 1; 0 for none; or a word, for the one after a file with it in its path is in its place.
         note: Where the name of that instant, or their number, is written.
     """
 
-    def __init__(self, at: int, note: Path) -> None:
+    def __init__(self, at: int | str, note: Path) -> None:
         self.at, self.count, self.note = at, 0, note
         self._open = builtins.open
 
@@ -119,6 +128,8 @@ class Fuse:
             self.instant(f"before os.{name}")
             found = function(*arguments, **options)
             self.instant(f"after os.{name}")
+            if name == "replace" and isinstance(self.at, str) and self.at in str(arguments[1]):
+                self.die(self.at)
             return found
 
         return around
@@ -142,10 +153,8 @@ class Fuse:
                 self.die(f"after a {kind}")
             return done
 
-        try:
+        with suppress(AttributeError):  # of a binary file
             found.write = torn
-        except AttributeError:  # of a binary file
-            pass
         return found
 
 
@@ -224,10 +233,16 @@ class Attempt:
     """
 
     def __init__(
-        self, place: Path, arguments: list[str], at: int | None = None, limit: int | None = None, cold: bool = False
+        self,
+        place: Path,
+        arguments: list[str],
+        at: int | str | None = None,
+        limit: int | None = None,
+        cold: bool = False,
     ) -> None:
         self.log, self.note = place / "log.txt", place / "note.txt"
         self.note.unlink(missing_ok=True)
+        self.log.write_text("")
         self.began = time.monotonic()
         if cold:
             with self.log.open("w") as log:
@@ -235,10 +250,12 @@ class Attempt:
                 self.process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log)
             self.pid = self.process.pid
             return
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS.values())  # a child that is not in its place yet
         self.pid = os.fork()
         if self.pid == 0:
             status = 1
             try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS.values())
                 os.chdir(place)
                 log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(log, 1), os.dup2(log, 2)
@@ -249,6 +266,7 @@ class Attempt:
                 sys.stdout.flush(), sys.stderr.flush()
             finally:
                 os._exit(status)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS.values())
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Return the exit status, minus the signal's number if one ended it; None where it still runs."""
@@ -265,7 +283,8 @@ class Case:
     """A run that is killed, beside the one that is not."""
 
     def __init__(self, name: str, folder: Path, draw: random.Random, cold: bool = False) -> None:
-        self.name, self.arguments, self.draw, self.cold = name, [*_COMMON, *CASES[name]], draw, cold
+        self.name, self.draw, self.cold = name, draw, cold
+        self.arguments = [*_COMMON, *([] if "backbone=vit" in CASES[name] else _MLP), *CASES[name]]
         self.folder = folder / name.replace(" ", "_").replace(",", "")
         self.whole = self.folder / "whole"
         self.whole.mkdir(parents=True)
@@ -284,6 +303,7 @@ class Case:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         found: Counter[str] = Counter()
+        kind = ""
         while found.total() < kills:
             kind = self.draw.choice(_KINDS if not self.cold else _KINDS[:1] + _KINDS[5:8])
             done, wrong = self._once(place, kind, found)
@@ -295,7 +315,8 @@ class Case:
             attempt = Attempt(place, self._command(place), cold=self.cold)
             if attempt.wait() != 0:
                 return found, [f"{self.name}: did not go on after {dict(found)}:\n{attempt.log.read_text()}"]
-        return found, [f"{self.name}, after {dict(found)}: {text}" for text in differences(self.whole, place)]
+        wrong = [f"{self.name}, after {dict(found)}: {text}" for text in differences(self.whole, place)]
+        return found, wrong + [f"its last attempt ({kind}) said:\n{(place / 'log.txt').read_text()}"] * bool(wrong)
 
     def _command(self, place: Path) -> list[str]:
         begun = (place / "out" / "config.yaml").exists()
@@ -333,7 +354,6 @@ _CLOCKS = ("seconds", "measuring_seconds", "peak_memory_bytes", "model_size_effi
 
 def differences(whole: Path, killed: Path) -> list[str]:
     """Return in what two finished runs differ, times left out."""
-    a, b = whole / "out", killed / "out"
     names = [{str(f.relative_to(place)) for f in place.rglob("*") if f.is_file()} for place in (whole, killed)]
     strange = {name for name in names[0] ^ names[1] if name != "note.txt"}
     found = [f"files of one alone: {sorted(strange)}"] if strange else []
@@ -343,11 +363,10 @@ def differences(whole: Path, killed: Path) -> list[str]:
             found += [f"{name}: {key}" for key in _unequal(_checkpoint(one), _checkpoint(two))]
         elif one.name in _TABLES:
             found += [f"{name} differs"] * (_table(one) != _table(two))
-        elif one.name in ("transfer.json", "references.json"):
-            found += [f"{name} differs"] * (_timeless(json.loads(one.read_text())) != _timeless(json.loads(two.read_text())))
-        elif one.parent in (a, whole) and one.name in ("config.yaml", "result.json", "versions.json"):
+        elif one.name in ("transfer.json", "references.json", "result.json"):
+            found += [f"{name} differs"] * (_json(one) != _json(two))
+        elif name in ("out/config.yaml", "out/command.json"):
             found += [f"{name} differs"] * (one.read_bytes() != two.read_bytes())
-    assert b.is_dir()
     return found
 
 
@@ -356,7 +375,8 @@ def _checkpoint(path: Path) -> Any:
 
     from cl.checkpoint import is_whole
 
-    assert is_whole(path), path
+    if not is_whole(path):
+        return {"whole": False}
     content = torch.load(path, weights_only=True)
     resources = content["instruments"].pop("resources._extra_state")
     return {**content, "resources": [record[2:8] + record[10:] for record in resources["records"]]}
@@ -387,21 +407,30 @@ def _raw(x: Any) -> bytes:
 
 
 def _table(path: Path) -> list[list[str]]:
-    rows = list(csv.reader(path.read_text().splitlines()))
-    kept = [i for i, name in enumerate(rows[0]) if name not in _CLOCKS]
-    return [[row[i] for i in kept] for row in rows]
+    rows = list(csv.reader(path.read_text(errors="replace").splitlines()))
+    kept = [i for i, name in enumerate(rows[0] if rows else ()) if name not in _CLOCKS]
+    return [[row[i] if i < len(row) else "" for i in kept] for row in rows]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return _timeless(json.loads(path.read_text()))
+    except ValueError:
+        return path.read_bytes()
 
 
 def _timeless(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _timeless(value) for key, value in tree.items() if key != "seconds"}
+        return {key: _timeless(value) for key, value in tree.items() if key not in ("seconds", "sha256")}
     return [_timeless(item) for item in tree] if isinstance(tree, list) else tree
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-def play(kills: int, names: list[str], seed: int, cold: bool = False, at_once: int = 6) -> tuple[Counter[str], list[str]]:
+def play(
+    kills: int, names: list[str], seed: int, cold: bool = False, at_once: int = 6
+) -> tuple[Counter[str], list[str]]:
     """Kill runs of every case until there are so many kills; return them by kind, and what went wrong."""
     draw = random.Random(seed)
     found: Counter[str] = Counter()

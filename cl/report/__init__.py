@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl.files import read_sealed, write_sealed
+from cl.files import digest_of, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from cl.transfer import TransferMatrix
+
+_TABLES = ("*.csv", "transfer.json", "references.json")
 
 # The scalars of one line, in the words of a reader; all others are in transfer.json.
 HEADLINE = {
@@ -208,10 +210,23 @@ def remarks(run: Run) -> list[str]:
 
 
 def write_result(run: Run) -> None:
-    """Write `result.json`, by which a finished run is known: its final average under each mask."""
+    """Write `result.json`, by which a finished run is known: its final averages, and digests of its tables."""
     averages = {mask: run.scalars(mask)["average_accuracy"] for mask in run.matrices}
     measured = {mask: value for mask, value in averages.items() if not math.isnan(value)}
-    write_sealed(run.directory / "result.json", {"mask": run.primary.mask, "average_accuracy": measured})
+    files = {path.name: digest_of(path) for pattern in _TABLES for path in sorted(run.directory.glob(pattern))}
+    content = {"mask": run.primary.mask, "average_accuracy": measured, "sha256": files}
+    write_sealed(run.directory / "result.json", content)
+
+
+def changed_since(directory: Path) -> list[str]:
+    """Return the tables of a finished run that are no more what they were when it ended.
+
+    Example:
+        >>> changed_since(Path("no such place"))
+        []
+    """
+    files = (read_sealed(directory / "result.json") or {}).get("sha256", {})
+    return sorted(name for name, known in files.items() if digest_of(directory / name) != known)
 
 
 def read_result(directory: Path) -> float | None:

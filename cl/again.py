@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
+from cl.files import read_sealed, write_sealed
 
-_OVERRIDES = Path(".hydra", "overrides.yaml")
+_OVERRIDES = Path(".hydra", "overrides.yaml")  # which Hydra writes anew at every start, whole or not
+_COMMAND = "command.json"  # ours
 
 
 def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
@@ -42,6 +44,7 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
         return [*command, f"hydra.run.dir={_quote(str(directory))}", *rest], None
     if read_result(directory) is None:
         raise InputError(f"verify={directory}: the run is not finished; go on with it by resume={directory}.")
+    differences(directory, directory)  # what cannot be read is told before anything is repeated
     place = tempfile.mkdtemp(prefix="clsim-verify-")
     return [*command, f"hydra.run.dir={_quote(place)}", "logger=none", *rest], (directory, Path(place))
 
@@ -54,6 +57,9 @@ def overrides(directory: Path) -> list[str]:
     """
     from omegaconf import OmegaConf
 
+    kept = read_sealed(directory / _COMMAND)
+    if kept is not None:
+        return list(kept["overrides"])
     path = directory / _OVERRIDES
     try:
         found = OmegaConf.to_container(OmegaConf.load(path))
@@ -66,6 +72,16 @@ def overrides(directory: Path) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
         raise InputError(f"{path} holds no list of overrides: repeat the command of the run with its hydra.run.dir.")
     return [str(item) for item in found]
+
+
+def keep_command(directory: Path) -> None:
+    """Write the overrides that the present job of Hydra was begun with to its directory."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.initialized():
+        command = {"overrides": list(HydraConfig.get().overrides.task)}
+        if read_sealed(directory / _COMMAND) != command:
+            write_sealed(directory / _COMMAND, command)
 
 
 def _quoted(argument: str) -> str:
@@ -104,8 +120,12 @@ def differences(there: Path, here: Path) -> list[str]:
     from cl import checkpoint
     from cl.stream_checks import same
 
-    files = [checkpoint.latest(place / "checkpoints") for place in (there, here)]
-    states: list[dict[str, Any]] = [checkpoint.read(file)["state_dict"] for file in files if file is not None]
+    states: list[dict[str, Any]] = []
+    for place in (there, here):
+        file = checkpoint.latest(place / "checkpoints")
+        if file is None:
+            raise InputError(f"{place / 'checkpoints'} holds no whole checkpoint: there is nothing to compare.")
+        states.append(checkpoint.read(file)["state_dict"])
     found = []
     for name in sorted(states[0].keys() | states[1].keys()):
         a, b = (state.get(name) for state in states)

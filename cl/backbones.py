@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -199,10 +198,11 @@ def load_backbone(module: nn.Module, path: str | Path) -> None:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         weights = {key.removeprefix("backbone."): w for key, w in saved.items() if key.startswith("backbone.")}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        shapes = {key: w.shape for key, w in weights.items()}
+    except Exception as error:  # a stranger's file has many ways to be none
         raise InputError(f"{path} is no checkpoint with a state_dict: name one that a run has written.") from error
     own = module.state_dict()
-    odd = sorted(own.keys() ^ weights.keys()) or sorted(k for k in own if own[k].shape != weights[k].shape)
+    odd = sorted(own.keys() ^ weights.keys()) or sorted(k for k in own if own[k].shape != shapes[k])
     if odd:
         raise InputError(
             f"{path} holds the weights of another backbone than {type(module).__name__} ({odd[0]!r} and "

@@ -6,9 +6,12 @@ is called again: what they keep outside their buffers comes back by itself.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +21,24 @@ import torch
 from torch import nn
 
 from cl.errors import InputError
+from cl.explain import changes, flatten
 from cl.files import replace_file
 from cl.instruments import Instruments
 from cl.learner import Learner
 
 _DIGITS = 64  # of a SHA-256 in hexadecimal
 _INSIDE = 2  # checkpoints inside a task that stay
+_NAMES = re.compile(r"after_task_(\d+)\.ckpt|in_task_(\d+)_step_(\d+)\.ckpt")
 State = dict[str, Any]
 
 
-def save(learner: Learner, folder: Path, keep: int | None = None, instruments: Instruments | None = None) -> Path:
+def save(
+    learner: Learner,
+    folder: Path,
+    keep: int | None = None,
+    instruments: Instruments | None = None,
+    beside: State | None = None,
+) -> Path:
     """Write `after_task_<k>.ckpt` for the k tasks learned, and let those inside task k go.
 
     Args:
@@ -35,21 +46,27 @@ def save(learner: Learner, folder: Path, keep: int | None = None, instruments: I
         folder: Made where it does not exist.
         keep: The newest that stay; None keeps all.
         instruments: What they have measured stands beside it.
+        beside: What else stands there: the configuration, and how far files of reports are whole.
 
     Raises:
         InputError: If something keeps what could not be loaded safely again.
     """
     path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
-    _write(path, {"state_dict": learner.state_dict(), **_measured(instruments)})
-    if keep is not None:
-        _retain(folder, "after_task_*.ckpt", keep)
-    for old in _newest_first(folder, "in_task_*.ckpt"):
-        if _numbers(old)[0] <= learner.tasks_learned:
-            old.unlink()
+    _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), **(beside or {})})
+    # What has a higher number than the newest was not whole when this run went on, and does not count.
+    ends = [old for old in _newest_first(folder, 1) if _numbers(old)[0] <= learner.tasks_learned]
+    inside = [old for old in _newest_first(folder, 2) if _numbers(old)[0] <= learner.tasks_learned]
+    _remove([*(ends[keep:] if keep is not None else ()), *inside])
     return path
 
 
-def save_inside(learner: Learner, folder: Path, inside: State, instruments: Instruments | None = None) -> Path:
+def save_inside(
+    learner: Learner,
+    folder: Path,
+    inside: State,
+    instruments: Instruments | None = None,
+    beside: State | None = None,
+) -> Path:
     """Write `in_task_<k>_step_<s>.ckpt` for s steps into the k-th task; the two newest stay.
 
     Args:
@@ -57,10 +74,13 @@ def save_inside(learner: Learner, folder: Path, inside: State, instruments: Inst
         folder: Which holds the checkpoint of the task's beginning.
         inside: What belongs to the training of this task alone; see `cl.pause`.
         instruments: What they have measured stands beside it.
+        beside: As at the end of a task.
     """
-    path = folder / f"in_task_{learner.tasks_learned + 1:03d}_step_{learner.step:08d}.ckpt"
-    _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), "inside": inside})
-    _retain(folder, "in_task_*.ckpt", _INSIDE)
+    present = learner.tasks_learned + 1, learner.step
+    path = folder / f"in_task_{present[0]:03d}_step_{present[1]:08d}.ckpt"
+    _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), **(beside or {}), "inside": inside})
+    # Those behind this step were not whole when this run went on, or belong to a task that is learned anew.
+    _remove([old for old in _newest_first(folder, 2) if _numbers(old) <= present][_INSIDE:])
     return path
 
 
@@ -70,7 +90,10 @@ def _measured(instruments: Instruments | None) -> State:
 
 def _write(path: Path, content: State) -> None:
     def write(temporary: Path) -> None:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, f"torch.save: {' '.join(str(error).split())}", str(path)) from error
         try:
             torch.load(temporary, mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -78,23 +101,27 @@ def _write(path: Path, content: State) -> None:
                 f"The state of this run cannot be kept as plain data ({_sentence(error)}): keep tensors, numbers, "
                 "strings, and lists and dicts of them."
             ) from error
-        _seal(temporary)
+        _seal(temporary, path.name)
 
     replace_file(path, write)
 
 
-def _retain(folder: Path, pattern: str, keep: int) -> None:
-    for old in _newest_first(folder, pattern)[keep:]:
-        old.unlink()
+def _remove(files: list[Path]) -> None:
+    for old in files:
+        if old.is_file():
+            old.unlink()
 
 
 def _numbers(path: Path) -> tuple[int, ...]:
-    """Return the tasks, and steps, in the name of a checkpoint."""
-    return tuple(int(part) for part in path.stem.split("_") if part.isdecimal())
+    """Return the tasks, and inside one the steps, in the name of a checkpoint; nothing where it is none."""
+    found = _NAMES.fullmatch(path.name)
+    return () if found is None else tuple(int(number) for number in found.groups() if number is not None)
 
 
-def _newest_first(folder: Path, pattern: str) -> list[Path]:
-    return sorted((path for path in folder.glob(pattern) if _numbers(path)), key=_numbers, reverse=True)
+def _newest_first(folder: Path, numbers: int) -> list[Path]:
+    """Return the checkpoints with so many numbers in their names: 1 at the ends of tasks, 2 inside."""
+    files = [path for path in folder.glob("*.ckpt") if len(_numbers(path)) == numbers]
+    return sorted(files, key=_numbers, reverse=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -102,12 +129,12 @@ def latest(folder: Path) -> Path | None:
 
     Each carries its own SHA-256, so that a torn or a changed one is told, down to a bit.
     """
-    return next(_whole_ones(_newest_first(folder, "after_task_*.ckpt")), None)
+    return next(_whole_ones(_newest_first(folder, 1)), None)
 
 
 def inside(folder: Path, tasks_learned: int) -> Path | None:
     """Return the newest whole checkpoint inside the task that follows, or None; warn of newer ones not whole."""
-    files = _newest_first(folder, "in_task_*.ckpt")
+    files = _newest_first(folder, 2)
     return next(_whole_ones([file for file in files if _numbers(file)[0] == tasks_learned + 1]), None)
 
 
@@ -129,30 +156,33 @@ def _whole_ones(files: list[Path]) -> Iterator[Path]:
             warnings.warn(f"{path} is torn or changed, and is left aside: the one before it is used.", stacklevel=3)
 
 
-def _seal(path: Path) -> None:
-    """Append a file's digest as the comment of the zip archive that `torch.save` wrote; readers of archives skip it."""
+def _seal(path: Path, name: str) -> None:
+    """Append a digest as the comment of the zip archive that `torch.save` wrote; readers of archives skip it.
+
+    It covers the name that the file will have, so that one cannot stand in the place of another.
+    """
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)  # the length of the comment, until here none
         file.write(_DIGITS.to_bytes(2, "little"))
-    digest = _digest(path, path.stat().st_size)
+    digest = _digest(path, path.stat().st_size, name)
     with path.open("ab") as file:
         file.write(digest)
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint is there as it was written."""
+    """Return whether a checkpoint is there as it was written, under its own name."""
     size = path.stat().st_size - _DIGITS if path.is_file() else -1
     if size < 0:
         return False
     with path.open("rb") as file:
         file.seek(size)
         kept = file.read()
-    return kept == _digest(path, size)
+    return kept == _digest(path, size, path.name)
 
 
-def _digest(path: Path, size: int) -> bytes:
-    """Return the SHA-256 of the first `size` bytes of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+def _digest(path: Path, size: int, name: str) -> bytes:
+    """Return the SHA-256 of a name and the first `size` bytes of a file, in hexadecimal."""
+    digest = hashlib.sha256(name.encode())
     with path.open("rb") as file:
         while size > 0:
             part = file.read(min(size, 1 << 20))
@@ -161,8 +191,14 @@ def _digest(path: Path, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def load(learner: Learner, path: Path, instruments: Instruments | None = None) -> State:
+def load(learner: Learner, path: Path, instruments: Instruments | None = None, config: str = "") -> State:
     """Load a checkpoint strictly, with `weights_only=True`, into a learner built from the same configuration.
+
+    Args:
+        learner: Takes the state dict.
+        path: The file.
+        instruments: Take what was measured.
+        config: The configuration, as `kept_config` has it, with which it must have been made; empty for any.
 
     Returns:
         What belongs to the training of the present task; empty at the end of one.
@@ -171,11 +207,36 @@ def load(learner: Learner, path: Path, instruments: Instruments | None = None) -
         InputError: If the file is unreadable or belongs to another configuration.
     """
     content = read(path)
+    _compare(content.get("config"), config, path)
     fill(learner, content["state_dict"], path)
     if instruments is not None:
-        fill(instruments, content["instruments"], path)
+        fill(instruments, content.get("instruments", {}), path)
     found: State = content.get("inside", {})
     return found
+
+
+def kept_config(config: dict[str, Any], directory: Path) -> str:
+    """Return a configuration as a checkpoint keeps it: JSON of dotted keys, the run's directory as "."."""
+    if not config:
+        return ""
+    text = json.dumps(flatten(config), sort_keys=True, default=str)
+    return text.replace(str(directory), ".") if directory.is_absolute() else text
+
+
+def _compare(there: Any, here: str, path: Path) -> None:
+    if isinstance(there, str) and there and here and there != here:
+        try:
+            found = changes(json.loads(there), json.loads(here))
+        except (ValueError, AttributeError) as error:
+            raise _misfit(path, error) from error
+        if found:
+            raise InputError(f"{path} was written by another configuration ({found}): repeat that, or remove the file.")
+
+
+def position(path: Path) -> dict[str, Any]:
+    """Return how far the files of reports are whole that a checkpoint rests on, by name; no tensor is read."""
+    found = read(path, mmap=True).get("reports")
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def fill(module: nn.Module, state: State, path: Path) -> None:
@@ -186,20 +247,26 @@ def fill(module: nn.Module, state: State, path: Path) -> None:
     """
     try:
         module.load_state_dict(state, strict=True)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # of torch, or of what takes an extra state of its own
         raise _misfit(path, error) from error
 
 
-def read(path: Path) -> State:
+def read(path: Path, mmap: bool = False) -> State:
     """Return what a checkpoint holds, as plain data on the CPU: nothing in it is ever executed.
+
+    Args:
+        path: The file.
+        mmap: Whether to leave the tensors in it until somebody reads them.
 
     Raises:
         InputError: If it is no checkpoint, or would have to be executed.
     """
     try:
-        content: State = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a stranger's file has many ways to be none
         raise _misfit(path, error) from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise _misfit(path, ValueError("it holds no state_dict"))
     return content
 
 

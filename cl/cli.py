@@ -45,9 +45,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. {_GO_ON}")
     except Exception as error:  # of a launcher, or of a search that found nothing
-        verdict = " ".join(
-            str(said) for said in (explain.cause(error) or explain.before_run(error), sweep.verdict(jobs)) if said
-        )
+        said = explain.cause(error) or explain.before_run(error)
+        verdict = " ".join(str(part) for part in (said, sweep.verdict(jobs)) if part)
         if not verdict:
             raise
     if verdict:
@@ -65,7 +64,7 @@ def run(cfg: Any) -> float | str:
 
     from cl import sweep
     from cl.build import build
-    from cl.report import percent, read_result
+    from cl.report import changed_since, percent, read_result
     from cl.settle import settle
 
     directory = Path(HydraConfig.get().runtime.output_dir)
@@ -73,6 +72,12 @@ def run(cfg: Any) -> float | str:
         settle(cfg, directory)
         finished = read_result(directory)
         if finished is not None:
+            for name in changed_since(directory):
+                print(
+                    f"{directory / name} has changed since the run finished: remove result.json there, and running "
+                    "again writes it anew from the last checkpoint.",
+                    file=sys.stderr,
+                )
             print(f"Finished before, average {percent(finished)}: {directory}. Another hydra.run.dir runs it anew.")
             return finished
         done = build(cfg, directory).run()

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import Logger
 from cl import checkpoint
 from cl.branch import Branch
 from cl.errors import InputError
+from cl.files import remove_leftovers
 from cl.finite import check_finite
 from cl.instruments import Instrument, Instruments
 from cl.instruments.probes import Probes
@@ -145,6 +146,7 @@ class Experiment:
             boundaries=stream.boundaries,
         )
         self.columns, self.keep = columns, keep
+        self._config = checkpoint.kept_config(config or {}, directory or Path())
         self._all: EvalLoader | None = None
         self._inside: Path | None = None  # the checkpoint inside the task that comes next
 
@@ -177,10 +179,13 @@ class Experiment:
 
     def _start(self) -> None:
         """Take up the run of the directory, or a branch of another, or measure the untrained learner."""
+        for place in (self.checkpoints.parent, self.checkpoints) if self.checkpoints is not None else ():
+            remove_leftovers(place)
         found = checkpoint.latest(self.checkpoints) if self.checkpoints is not None else None
         if found is not None:
-            checkpoint.load(self.learner, found, self.instruments)
+            checkpoint.load(self.learner, found, self.instruments, self._config)
             self._inside = checkpoint.inside(found.parent, self.learner.tasks_learned)
+            self.run_view.settled = checkpoint.position(self._inside or found)
         if self.branch is not None:
             self.run_view.notes += self.branch.notes(self.learner)
             if found is None:
@@ -271,24 +276,22 @@ class Experiment:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            self._settle()
-            checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments)
+            checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments, self._beside())
 
     def _save_inside(self, state: dict[str, Any]) -> None:
         if self.checkpoints is not None:
-            self._settle()
-            checkpoint.save_inside(self.learner, self.checkpoints, state, self.instruments)
+            checkpoint.save_inside(self.learner, self.checkpoints, state, self.instruments, self._beside())
 
-    def _settle(self) -> None:
-        """See to it that what a checkpoint rests on is on the disk before it."""
-        for report in self.reports:
-            report.settle(self.learner.tasks_learned, self.learner.total_steps)
+    def _beside(self) -> dict[str, Any]:
+        """See to it that what a checkpoint rests on is on the disk before it; return what tells that later."""
+        reports = {name: how for report in self.reports for name, how in (report.settle() or {}).items()}
+        return {"config": self._config, "reports": reports}
 
     def _load_inside(self) -> dict[str, Any]:
         """Go on inside the task that has just begun, if the directory says so; return what its training needs."""
         found, self._inside = self._inside, None
         if found is None:
             return {}
-        state = checkpoint.load(self.learner, found, self.instruments)
+        state = checkpoint.load(self.learner, found, self.instruments, self._config)
         self.learner.step = state["step"]
         return state

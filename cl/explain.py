@@ -18,6 +18,13 @@ _EXTRAS = {
     "hydra/launcher/ray": ("launcher=ray runs jobs on Ray", "ray"),
 }
 
+# No room, no right, no file where a folder should be, or the other way round. A file that is missing is not among them:
+# it may be a mistake in somebody's code, which a traceback finds.
+_DENIED = {
+    *(errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+}
+
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested dicts by dotted key.
@@ -29,6 +36,22 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for key, branch in tree.items() for k, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()}
+
+
+FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
+
+
+def changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Return the first values in which two flattened configurations differ so that a run cannot go on; else nothing.
+
+    Example:
+        >>> changes({"seed": 0, "checkpoint.keep": 1}, {"seed": 3})
+        'seed: 0 there, 3 here'
+    """
+    keys = {key for key in there.keys() | here.keys() if key.partition(".")[0] not in FREE and key not in FREE}
+    pairs = [(key, there.get(key), here.get(key)) for key in sorted(keys)]
+    found = [f"{key}: {a} there, {b} here" for key, a, b in pairs if a != b and not (a != a and b != b)]
+    return "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def cause(error: BaseException | None) -> BaseException | None:
@@ -43,7 +66,7 @@ def cause(error: BaseException | None) -> BaseException | None:
     first = error
     while error is not None and not isinstance(error, InputError | DivergenceError):
         error = error.__cause__ or error.__context__
-    return error if error is not None else _exhausted(first) or _wrong_call(first)
+    return error if error is not None else _exhausted(first) or denied(first) or _wrong_call(first)
 
 
 _GO_ON = "The checkpoint of the last finished task is kept: run again with the same hydra.run.dir to go on from it"
@@ -72,6 +95,21 @@ def _exhausted(error: BaseException | None) -> InputError | None:
             return InputError(f"Out of memory ({reason}): free some, or ask for less of it. {_GO_ON}.")
         error = error.__cause__
     return None
+
+
+def denied(error: BaseException | None) -> InputError | None:
+    """Return a sentence on a file that the system does not let be written or read, None for all other errors.
+
+    Example:
+        >>> print(denied(OSError(errno.ENOSPC, "No space left on device", "out/transfer.csv")))
+        out/transfer.csv cannot be used (No space left on device): mend that, and go on from what was saved before.
+    """
+    while error is not None and not (isinstance(error, OSError) and error.errno in _DENIED):
+        error = error.__cause__ or error.__context__
+    if not isinstance(error, OSError):
+        return None
+    what = error.filename or "The disk"
+    return InputError(f"{what} cannot be used ({error.strerror}): mend that, and go on from what was saved before.")
 
 
 def _wrong_call(error: BaseException | None) -> InputError | None:

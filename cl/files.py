@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,54 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _named(path):
+        try:
+            temporary.unlink(missing_ok=True)  # a link there would be written through
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            if os.name != "nt":  # where a folder cannot be opened
+                sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file."""
+    with _named(path), path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an error of the file system the name of the file that it is about: a full disk names none."""
     try:
-        temporary.unlink(missing_ok=True)  # a link there would be written through
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        if os.name != "nt":  # where a folder cannot be opened
-            sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files of `replace_file` that writers have left who were killed.
+
+    Args:
+        folder: Where nobody but the caller writes.
+        name: Of the one file whose temporary ones are meant; None means all.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / ".a.txt.4711.tmp").write_text("tor")
+        >>> remove_leftovers(folder)
+        >>> list(folder.iterdir())
+        []
+    """
+    for path in folder.glob(".*.tmp"):
+        found = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+        if found is not None and name in (None, found.group(1)) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -50,7 +91,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict as JSON beside its SHA-256, so that `read_sealed` tells when a byte has changed.
+    """Write a dict as JSON beside its SHA-256, so that `read_sealed` tells when a byte, or the name, has changed.
 
     Example:
         >>> import tempfile
@@ -62,7 +103,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
         >>> read_sealed(path) is None
         True
     """
-    write_text(path, json.dumps({"content": content, "sha256": _digest(content)}, indent=2, allow_nan=False))
+    write_text(path, json.dumps({"content": content, "sha256": _digest(path.name, content)}, indent=2, allow_nan=False))
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
@@ -70,10 +111,15 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         content: dict[str, Any] = found["content"]
-        return content if found["sha256"] == _digest(content) else None
+        return content if found["sha256"] == _digest(path.name, content) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _digest(name: str, content: Any) -> str:
+    return hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, empty where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -263,6 +263,9 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     path = Path(folder) / "rows"
     try:
         flat = torch.from_file(str(path), shared=True, size=max(1, math.prod(shape)), dtype=dtype)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"A memory finds no room in {folder} ({reason}): set TMPDIR to another folder.") from error
     finally:
         path.unlink(missing_ok=True)  # what is mapped stays until it is let go
         Path(folder).rmdir()

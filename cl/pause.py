@@ -142,6 +142,7 @@ class Pause(pl.callbacks.Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), learner.step
         self._step = learner.step
         if found:
+            torch.set_rng_state(found["draws"])  # where no step is left, for what comes after them
             learner._curves.waiting = list(found["waiting"])
             epochs = trainer.fit_loop.epoch_progress
             for count in (epochs.current, epochs.total):

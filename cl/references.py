@@ -22,7 +22,7 @@ from torch import Tensor
 
 import cl
 from cl.errors import DivergenceError, InputError, unknown
-from cl.files import read_sealed, write_sealed
+from cl.files import read_sealed, remove_leftovers, write_sealed
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
 
@@ -121,6 +121,7 @@ class References:
                 f"reference_dir={self._folder} cannot be made ({error.strerror}): name another."
             ) from error
         with FileLock(file.with_suffix(".lock")):
+            remove_leftovers(self._folder, file.name)
             what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
             kept = read_sealed(file)  # one that is torn or changed is made again
             if kept is None:

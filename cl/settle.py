@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cl.again import keep_command
 from cl.arguments import check_value
 from cl.errors import InputError, check_range
-from cl.explain import flatten
+from cl.explain import changes, flatten
 from cl.files import write_text
 
 Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
@@ -29,7 +30,6 @@ _KEYS: dict[str, Any] = {
     **{"protocol.tuned": Text, "from": Text, "deterministic": bool},
 }
 _NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
-_FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
 
 
 def settle(cfg: Any, directory: Path) -> dict[str, Any]:
@@ -60,9 +60,10 @@ def protocol_of(cfg: Any) -> Any:
 
 
 def keep(config: dict[str, Any], directory: Path) -> None:
-    """Write `config.yaml`, unless a run has been begun in the directory, whose own it is."""
+    """Write `config.yaml`, unless a run has been begun in the directory, whose own it is, and the command."""
     if not ((directory / "config.yaml").exists() and (directory / "checkpoints").exists()):
         write_text(directory / "config.yaml", _text(config, directory))
+    keep_command(directory)
 
 
 def _text(config: dict[str, Any], directory: Path) -> str:
@@ -79,14 +80,11 @@ def _compare(config: dict[str, Any], directory: Path) -> None:
     path = directory / "config.yaml"
     if not (path.exists() and (directory / "checkpoints").exists()):
         return
-    old, new = flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory))))
-    both = {key for key in old.keys() | new.keys() if key.partition(".")[0] not in _FREE and key not in _FREE}
-    changed = sorted(key for key in both if old.get(key) != new.get(key))
+    changed = changes(flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory)))))
     if changed:
-        listed = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in changed[:5])
         raise InputError(
-            f"{directory} holds a run of another configuration ({listed}): choose another hydra.run.dir, or "
-            "repeat that configuration to continue it."
+            f"{directory} holds a run of another configuration ({changed}; see {path.name}): choose another "
+            "hydra.run.dir, or repeat that configuration to continue it."
         )
 
 

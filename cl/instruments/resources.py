@@ -110,7 +110,9 @@ class Resources(Instrument):
     def get_extra_state(self) -> Any:
         """Return the records, and the present task's clock and count."""
         clock = {"spent": time.perf_counter() - self._began, "aside": self._measuring() - self._aside}
-        return {"records": list(self._records), **clock, "counted": self._counted, "a_row": self._a_row}
+        # between two steps an open counter has counted the one step that it is there for
+        counted = self._counted if self._counter is None else float(self._counter.get_total_flops())
+        return {"records": list(self._records), **clock, "counted": counted, "a_row": self._a_row}
 
     def set_extra_state(self, state: Any) -> None:
         """Restore what `get_extra_state` returned; the clock goes on."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl.files import read_sealed, write_sealed
+from cl.files import digest_of, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from cl.transfer import TransferMatrix
+
+_TABLES = ("*.csv", "transfer.json", "references.json")
 
 # The scalars of one line, in the words of a reader; all others are in transfer.json.
 HEADLINE = {
@@ -41,6 +43,7 @@ class Run:
         references: By kind, what the run is compared with, one a task; see `cl.references`.
         tuning: How hyper-parameters were chosen, and what that cost; see `cl.protocol`.
         total_steps: Steps over the stream from which the run goes on, where it is a continued one.
+        settled: What the reports' `settle` returned for the checkpoint from which it goes on.
 
     Example:
         >>> from cl.transfer import TransferMatrix
@@ -62,6 +65,7 @@ class Run:
     references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
+    settled: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
@@ -117,8 +121,13 @@ class Report:
     def row(self, run: Run, after_task: int) -> None:
         """React to a row of R that has just been measured (0: the untrained learner)."""
 
-    def settle(self, after_task: int, total_steps: int) -> None:
-        """Put on the disk what a checkpoint that is about to be written there takes as done."""
+    def settle(self) -> Mapping[str, Any] | None:
+        """Put on the disk what a checkpoint that is about to be written takes as done.
+
+        Returns:
+            By the name of a file, plain data that tell later whether it is as it is now; `Run.settled` hands them back.
+        """
+        return None
 
     def say(self, text: str) -> None:
         """React to a sentence on what goes on beside the stream, such as a reference that is trained."""
@@ -201,10 +210,23 @@ def remarks(run: Run) -> list[str]:
 
 
 def write_result(run: Run) -> None:
-    """Write `result.json`, by which a finished run is known: its final average under each mask."""
+    """Write `result.json`, by which a finished run is known: its final averages, and digests of its tables."""
     averages = {mask: run.scalars(mask)["average_accuracy"] for mask in run.matrices}
     measured = {mask: value for mask, value in averages.items() if not math.isnan(value)}
-    write_sealed(run.directory / "result.json", {"mask": run.primary.mask, "average_accuracy": measured})
+    files = {path.name: digest_of(path) for pattern in _TABLES for path in sorted(run.directory.glob(pattern))}
+    content = {"mask": run.primary.mask, "average_accuracy": measured, "sha256": files}
+    write_sealed(run.directory / "result.json", content)
+
+
+def changed_since(directory: Path) -> list[str]:
+    """Return the tables of a finished run that are no more what they were when it ended.
+
+    Example:
+        >>> changed_since(Path("no such place"))
+        []
+    """
+    files = (read_sealed(directory / "result.json") or {}).get("sha256", {})
+    return sorted(name for name, known in files.items() if digest_of(directory / name) != known)
 
 
 def read_result(directory: Path) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl.files import write_text
+from cl.files import append_text, write_text
 from cl.report import Pace, Report, Run
 from cl.report.manifest import manifest
 
@@ -146,8 +146,7 @@ class FileReport(Report):
 
     def row(self, run: Run, after_task: int) -> None:
         """Append to `transfer.csv`; write `transfer.json`, unless its scalars would take more than a twentieth."""
-        with (run.directory / "transfer.csv").open("a", encoding="utf-8", newline="") as file:
-            file.write(transfer_csv(run, [after_task]))
+        append_text(run.directory / "transfer.csv", transfer_csv(run, [after_task]))
         for instrument in run.instruments.values():
             self._append(run, instrument)
         if self._pace.ready():
@@ -156,8 +155,9 @@ class FileReport(Report):
     def _append(self, run: Run, instrument: Any) -> None:
         begun, self._written[instrument.file] = self._written.get(instrument.file, 0), len(instrument)
         if instrument.file and len(instrument) > begun:
-            with (run.directory / f"{instrument.file}.csv").open("a", encoding="utf-8", newline="") as file:
-                file.write(table_csv(instrument.columns, instrument.records(begun)))
+            append_text(
+                run.directory / f"{instrument.file}.csv", table_csv(instrument.columns, instrument.records(begun))
+            )
 
     def finish(self, run: Run) -> None:
         """Write `transfer.json`, and the references where there are any."""

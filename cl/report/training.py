@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
-from cl.files import sync, write_text
+from cl.files import append_text, sync, write_text
 from cl.report import Report, Run
 
-_HEADER = "step,task,name,value"
+_FILE, _HEADER = "training.csv", "step,task,name,value"
 
 
 class TrainingReport(Report):
@@ -36,29 +37,39 @@ class TrainingReport(Report):
 
     def start(self, run: Run, after_task: int) -> None:
         """Begin the file, or cut it."""
-        path = run.directory / "training.csv"
-        kept = _until(path, run.total_steps) if after_task >= 0 and path.exists() else []
-        write_text(path, "\n".join([_HEADER, *kept]) + "\n")
-        self.logger.path, self.logger.step, self.logger.task = path, run.total_steps, after_task + 1
+        path = run.directory / _FILE
+        raw = path.read_bytes() if after_task >= 0 and path.exists() else b""
+        known = run.settled.get(_FILE)
+        if known is not None and _mark(raw[: known["bytes"]]) == known:
+            text = raw[: known["bytes"]].decode()
+        else:
+            if known is not None:
+                warnings.warn(f"{path} is torn or changed: what can be read of it is kept.", stacklevel=2)
+            text = "\n".join([_HEADER, *_until(raw, run.total_steps)]) + "\n"
+        write_text(path, text)
+        self.logger.begin(path, text)
+        self.logger.step, self.logger.task = run.total_steps, after_task + 1
 
-    def settle(self, after_task: int, total_steps: int) -> None:
-        """Wait for the disk."""
-        if self.logger.path is not None:
-            sync(self.logger.path)
+    def settle(self) -> Mapping[str, Any] | None:
+        """Wait for the disk; return the length of the file and its digest."""
+        if self.logger.path is None:
+            return None
+        sync(self.logger.path)
+        return {_FILE: self.logger.mark()}
 
 
-def _until(path: Path, last: int) -> list[str]:
-    """Return the rows up to a step; those behind one that is torn or changed are left out, and that is said."""
-    rows = path.read_bytes().decode("utf-8", "replace").splitlines()[1:]
+def _mark(raw: bytes) -> dict[str, Any]:
+    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def _until(raw: bytes, last: int) -> list[str]:
+    """Return the rows up to a step and to the first that cannot be read."""
     kept: list[str] = []
-    for row in rows:
+    for row in raw.decode("utf-8", "replace").splitlines()[1:]:
         try:
             step, task, _, value = row.split(",")
             point = int(step), int(task), float(value)
         except ValueError:
-            warnings.warn(
-                f"{path} is torn or changed from line {len(kept) + 2} on: the rest is left out.", stacklevel=3
-            )
             break
         if point[0] > last:
             break
@@ -78,7 +89,16 @@ class TrainingLogger(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.path: Path | None = None
-        self.step = self.task = 0
+        self.step = self.task = self._bytes = 0
+        self._digest = hashlib.sha256()
+
+    def begin(self, path: Path, text: str) -> None:
+        """Go on behind what a file holds."""
+        self.path, self._bytes, self._digest = path, len(text.encode()), hashlib.sha256(text.encode())
+
+    def mark(self) -> dict[str, Any]:
+        """Return the length of the file, and its SHA-256."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     @property
     def name(self) -> str:
@@ -101,5 +121,7 @@ class TrainingLogger(Logger):
             self.step, self.task = step, int(metrics["train/task"])
         own = {name: value for name, value in metrics.items() if name not in ("epoch", "train/task")}
         rows = [f"{self.step},{self.task},{name},{float(value)!r}\n" for name, value in own.items()]
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write("".join(rows))
+        text = "".join(rows)
+        append_text(self.path, text)
+        self._bytes += len(text.encode())
+        self._digest.update(text.encode())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers import Logger
 
-from cl.files import read_sealed, write_sealed, write_text
+from cl.files import write_text
 from cl.report import Report, Run
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ class WandbReport(Report):
         self.logger = WandbCurves(self)
         self._looked = 0  # evaluations inside tasks that are logged
         self._count = self._logged = 0  # points of the run so far, and those that W&B has been given
-        self._marks: dict[str, int] = {}  # points before each checkpoint
         self._reason = ""  # why it is not as was asked for
 
     def start(self, run: Run, after_task: int) -> None:
@@ -78,15 +77,13 @@ class WandbReport(Report):
         self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
         if self.run is not None:
             self.attempt(lambda: write_text(identity, self.run.id))
-            self._find_place(known is not None, _mark(max(after_task, 0), run.total_steps))
+            self._find_place(run, known is not None)
             self.attempt(self._define_axes, run)
             self.attempt(self._announce)
 
-    def settle(self, after_task: int, total_steps: int) -> None:
-        """Note how many points stand before a checkpoint."""
-        if self.run is not None and self.directory is not None:
-            self._marks[_mark(after_task, total_steps)] = self._count
-            write_sealed(self.directory / "wandb" / "marks.json", self._marks)
+    def settle(self) -> Mapping[str, Any] | None:
+        """Return how many points stand before a checkpoint."""
+        return None if self.run is None else {"wandb": {"points": self._count}}
 
     def log(self, point: Mapping[str, Any]) -> None:
         """Give W&B one point, unless an earlier sitting has."""
@@ -97,16 +94,14 @@ class WandbReport(Report):
             assert self.directory is not None
             (self.directory / "wandb" / "points.txt").write_text(f"{self._count:012d}")
 
-    def _find_place(self, goes_on: bool, mark: str) -> None:
+    def _find_place(self, run: Run, goes_on: bool) -> None:
         """Find which points the sittings of before have logged beyond the checkpoint."""
         assert self.directory is not None
-        folder = self.directory / "wandb"
-        self._marks = (read_sealed(folder / "marks.json") or {}) if goes_on else {}
         try:
-            self._logged = int((folder / "points.txt").read_text()) if goes_on else 0
+            self._logged = int((self.directory / "wandb" / "points.txt").read_text()) if goes_on else 0
         except (OSError, ValueError):
             self._logged = 0
-        self._count = self._marks.get(mark, self._logged)
+        self._count = run.settled.get("wandb", {}).get("points", self._logged) if goes_on else 0
 
     def row(self, run: Run, after_task: int) -> None:
         """Log R so far, as a table and a picture, and the scalars over the tasks learned."""
@@ -286,10 +281,6 @@ def _scalars(run: Run) -> dict[str, float]:
     named |= {f"{mask}/{name}": value for mask in run.matrices for name, value in run.scalars(mask).items()}
     named.update({f"transfer/{name}": value for name, value in run.scalars(run.primary.mask).items()})
     return {name: value for name, value in named.items() if not math.isnan(value)}
-
-
-def _mark(after_task: int, total_steps: int) -> str:
-    return f"task {after_task} step {total_steps}"
 
 
 def _or_none(value: float) -> float | None:

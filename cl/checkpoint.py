@@ -93,7 +93,7 @@ def _write(path: Path, content: State) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(errno.EIO, f"torch.save: {' '.join(str(error).split())}", str(path)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         try:
             torch.load(temporary, mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:

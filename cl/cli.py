@@ -45,7 +45,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. {_GO_ON}")
     except Exception as error:  # of a launcher, or of a search that found nothing
-        said = explain.cause(error) or explain.before_run(error)
+        said = explain.before_run(error) or explain.cause(error)
         verdict = " ".join(str(part) for part in (said, sweep.verdict(jobs)) if part)
         if not verdict:
             raise

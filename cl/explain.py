@@ -83,10 +83,6 @@ def _exhausted(error: BaseException | None) -> InputError | None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {error.filename}" if error.filename else ""
             return InputError(f"The disk has no room left{where} ({error.strerror}): free some. {_GO_ON}.")
-        if isinstance(error, RuntimeError) and any(
-            words in text for words in ("PytorchStreamWriter", "unexpected pos")
-        ):
-            return InputError(f"A checkpoint could not be written, as happens on a full disk: free some. {_GO_ON}.")
         allocator = isinstance(error, RuntimeError) and any(words in text for words in _TOO_MUCH)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or allocator:
             reason = " ".join(text.split())[:200].rstrip(".") or "the system gives no more"

@@ -53,11 +53,18 @@ def save(
     """
     path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
     _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), **(beside or {})})
-    # What has a higher number than the newest was not whole when this run went on, and does not count.
-    ends = [old for old in _newest_first(folder, 1) if _numbers(old)[0] <= learner.tasks_learned]
-    inside = [old for old in _newest_first(folder, 2) if _numbers(old)[0] <= learner.tasks_learned]
-    _remove([*(ends[keep:] if keep is not None else ()), *inside])
+    tidy(folder, learner.tasks_learned, keep)
     return path
+
+
+def tidy(folder: Path, tasks_learned: int, keep: int | None) -> None:
+    """Remove what the checkpoint after so many tasks makes needless, at once or where a kill came between.
+
+    What has a higher number was not whole when this run went on, and does not count.
+    """
+    ends = [old for old in _newest_first(folder, 1) if _numbers(old)[0] <= tasks_learned]
+    inside = [old for old in _newest_first(folder, 2) if _numbers(old)[0] <= tasks_learned]
+    _remove([*(ends[keep:] if keep is not None else ()), *inside])
 
 
 def save_inside(

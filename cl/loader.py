@@ -23,13 +23,14 @@ class TrainLoader:
 
     A Lightning "batch" is a chunk, so that its cost a step is paid once in K steps. The order of the examples is a
     function of (seed, task, epoch) alone, and the minibatches are the same for every K. Where the data stay in their
-    file, the next chunk is read while the present one is trained on.
+    file, the next chunk is read while the present one is trained on. There is no length to tell: an epoch that is
+    taken up again has fewer chunks than the next, and Lightning, which asks once, would miss the validation at its end.
 
     Args:
         data: The examples, on the training device or read part by part.
         batch_size: Rows of a minibatch; the last one of an epoch may be smaller.
         chunk_size: Minibatches a chunk, K; None begins with one and doubles while a chunk is brisk, so that bars move
-            where a step is slow. Then there is no length to tell.
+            where a step is slow.
         num_steps: Minibatches an epoch, at most what the rows give.
         seed: Seed of the task's order; None keeps the rows as they stand.
         step: Tells the minibatches of the task that are done; an epoch is begun where they end.
@@ -55,11 +56,6 @@ class TrainLoader:
         self.data, self.batch_size, self.chunk_size = data, batch_size, chunk_size
         self.num_steps, self.seed, self.step, self.device = num_steps, seed, step, device
         self._host = [column.cpu().numpy() for column in (data.labels, data.tasks)]
-
-    def __len__(self) -> int:
-        if self.chunk_size is None:
-            raise TypeError("The chunks choose their size as they go.")
-        return -(-self.num_steps // self.chunk_size)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         order = np.arange(len(self.data))

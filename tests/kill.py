@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import csv
+import fcntl
 import io
 import json
 import os
@@ -243,13 +244,15 @@ class Attempt:
         self.log, self.note = place / "log.txt", place / "note.txt"
         self.note.unlink(missing_ok=True)
         self.log.write_text("")
-        self.began = time.monotonic()
+        self.began, self.said = time.monotonic(), None
         if cold:
             with self.log.open("w") as log:
                 command = [sys.executable, "-m", "cl", *arguments]
                 self.process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log)
             self.pid = self.process.pid
             return
+        reader, log = os.pipe()  # which no limit of files cuts
+        fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 2**20)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS.values())  # a child that is not in its place yet
         self.pid = os.fork()
         if self.pid == 0:
@@ -257,7 +260,6 @@ class Attempt:
             try:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS.values())
                 os.chdir(place)
-                log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(log, 1), os.dup2(log, 2)
                 fuse = None if at is None else Fuse(at, self.note)
                 status = run(arguments, limit, fuse)
@@ -266,6 +268,8 @@ class Attempt:
                 sys.stdout.flush(), sys.stderr.flush()
             finally:
                 os._exit(status)
+        os.close(log)
+        self.said = open(reader, encoding="utf-8", errors="replace")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS.values())
 
     def wait(self, seconds: float | None = None) -> int | None:
@@ -274,6 +278,9 @@ class Attempt:
         while until is None or time.monotonic() < until:
             found, status = os.waitpid(self.pid, 0 if until is None else os.WNOHANG)
             if found:
+                if self.said is not None:
+                    self.log.write_text(self.said.read())
+                    self.said.close()
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.001)
         return None

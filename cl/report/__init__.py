@@ -14,7 +14,7 @@ from cl.files import digest_of, read_sealed, write_sealed
 if TYPE_CHECKING:
     from cl.transfer import TransferMatrix
 
-_TABLES = ("*.csv", "transfer.json", "references.json")
+_TABLES = ("*.csv", "transfer.json", "references.json", "manifest.json")
 
 # The scalars of one line, in the words of a reader; all others are in transfer.json.
 HEADLINE = {

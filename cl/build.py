@@ -31,6 +31,7 @@ def build(cfg: Any, directory: Path) -> Any:
     """
     from omegaconf import OmegaConf
 
+    from cl.distributed import rank
     from cl.experiment import Experiment
     from cl.protocol import Protocol
 
@@ -38,7 +39,8 @@ def build(cfg: Any, directory: Path) -> Any:
     for key, value in (protocol.found() if protocol else {}).items():
         OmegaConf.update(cfg, key, value)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    _keep_config(config, directory)
+    if rank() == 0:
+        _keep_config(config, directory)
     stream = protocol.apply(make(cfg.stream)) if protocol else make(cfg.stream)
     strategies = {name: make(strategy) for name, strategy in (cfg.strategy or {}).items()}
     learner = _learner(cfg, stream, strategies)
@@ -157,6 +159,7 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     from omegaconf import OmegaConf
     from pytorch_lightning.loggers import Logger
 
+    from cl.distributed import rank
     from cl.report import Report
 
     parts = [
@@ -164,6 +167,9 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     ]
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
+    if rank() > 0:  # process 0 alone speaks
+        mute = Report, Logger, pl.callbacks.ProgressBar
+        return [], [], [part for part in parts if isinstance(part, pl.Callback) and not isinstance(part, mute)]
     reports = [part for part in parts if isinstance(part, Report)]
     return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
 

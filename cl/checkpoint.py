@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cl.distributed import pack, rank, unpack
 from cl.errors import InputError
 from cl.files import replace_file
 from cl.instruments import Instruments
@@ -32,6 +33,9 @@ def save(learner: Learner, folder: Path, keep: int | None = None, instruments: I
     content = {"state_dict": learner.state_dict()}
     if instruments is not None:
         content["instruments"] = instruments.state_dict()
+    content = pack(content)
+    if rank() > 0:
+        return path
 
     def write(temporary: Path) -> None:
         torch.save(content, temporary)
@@ -98,7 +102,7 @@ def load(learner: Learner, path: Path, instruments: Instruments | None = None) -
         InputError: If the file is unreadable or belongs to another configuration.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = unpack(torch.load(path, map_location="cpu", weights_only=True))
         learner.load_state_dict(content["state_dict"], strict=True)
         if instruments is not None:
             instruments.load_state_dict(content["instruments"], strict=True)

@@ -41,13 +41,23 @@ def run(cfg: Any) -> float:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from cl.build import build
+    from cl.build import make
+    from cl.processes import run as run_in_processes
 
     try:
-        done = build(cfg, Path(HydraConfig.get().runtime.output_dir)).run()
-        return float(done.scalars(done.primary.mask)["average_accuracy"])
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        return float(run_in_processes(make(cfg.trainer), learn, cfg, directory))
     except Exception as error:
         cause = explain.cause(error)
         if cause is None:
             raise
         sys.exit(str(cause))  # Hydra would put a line and a traceback around the sentence
+
+
+def learn(cfg: Any, directory: Path) -> float:
+    """Build and run the experiment of a composed configuration, in one of its processes; return the final average."""
+    from cl.build import build
+    from cl.distributed import from_first
+
+    done = build(cfg, from_first(lambda: directory)).run()
+    return float(done.scalars(done.primary.mask)["average_accuracy"])

@@ -13,13 +13,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 
-from cl import checkpoint
+from cl import checkpoint, distributed
 from cl.errors import InputError
 from cl.instruments import Instrument, Instruments
 from cl.instruments.probes import Probes
 from cl.instruments.resources import Resources
 from cl.learner import Learner
 from cl.loader import EvalLoader
+from cl.processes import replicated
 from cl.report import Report, Run
 from cl.task import Stream, Task
 
@@ -112,9 +113,9 @@ class Experiment:
         if keep is not None and keep < 1:
             raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, or null.")
         self.learner, self.stream, self.epochs = learner, stream, epochs
-        self._trainer, self._logger, self._callbacks = trainer, list(logger), list(callbacks)
+        self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
-        self.reports = list(reports)
+        self.reports = list(reports) if distributed.rank() == 0 else []
         self.instruments = Instruments({"resources": Resources(), **(instruments or {})})
         self.resources: Resources = self.instruments["resources"]  # type: ignore[assignment]
         self.resources.watch(self.instruments)
@@ -161,7 +162,9 @@ class Experiment:
             self._fit(task)
 
     def _start(self) -> None:
-        found = checkpoint.latest(self.checkpoints) if self.checkpoints is not None else None
+        distributed.align(self.learner)
+        folder = self.checkpoints
+        found = distributed.from_first(lambda: checkpoint.latest(folder)) if folder is not None else None
         if found is not None:
             checkpoint.load(self.learner, found, self.instruments)
         for report in self.reports:
@@ -179,8 +182,11 @@ class Experiment:
             num_sanity_val_steps=0,
             **options,
         )
-        if trainer.num_devices != 1:
-            raise InputError(f"trainer.devices={trainer.num_devices}: a learner trains on one device; set it to 1.")
+        if trainer.world_size != distributed.world_size():
+            raise InputError(
+                f"trainer.devices={trainer.num_devices}: the run has {distributed.world_size()} processes; start one a "
+                "device by cl-run or cl.processes.run, or set it to 1."
+            )
         return trainer
 
     def _fit(self, task: Task) -> None:
@@ -202,6 +208,7 @@ class Experiment:
             self.learner.look()
             self.learner.looks = {}
         self.learner.after_task(task)
+        distributed.align(self.learner)
         self.instruments.call("after_task", self.learner, task)
 
     def _take_over(self, trainer: pl.Trainer) -> None:
@@ -233,9 +240,9 @@ class Experiment:
         learned, size = self.learner.tasks_learned, self.learner.eval_batch_size
         if self.columns != "all" and 0 < learned < len(self.stream):
             first = 0 if self.columns == "seen" else max(0, learned + 1 - int(self.columns))
-            return EvalLoader([task.test for task in self.stream[first : learned + 1]], device, size)
+            return EvalLoader([distributed.shard(t.test) for t in self.stream[first : learned + 1]], device, size)
         if self._all is None:
-            self._all = EvalLoader([task.test for task in self.stream], device, size)
+            self._all = EvalLoader([distributed.shard(task.test) for task in self.stream], device, size)
         return self._all
 
     def _save(self) -> None:

@@ -279,7 +279,7 @@ def _leaves(tree: dict[Any, Any], path: tuple[Any, ...] = ()) -> dict[tuple[Any,
 
 def _digest(value: Any) -> bytes:
     if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
+        raw: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
     else:
         raw = pickle.dumps(value)
     return hashlib.blake2b(raw, digest_size=16).digest()

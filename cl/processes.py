@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -18,9 +20,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from cl import distributed
@@ -110,14 +112,35 @@ def _plan(factory: TrainerFactory) -> tuple[int, int]:
     if trainer.world_size == 1:
         return 1, 1
     environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
-    return trainer.world_size, 0 if environment.creates_processes_externally else trainer.num_devices
+    wanted = trainer.num_devices * trainer.num_nodes
+    if environment.world_size() != wanted:
+        raise InputError(
+            f"{environment.world_size()} processes were started, but trainer.devices={trainer.num_devices} and "
+            f"trainer.num_nodes={trainer.num_nodes} make {wanted}: let them agree."
+        )
+    return wanted, 0 if environment.creates_processes_externally else trainer.num_devices
 
 
 def _trainer(factory: TrainerFactory) -> pl.Trainer:
+    nothing = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
-        return factory(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        with _quiet():
+            return factory(**nothing, enable_model_summary=False)
     except MisconfigurationException as error:
         raise InputError(f"The Trainer cannot be made: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    talkers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [talker.level for talker in talkers]
+    try:
+        for talker in talkers:
+            talker.setLevel(logging.WARNING)
+        yield
+    finally:
+        for talker, level in zip(talkers, levels, strict=True):
+            talker.setLevel(level)
 
 
 def run(factory: TrainerFactory, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -151,7 +174,8 @@ def run(factory: TrainerFactory, work: Callable[..., Any], *arguments: Any) -> A
         return work(*arguments)
     context = multiprocessing.get_context("spawn")
     alone = here == world
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if alone else None
+    # The store where they meet is held here, so that its port is taken from the start.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if alone else None  # type: ignore[attr-defined]
     children, pipes = [], []
     for local in range(here):
         mine, theirs = context.Pipe(duplex=False)
@@ -170,10 +194,11 @@ def _join(factory: TrainerFactory, port: int | None = None) -> None:
     assert isinstance(strategy, Replicated)
     if port is not None:
         size, index = strategy.num_nodes * strategy.num_processes, strategy.local_rank
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_PATIENCE)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_PATIENCE)  # type: ignore[attr-defined]
         backend = strategy._get_process_group_backend()
         dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=_PATIENCE)
-    strategy.setup_environment()
+    with _quiet():
+        strategy.setup_environment()
 
 
 def _hydra() -> Any:
@@ -211,6 +236,7 @@ def _child(
         told = cause(error)
         pipe.send(("raised", told) if told is not None else ("failed", traceback.format_exc()))
         pipe.close()
+        sys.stdout.flush()
         os._exit(1)  # no waiting for those who wait for us
 
 
@@ -221,38 +247,43 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _supervise(children: list[Any], pipes: list[Connection]) -> Any:
+def _supervise(children: list[Any], pipes: list[Any]) -> Any:
     """Wait for all; when one fails, give the others a moment, then end them."""
-    heard: list[tuple[int, str, Any]] = []
-    waiting = dict(zip(pipes, range(len(pipes)), strict=True))
+    heard: list[tuple[int, str, Any]] = []  # which process, what, and with what, in order
+    waiting = {pipe: index for index, pipe in enumerate(pipes)}
     until: float | None = None
-    previous = _forward_signals(children)
+    handlers = _forward_signals(children)
     try:
         while waiting and (until is None or time.monotonic() < until):
             for pipe in wait(list(waiting), None if until is None else max(0.0, until - time.monotonic())):
-                index = waiting[pipe]  # type: ignore[index]
-                try:
-                    kind, value = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    kind, value = "ended", None
-                    waiting.pop(pipe)  # type: ignore[call-overload]
-                heard.append((index, kind, value))
-                fine = any(i == index and k == "returned" for i, k, _ in heard)
-                if not fine and until is None:
+                heard.append((waiting[pipe], *_receive(pipe)))
+                index, what, _ = heard[-1]
+                if what == "ended":
+                    waiting.pop(pipe)
+                fine = {entry[0] for entry in heard if entry[1] in ("returned", "left")}
+                if until is None and index not in fine:
                     until = time.monotonic() + _GRACE
+        if until is None and "left" not in [what for _, what, _ in heard]:
+            return next(value for index, what, value in heard if (index, what) == (0, "returned"))
+        raise _failure(heard, children)
+    except BaseException:
+        until = until or time.monotonic() + _GRACE
+        raise
     finally:
-        for number, handler in previous.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        failed = until is not None or sys.exc_info()[0] is not None
-        until = time.monotonic() + _GRACE if failed and until is None else until
         for child in children:
             child.join(None if until is None else max(0.0, until - time.monotonic()))
             if child.is_alive():
                 child.kill()
                 child.join()
-    if until is None:
-        return next(value for index, kind, value in heard if (index, kind) == (0, "returned"))
-    raise _failure(heard, children)
+
+
+def _receive(pipe: Any) -> tuple[str, Any]:
+    try:
+        return pipe.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return "ended", None
 
 
 def _failure(heard: list[tuple[int, str, Any]], children: list[Any]) -> BaseException:
@@ -263,6 +294,7 @@ def _failure(heard: list[tuple[int, str, Any]], children: list[Any]) -> BaseExce
     index, kind, value = next(entry for entry in heard if entry[1] != "returned")
     if kind == "failed":
         return RuntimeError(f"Process {index} of {len(children)} failed:\n{value}")
+    children[index].join()
     code = children[index].exitcode
     return InputError(
         f"Process {index} of {len(children)} ended with exit code {code}, and the run with it: checkpoints are kept; "

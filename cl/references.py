@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import cl
+from cl.distributed import from_first, rank
 from cl.errors import DivergenceError, unknown
 from cl.files import write_text
 from cl.strategy import Strategy
@@ -115,16 +117,18 @@ class References:
         experiment = self._make(stream, strategies)
         file = self._folder / f"{kind}_{self._digest(kind, experiment, tasks)}.json"
         self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
+        with FileLock(file.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others train as it does
             what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
-            if not file.exists():
+            if not from_first(file.exists):
                 self.say(f"reference {what} of {total} ...")
                 try:
-                    write_text(file, json.dumps(_train(experiment), allow_nan=False))
+                    trained = json.dumps(_train(experiment), allow_nan=False)
+                    if rank() == 0:
+                        write_text(file, trained)
                 except DivergenceError as error:  # unmeasured, and no reason to lose the run itself
                     self.say(f"reference {what} diverged and is left out: {error}")
                     return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
-            found: Reference = json.loads(file.read_text())
+            found: Reference = json.loads(from_first(file.read_text))
         return {"task": t + 1, **found}
 
     def _digest(self, kind: str, experiment: Experiment, tasks: Sequence[Task]) -> str:

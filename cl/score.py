@@ -58,7 +58,7 @@ def start(target: Target, keys: Sequence[str], mask: Mask, membership: Tensor) -
 class Accuracy:
     """Counts the right answers of each task under every mask, and by confidence; nothing waits for the device.
 
-    Several processes may each score a part (`cl.distributed.shard`): counts are summed, so that rows are the same in all.
+    Several processes may each score a part (`cl.distributed.shard`): counts are summed, and rows the same in all.
 
     Args:
         num_tasks: T.

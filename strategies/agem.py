@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from cl.distributed import mean_gradients, own, share
+from cl.distributed import from_first, mean_gradients, own, share
 from cl.errors import InputError
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
@@ -80,8 +80,8 @@ class AGEM(Strategy):
         parameters = [p for p in learner.parameters() if p.grad is not None]
         batch = self.memory.sample(self.batch_size)
         loss = learner.criterion(learner(learner.prepare(batch.x, True)), batch)
-        reference = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        reference = mean_gradients(reference, len(batch))
+        own_part = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        reference = mean_gradients(own_part, len(batch))
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = project(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference]))
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -89,8 +89,9 @@ class AGEM(Strategy):
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Remember examples of the task; a ring that is offered them all keeps the last of a random order."""
-        rows = own(len(task.train))
-        order = rows[torch.from_numpy(self.memory.random.generator.permutation(len(rows)))]
-        for some in order.split(4096):  # a task that stays in its file is not read at once
+        order = from_first(lambda: self.memory.random.generator.permutation(len(task.train)))
+        for some in torch.from_numpy(order)[own(len(order))].split(
+            4096
+        ):  # a task that stays in its file is not read at once
             x, y, label = (column.to(learner.device) for column in task.train.take(some).tensors())
             self.memory.insert(Batch(x, y, label))

@@ -133,14 +133,19 @@ def mean(values: Tensor) -> Tensor:
     return values if world_size() == 1 else total(values) / world_size()
 
 
-def everywhere(flag: bool) -> bool:
-    """Say whether something holds in all processes.
+def anywhere(flag: bool) -> bool:
+    """Say whether something holds in any process.
 
     Example:
-        >>> everywhere(True)
-        True
+        >>> anywhere(True), everywhere(False)
+        (True, False)
     """
-    return flag if world_size() == 1 else int(total(torch.tensor(float(not flag)))) == 0
+    return flag if world_size() == 1 else int(total(torch.tensor(float(flag)))) > 0
+
+
+def everywhere(flag: bool) -> bool:
+    """Say whether something holds in all processes."""
+    return not anywhere(not flag)
 
 
 def gathered(columns: Sequence[Tensor]) -> list[Tensor]:

@@ -151,7 +151,8 @@ def run(factory: TrainerFactory, work: Callable[..., Any], *arguments: Any) -> A
 
     Args:
         factory: A partial of `pl.Trainer`.
-        work: Picklable; builds stream and learner, the same in each process, and trains.
+        work: Builds stream and learner, the same in each process, and trains; a function of a module, since each
+            process imports it anew (a script needs its `if __name__ == "__main__":`).
         arguments: Its arguments, picklable.
 
     Raises:

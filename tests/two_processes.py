@@ -58,6 +58,7 @@ REPLAYED: dict[str, Callable[[], Strategy]] = {
     "derpp": partial(DERpp, memory_size=CAPACITY),
     "agem": partial(AGEM, memory_size=CAPACITY, batch_size=9),
 }
+TARGETS = ("multilabel", "regression")
 RESUMED = ("class_balanced", "few", "derpp", "agem")
 
 
@@ -75,6 +76,20 @@ def stream(rows: int = ROWS, seed: int = 0) -> Stream:
     return Stream(tasks, scenario="class", num_classes=6)
 
 
+def numbers(target: str) -> Stream:
+    """Three tasks whose rows have several labels, or numbers."""
+    draw = torch.Generator().manual_seed(1)
+    tasks = []
+    for t in range(3):
+        parts = []
+        for n in (ROWS, TESTS):
+            x = torch.randn(n, 1, 4, 4, generator=draw)
+            y = x.flatten(1)[:, t : t + 6] + 0.3
+            parts.append(TaskData(x, (y > 0).float() if target == "multilabel" else y, t))
+        tasks.append(Task(t, train=parts[0], test=parts[1]))
+    return Stream(tasks, scenario="domain", num_classes=6, target=target)
+
+
 class Normed(nn.Module):
     """A convolution and batch norm."""
 
@@ -88,23 +103,42 @@ class Normed(nn.Module):
         return self.layers(x).relu()  # type: ignore[no-any-return]
 
 
-def learner(strategy: Strategy, body: Callable[[], nn.Module] = ToyBackbone, **options: Any) -> Learner:
+def _stream(target: str) -> Stream:
+    return stream() if target == "label" else numbers(target)
+
+
+def learner(
+    strategy: Strategy, body: Callable[[], nn.Module] = ToyBackbone, target: str = "label", **options: Any
+) -> Learner:
     torch.manual_seed(3)
     if isinstance(strategy, L2P):
         body = partial(ViT, (1, 4, 4), patch_size=2, dim=16, depth=1, heads=2)
     optimizer = partial(torch.optim.SGD, lr=0.1)
     options = {"batch_size": BATCH, "chunk_size": 4, **options}
-    return Learner(stream(), body(), {"it": strategy}, optimizer, **options)
+    return Learner(_stream(target), body(), {"it": strategy}, optimizer, **options)
+
+
+class Keep(pl.Callback):
+    """Keeps the weights and running statistics as a task's training leaves them, before anything is taken over."""
+
+    def __init__(self) -> None:
+        self.trained: list[dict[str, Any]] = []
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.trained.append({k: v.clone().numpy() for k, v in pl_module.trunk().state_dict().items()})  # type: ignore[operator]
 
 
 def learn(made: Learner, folder: Path | None = None, trainer: Any = None, **options: Any) -> dict[str, Any]:
     """Run an experiment; return what a test compares, as numpy arrays, of every process."""
     trainer = trainer or (TWO if distributed.world_size() > 1 else ONE)
-    experiment = Experiment(made, stream(), trainer, epochs=2, directory=folder, **options)
+    keep = Keep()
+    options = {"epochs": 2, "directory": folder, "callbacks": [keep], **options}
+    experiment = Experiment(made, _stream(made.target.name), trainer, **options)
     experiment.run()
     memories = [m for m in made.strategies.modules() if isinstance(m, Memory)]
     mine = {
         "weights": {name: v.clone().numpy() for name, v in made.trunk().state_dict().items()},
+        "trained": keep.trained,
         "R": {mask: m.R.clone().numpy() for mask, m in made.matrices.items()},
         "ece": {mask: m.R.clone().numpy() for mask, m in made.calibration.items()},
         "rows": [m.column("x")[: len(m)].clone().numpy() for m in memories],
@@ -171,6 +205,7 @@ def interrupted(folder: Path, make: Callable[[], Strategy]) -> tuple[dict[str, A
 def everything(folder: Path) -> dict[str, Any]:
     """All that two processes do for this file, so that they are started once."""
     found: dict[str, Any] = {name: learn(learner(make())) for name, make in {**EXACT, **REPLAYED}.items()}
+    found |= {target: learn(learner(LwF(), target=target)) for target in TARGETS}
     found["normed"] = learn(learner(ER(CAPACITY), Normed))
     found["spied"] = {name: spied(**options) for name, options in SPIED.items()}
     found["watched"] = watched(learner(Finetune()))

@@ -171,18 +171,10 @@ def from_first(make: Callable[[], Value]) -> Value:
     return made[0]  # type: ignore[return-value]
 
 
-def weighed(loss: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    r"""Return a mean loss times its weight :math:`n_r / \sum_r n_r`, and the weight.
-
-    So the sum of all processes' gradients is that of the mean over all rows.
-
-    Args:
-        loss: The mean over this process's rows.
-        rows: How many these are, n_r.
-    """
-    mine = torch.full((), float(rows), device=loss.device)
-    weight = mine / total(mine)
-    return loss * weight, weight
+def weight_of(rows: int, device: torch.device) -> Tensor:
+    r"""Return the weight of this process's rows among all, :math:`n_r / \sum_r n_r`, a scalar."""
+    mine = torch.full((), float(rows), device=device)
+    return mine / total(mine)
 
 
 def mean_gradients(gradients: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
@@ -194,23 +186,36 @@ def mean_gradients(gradients: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
     """
     if world_size() == 1:
         return gradients
-    _, weight = weighed(gradients[0].new_zeros(()), rows)
-    weighted = [gradient * weight for gradient in gradients]
-    _sum_in_place(weighted)
+    weighted = [gradient * rows for gradient in gradients]
+    _weighted_mean(weighted, torch.full((), float(rows), device=gradients[0].device))
     return weighted
 
 
-def reduce_gradients(module: nn.Module, weight: Tensor) -> None:
-    """Sum the gradients of weighted losses, and take the mean of what batch norm keeps, with the same weights."""
+@torch.no_grad()
+def reduce_gradients(module: nn.Module, weight: float | Tensor) -> None:
+    """Make gradients of weighted losses those of the weighted mean, and take that of what batch norm keeps, too.
+
+    Args:
+        module: Whose `.grad` is of this process's mean loss times its weight.
+        weight: In proportion to this process's rows.
+    """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     kept = [b for m in module.modules() if isinstance(m, _NormBase) for b in (m.running_mean, m.running_var)]
     running = [buffer for buffer in kept if buffer is not None]
     for buffer in running:
         buffer.mul_(weight)
-    _sum_in_place([*gradients, *running])
+    mine = torch.as_tensor(weight, dtype=torch.float32)
+    _weighted_mean([*gradients, *running], mine.to(gradients[0].device) if gradients else mine)
 
 
 @torch.no_grad()
+def _weighted_mean(tensors: list[Tensor], weight: Tensor) -> None:
+    """Divide the sums of weighted tensors by that of the weights, in place; it travels with them."""
+    _sum_in_place([*tensors, weight])
+    for tensor in tensors:
+        tensor.div_(weight)
+
+
 def _sum_in_place(tensors: Sequence[Tensor]) -> None:
     """Sum tensors over all processes, those of one type at once."""
     for dtype in {tensor.dtype: None for tensor in tensors}:

@@ -42,7 +42,7 @@ class Replicated(DDPStrategy):
     """
 
     strategy_name = "replicated"
-    _weight: Tensor
+    _weight: float | Tensor
 
     def _configure_launcher(self) -> None:
         """Launch nothing."""
@@ -58,9 +58,12 @@ class Replicated(DDPStrategy):
         return model
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Weigh the loss by this process's rows first."""
-        loss, self._weight = distributed.weighed(closure_loss, self.lightning_module.rows)  # type: ignore[union-attr, arg-type]
-        return super().backward(loss, optimizer, *args, **kwargs)
+        """Weigh the loss by this process's rows first; where several make a step, among all rows of this minibatch."""
+        learner: Any = self.lightning_module
+        self._weight = learner.rows / learner.batch_size
+        if learner.accumulate > 1:
+            self._weight = distributed.weight_of(learner.rows, closure_loss.device)
+        return super().backward(closure_loss * self._weight, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Sum the gradients first, so that they are unscaled, projected and clipped as one process would."""

@@ -83,7 +83,10 @@ def replicated(factory: TrainerFactory) -> TrainerFactory:
         return factory if kind == "auto" else partial(factory, strategy="auto")
 
     def make(**options: Any) -> pl.Trainer:
-        return factory(**options, strategy=Replicated(timeout=_PATIENCE))
+        trainer = factory(**options, strategy=Replicated(timeout=_PATIENCE))
+        # Lightning's handler of SIGTERM broadcasts from wherever each process happens to be: they would hang.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
 
     return make
 

@@ -184,8 +184,8 @@ class Experiment:
         )
         if trainer.world_size != distributed.world_size():
             raise InputError(
-                f"trainer.devices={trainer.num_devices}: the run has {distributed.world_size()} processes, of one device "
-                "each; start it by cl-run or cl.processes.run, or set it to 1."
+                f"trainer.devices={trainer.num_devices}: the run has {distributed.world_size()} processes, of one "
+                "device each; start it by cl-run or cl.processes.run, or set it to 1."
             )
         return trainer
 

@@ -310,7 +310,9 @@ class Learner(pl.LightningModule):
         incoming = batch
         for _, extend in self._chains["extend_batch"]:
             batch = extend(self, batch)
-        batch.view, self.rows = self.prepare(batch.x, augment=True), 0 if batch.idle else len(batch)
+        batch.view = self.prepare(batch.x, augment=True)
+        if not self._plain:
+            self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside other processes'
         logits = self(batch.view)
         loss: Tensor = self._owners["criterion"](self, batch, logits)
         terms: dict[str, Tensor] = {}
@@ -421,13 +423,11 @@ class Learner(pl.LightningModule):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the backbone's features of raw inputs, (B, D)."""
-        found: Tensor = self._owners["encode"](self, self.prepare(x))
-        return found
+        return self._owners["encode"](self, self.prepare(x))  # type: ignore[no-any-return]
 
     def predict(self, batch: Batch) -> Tensor:
         """Return the logits of a batch as they are scored, (B, C), unmasked."""
-        logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
-        return logits
+        return self._owners["predict"](self, self.prepare(batch.x))  # type: ignore[no-any-return]
 
     # ---- state --------------------------------------------------------------------------------------------------
 

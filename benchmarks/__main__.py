@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import folder, forecasts, many_tasks, memory, strategies
+from benchmarks import folder, forecasts, many_tasks, memory, processes, strategies
 from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import take_turns
 from benchmarks.workloads import WORKLOADS
 
 OTHERS = {"memory": memory, "strategies": strategies, "many_tasks": many_tasks, "folder": folder}
-STUDIES = {"forecasts": forecasts}  # no timings, so no part of `all`
+STUDIES = {"forecasts": forecasts, "processes": processes}  # no timings, so no part of `all`
 
 
 def race(name: str, against: list[str], args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cl import checkpoint
+from cl.distributed import unpack
 from cl.errors import InputError
 from cl.explain import flatten
 from cl.instruments import Instruments
@@ -75,7 +76,7 @@ class Branch:
         if not checkpoint.is_whole(path):
             others = ", ".join(sorted(p.stem for p in path.parent.glob("after_task_*.ckpt")))
             raise InputError(f"{path} is not there or not whole: begin from one of {others or 'another run'}.")
-        content = checkpoint.read(path)
+        content = unpack(checkpoint.read(path))
         new = tuple(f"strategies.{name}." for name in self._without_a_past(learner, content["state_dict"]))
         own = learner.state_dict()
         taken = {key: value for key, value in content["state_dict"].items() if key in own or not _of_strategies(key)}

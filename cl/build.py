@@ -23,6 +23,7 @@ def build(cfg: Any, directory: Path) -> Any:
         InputError: If the configuration asks for what cannot work, or another one was begun in the directory.
     """
     from cl.branch import Branch
+    from cl.distributed import rank
     from cl.experiment import Experiment
     from cl.strategy import Strategy
     from cl.task import Stream
@@ -53,7 +54,8 @@ def build(cfg: Any, directory: Path) -> Any:
         references=_references(cfg, config, reports),
         branch=Branch.parse(cfg["from"]) if cfg["from"] else None,
     )
-    keep(config, directory)  # only now: what cannot be built is no run to continue
+    if rank() == 0:
+        keep(config, directory)  # only now: what cannot be built is no run to continue
     return experiment
 
 
@@ -154,6 +156,7 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     from omegaconf import OmegaConf
     from pytorch_lightning.loggers import Logger
 
+    from cl.distributed import rank
     from cl.report import Report
 
     parts = [
@@ -166,6 +169,9 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
         _check_inside(part)
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
+    if rank() > 0:  # process 0 alone speaks
+        mute = Report, Logger, pl.callbacks.ProgressBar
+        return [], [], [part for part in parts if isinstance(part, pl.Callback) and not isinstance(part, mute)]
     reports = [part for part in parts if isinstance(part, Report)]
     return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cl.distributed import pack, rank, unpack
 from cl.errors import InputError
 from cl.explain import changes, flatten
 from cl.files import replace_file
@@ -53,7 +54,8 @@ def save(
     """
     path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
     _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), **(beside or {})})
-    tidy(folder, learner.tasks_learned, keep)
+    if rank() == 0:
+        tidy(folder, learner.tasks_learned, keep)
     return path
 
 
@@ -87,7 +89,8 @@ def save_inside(
     path = folder / f"in_task_{present[0]:03d}_step_{present[1]:08d}.ckpt"
     _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), **(beside or {}), "inside": inside})
     # Those behind this step were not whole when this run went on, or belong to a task that is learned anew.
-    _remove([old for old in _newest_first(folder, 2) if _numbers(old) <= present][_INSIDE:])
+    if rank() == 0:
+        _remove([old for old in _newest_first(folder, 2) if _numbers(old) <= present][_INSIDE:])
     return path
 
 
@@ -96,6 +99,10 @@ def _measured(instruments: Instruments | None) -> State:
 
 
 def _write(path: Path, content: State) -> None:
+    content = pack(content)
+    if rank() > 0:
+        return
+
     def write(temporary: Path) -> None:
         try:
             torch.save(content, temporary)
@@ -213,7 +220,7 @@ def load(learner: Learner, path: Path, instruments: Instruments | None = None, c
     Raises:
         InputError: If the file is unreadable or belongs to another configuration.
     """
-    content = read(path)
+    content = unpack(read(path))
     _compare(content.get("config"), config, path)
     fill(learner, content["state_dict"], path)
     if instruments is not None:

@@ -63,7 +63,8 @@ def run(cfg: Any) -> float | str:
     from hydra.types import RunMode
 
     from cl import sweep
-    from cl.build import build
+    from cl.make import make
+    from cl.processes import run as run_in_processes
     from cl.report import changed_since, percent, read_result
     from cl.settle import settle
 
@@ -80,8 +81,7 @@ def run(cfg: Any) -> float | str:
                 )
             print(f"Finished before, average {percent(finished)}: {directory}. Another hydra.run.dir runs it anew.")
             return finished
-        done = build(cfg, directory).run()
-        return float(done.scalars(done.primary.mask)["average_accuracy"])
+        return float(run_in_processes(make(cfg.trainer), learn, cfg, directory))
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweep.failed(error, directory)
@@ -89,3 +89,12 @@ def run(cfg: Any) -> float | str:
         if cause is None:
             raise
         sys.exit(str(cause))  # Hydra would put a line and a traceback around the sentence
+
+
+def learn(cfg: Any, directory: Path) -> float:
+    """Build and run the experiment of a composed configuration, in one of its processes; return the final average."""
+    from cl.build import build
+    from cl.distributed import from_first
+
+    done = build(cfg, from_first(lambda: directory)).run()
+    return float(done.scalars(done.primary.mask)["average_accuracy"])

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 
-from cl import checkpoint
+from cl import checkpoint, distributed
 from cl.branch import Branch
 from cl.errors import InputError
 from cl.files import remove_leftovers
@@ -24,6 +24,7 @@ from cl.instruments.resources import Resources
 from cl.learner import Learner
 from cl.loader import EvalLoader
 from cl.pause import Pause
+from cl.processes import replicated
 from cl.report import Report, Run, write_result
 from cl.task import Stream, Task
 
@@ -121,10 +122,10 @@ class Experiment:
         if keep is not None and keep < 1:
             raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, or null.")
         self.learner, self.stream, self.epochs = learner, stream, epochs
-        self._trainer, self._logger, self._callbacks = trainer, list(logger), list(callbacks)
+        self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
         self.pause = Pause(every, self._save_inside)
-        self.reports = list(reports)
+        self.reports = list(reports) if distributed.rank() == 0 else []
         self.instruments = Instruments({"resources": Resources(), **(instruments or {})})
         self.resources: Resources = self.instruments["resources"]  # type: ignore[assignment]
         self.resources.watch(self.instruments)
@@ -168,7 +169,7 @@ class Experiment:
                 self.run_view.references = self.references(self.stream)
             for report in self.reports:
                 report.finish(self.run_view)
-            if self.checkpoints is not None:
+            if self.checkpoints is not None and distributed.rank() == 0:
                 write_result(self.run_view)
         return self.run_view
 
@@ -179,13 +180,11 @@ class Experiment:
 
     def _start(self) -> None:
         """Take up the run of the directory, or a branch of another, or measure the untrained learner."""
-        for place in (self.checkpoints.parent, self.checkpoints) if self.checkpoints is not None else ():
-            remove_leftovers(place)
-        found = checkpoint.latest(self.checkpoints) if self.checkpoints is not None else None
+        distributed.align(self.learner)
+        found = distributed.from_first(self._find)
         if found is not None:
             checkpoint.load(self.learner, found, self.instruments, self._config)
-            checkpoint.tidy(found.parent, self.learner.tasks_learned, self.keep)
-            self._inside = checkpoint.inside(found.parent, self.learner.tasks_learned)
+            self._inside = distributed.from_first(lambda: self._find_inside(found))
             self.run_view.settled = checkpoint.position(self._inside or found)
         if self.branch is not None:
             self.run_view.notes += self.branch.notes(self.learner)
@@ -200,6 +199,18 @@ class Experiment:
         if found is None:
             self._save()
 
+    def _find(self) -> Path | None:
+        """Return the newest whole checkpoint of the end of a task, if the directory holds one."""
+        if self.checkpoints is None:
+            return None
+        for place in (self.checkpoints.parent, self.checkpoints):
+            remove_leftovers(place)
+        return checkpoint.latest(self.checkpoints)
+
+    def _find_inside(self, found: Path) -> Path | None:
+        checkpoint.tidy(found.parent, self.learner.tasks_learned, self.keep)
+        return checkpoint.inside(found.parent, self.learner.tasks_learned)
+
     def _make_trainer(self, **options: Any) -> pl.Trainer:
         trainer = self._trainer(
             logger=self._logger,
@@ -209,8 +220,11 @@ class Experiment:
             num_sanity_val_steps=0,
             **options,
         )
-        if trainer.num_devices != 1:
-            raise InputError(f"trainer.devices={trainer.num_devices}: a learner trains on one device; set it to 1.")
+        if trainer.world_size != distributed.world_size():
+            raise InputError(
+                f"trainer.devices={trainer.num_devices}: the run has {distributed.world_size()} processes, of one "
+                "device each; start it by cl-run or cl.processes.run, or set it to 1."
+            )
         return trainer
 
     def _fit(self, task: Task) -> None:
@@ -237,6 +251,7 @@ class Experiment:
             self.learner.look()
             self.learner.looks = {}
         self.learner.after_task(task)
+        distributed.align(self.learner)
         self.instruments.call("after_task", self.learner, task)
 
     def _take_over(self, trainer: pl.Trainer) -> None:
@@ -268,9 +283,9 @@ class Experiment:
         learned, size = self.learner.tasks_learned, self.learner.eval_batch_size
         if self.columns != "all" and 0 < learned < len(self.stream):
             first = 0 if self.columns == "seen" else max(0, learned + 1 - int(self.columns))
-            return EvalLoader([task.test for task in self.stream[first : learned + 1]], device, size)
+            return EvalLoader([distributed.shard(t.test) for t in self.stream[first : learned + 1]], device, size)
         if self._all is None:
-            self._all = EvalLoader([task.test for task in self.stream], device, size)
+            self._all = EvalLoader([distributed.shard(task.test) for task in self.stream], device, size)
         return self._all
 
     # ---- checkpoints --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from cl import distributed
 from cl.curves import Curves
 from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
@@ -107,8 +108,7 @@ class Learner(pl.LightningModule):
         self.train_mask = train_mask or stream.scenario
         self.gradient_clip, self.seed = gradient_clip, seed
         self.augment, self.normalize, self.shuffle = stream.augment, stream.normalize, stream.boundaries
-        self.augment_random = Random()
-        self._optimizer, self._scheduler = optimizer, scheduler
+        self._optimizer, self._scheduler, self.augment_random = optimizer, scheduler, Random(by_rank=True)
         self._allocate(stream)
 
         self.task: Task = stream[0]
@@ -279,7 +279,7 @@ class Learner(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Make the epoch's draws (dropout) a function of seed, task and epoch."""
-        torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch))
+        torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch, *distributed.place()))
 
     def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
         """Train on each minibatch, then look at the losses of the chunk."""
@@ -288,7 +288,7 @@ class Learner(pl.LightningModule):
         for batch in chunk:
             self.look()
             losses.append(self._train_on(batch, optimizer))
-        self._look_at(torch.stack(losses).float())
+        self._look_at(distributed.mean(torch.stack(losses).float()))
 
     def look(self) -> None:
         """Let those look who want to before the present step."""
@@ -302,6 +302,8 @@ class Learner(pl.LightningModule):
         for _, extend in self._chains["extend_batch"]:
             batch = extend(self, batch)
         batch.view = self.prepare(batch.x, augment=True)
+        if not self._plain:
+            self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside other processes'
         logits = self(batch.view)
         loss: Tensor = self._owners["criterion"](self, batch, logits)
         terms: dict[str, Tensor] = {}
@@ -315,7 +317,7 @@ class Learner(pl.LightningModule):
         self._update(loss, optimizer)
         self.step += 1
         self.total_steps += 1
-        if self._chains["after_step"]:
+        if self._chains["after_step"] and not batch.idle:
             incoming.view, stale = batch.view[: len(incoming)], logits.detach()[: len(incoming)]
             for _, hook in self._chains["after_step"]:
                 hook(self, incoming, stale)
@@ -386,7 +388,7 @@ class Learner(pl.LightningModule):
         """Return the present task's validation examples, never augmented."""
         if self.task.val is None:
             return []
-        return EvalLoader([self.task.val], self.device, self.eval_batch_size)
+        return EvalLoader([distributed.shard(self.task.val)], self.device, self.eval_batch_size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss, and for labels the accuracy, on the present task, weighted by rows."""
@@ -394,7 +396,7 @@ class Learner(pl.LightningModule):
         values = {"val/loss": self.criterion(logits, batch)}
         if self.target.name == "label":
             values["val/accuracy"] = (self.mask(logits, batch.task).argmax(1) == batch.y).float().mean()
-        self.log_dict(values, batch_size=len(batch), on_epoch=True)
+        self.log_dict(values, batch_size=len(batch), on_epoch=True, sync_dist=distributed.world_size() > 1)
         where = {
             "step": float(self.total_steps),
             "train/task": self.task.index + 1.0,
@@ -417,13 +419,11 @@ class Learner(pl.LightningModule):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the backbone's features of raw inputs, (B, D)."""
-        found: Tensor = self._owners["encode"](self, self.prepare(x))
-        return found
+        return self._owners["encode"](self, self.prepare(x))  # type: ignore[no-any-return]
 
     def predict(self, batch: Batch) -> Tensor:
         """Return the logits of a batch as they are scored, (B, C), unmasked."""
-        logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
-        return logits
+        return self._owners["predict"](self, self.prepare(batch.x))  # type: ignore[no-any-return]
 
     # ---- state --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from cl.distributed import deal, everywhere
 from cl.random import derive
 from cl.rows import row_bytes
 from cl.strategy import Batch, Labels
@@ -71,7 +72,7 @@ class TrainLoader:
             began = time.perf_counter()
             rows, order = order[: size * self.batch_size], order[size * self.batch_size :]
             yield self._chunk(rows)
-            if self.chunk_size is None and time.perf_counter() - began < _BRISK:
+            if self.chunk_size is None and everywhere(time.perf_counter() - began < _BRISK):
                 size = min(2 * size, _LARGEST)
 
     def _read(self, order: Labels) -> Iterator[list[Batch]]:
@@ -86,12 +87,15 @@ class TrainLoader:
                 yield chunk
 
     def _chunk(self, rows: Labels) -> list[Batch]:
+        rows, size, idle = deal(rows, self.batch_size)
         columns = self.data.take(torch.from_numpy(rows).to(self.data.y.device)).tensors()
-        parts = (column.to(self.device, non_blocking=True).split(self.batch_size) for column in columns)
-        cuts = range(self.batch_size, len(rows), self.batch_size)
+        parts = (column.to(self.device, non_blocking=True).split(size) for column in columns)
+        cuts = range(size, len(rows), size)
         host = (np.split(labels[rows], cuts) for labels in self._host)
         pairs = zip(zip(*parts, strict=True), zip(*host, strict=True), strict=True)
-        return [Batch(x, y, task, host=labels) for (x, y, task), labels in pairs]
+        batches = [Batch(x, y, task, host=labels) for (x, y, task), labels in pairs]
+        batches[-1].idle = idle
+        return batches
 
 
 class EvalLoader:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cl.distributed import share, world_size
 from cl.errors import InputError, unknown
 from cl.random import Random
 from cl.strategy import Batch
@@ -37,9 +38,10 @@ class Memory(nn.Module):
       `capacity // num_groups` exemplars, the remainder going to the first groups.
 
     What decides (slots, counts) is drawn and kept on the host; a step costs O(rows), whatever the capacity.
+    Each of W processes holds a share of M / W, filled by its own rows and drawn from by its own generator.
 
     Args:
-        capacity: Exemplars at most, M.
+        capacity: Exemplars at most, M, of all processes together.
         stream: Tells the shape and type of an input and the number of groups.
         policy: One of the above.
         extras: Shape of one row of each extra, stored as float32.
@@ -47,7 +49,8 @@ class Memory(nn.Module):
             file without a name in the folder for temporary files. Checkpoints hold them all the same.
 
     Raises:
-        InputError: If policy or storage is unknown, or the capacity is below 1 or, for a ring, below one a group.
+        InputError: If policy or storage is unknown, or a process's share of the capacity is below 1 or, for a ring,
+            below one a group.
 
     Example:
         >>> from cl.task import Task, TaskData
@@ -59,6 +62,7 @@ class Memory(nn.Module):
     """
 
     here: Tensor
+    by_rank = True  # state that is each process's own
 
     def __init__(
         self,
@@ -70,14 +74,16 @@ class Memory(nn.Module):
     ) -> None:
         super().__init__()
         _check(capacity, stream, policy, storage)
-        self.capacity, self.policy, self.num_classes = capacity, policy, stream.num_classes
         self.num_groups = stream.num_classes * (len(stream) if stream.scenario == "domain" else 1)
-        if policy == "ring" and capacity < self.num_groups:
+        if policy == "ring" and capacity // world_size() < self.num_groups:
+            where = f" in each of {world_size()} processes" if world_size() > 1 else ""
             raise InputError(
                 f"memory_size={capacity} is smaller than the {self.num_groups} groups (classes of tasks) that a ring "
-                f"memory keeps one of each: set memory_size to {self.num_groups} or more."
+                f"memory keeps one of each{where}: set memory_size to {self.num_groups * world_size()} or more."
             )
-        self.random = Random()
+        capacity = share("memory_size", capacity)
+        self.capacity, self.policy, self.num_classes = capacity, policy, stream.num_classes
+        self.random = Random(by_rank=True)
         self.num_seen = 0
         self._extras = tuple(extras or {})
         self._off_device: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from cl import distributed
 from cl.errors import InputError, Preempted
 from cl.learner import Learner
 
@@ -102,8 +103,7 @@ class Pause(pl.callbacks.Checkpoint):
 
     def _stop(self, saved: bool) -> None:
         """Do what the signal does without us: others' handlers first, such as the one that puts a job back."""
-        number, self._signal = self._signal, None
-        assert number is not None
+        number, self._signal = self._signal or signal.SIGTERM, None  # another process's, where none came here
         handler = self._previous.get(number)
         if callable(handler):
             handler(number, None)
@@ -114,24 +114,28 @@ class Pause(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save inside an epoch; what belongs to its end has not happened yet on its last chunk."""
         self._step = pl_module.step
-        if (self._signal is not None or self.due) and self._step % pl_module.steps_per_epoch:
+        if self._wanted() and self._step % pl_module.steps_per_epoch:
             self._keep(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save between two epochs, after everybody's hooks."""
-        if (self._signal is not None or self.due) and self._step < pl_module.num_steps:
+        if self._wanted() and self._step < pl_module.num_steps:
             self._keep(trainer, pl_module)
 
     def trained(self, trainer: pl.Trainer, learner: Learner) -> None:
         """Save when all steps of a task are done, before the strategies' `after_task`; called by the experiment."""
         self._listening, self._step = False, learner.step
-        if self._signal is not None or self.due:
+        if self._wanted():
             self._keep(trainer, learner)
+
+    def _wanted(self) -> bool:
+        """Say whether any of the processes has been told to stop, or finds that it is time."""
+        return distributed.anywhere(self._signal is not None or self.due)
 
     def _keep(self, trainer: pl.Trainer, learner: Learner) -> None:
         self._save(_state(trainer, learner))
         self._saved_at, self._saved_step = time.monotonic(), learner.step
-        if self._signal is not None:
+        if distributed.anywhere(self._signal is not None):
             self._stop(saved=True)
 
     # ---- going on -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cl import distributed
 from cl.errors import InputError
 
 
@@ -29,6 +30,9 @@ class Random(nn.Module):
 
     The draws are the same on every device, and a draw on the host needs no synchronisation with it.
 
+    Args:
+        by_rank: Whether each of several processes draws its own; for what each has rows of its own of.
+
     Example:
         >>> a, b = Random(), Random()
         >>> a.seed(3)
@@ -38,12 +42,15 @@ class Random(nn.Module):
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_rank: bool = False) -> None:
         super().__init__()
+        self.by_rank = by_rank
         self.seed(0)
 
     def seed(self, seed: int) -> None:
         """Start again from a seed."""
+        if self.by_rank and distributed.world_size() > 1:
+            seed = derive(seed, "rank", *distributed.place())
         self.generator = np.random.Generator(np.random.PCG64(seed))
 
     def get_extra_state(self) -> Tensor:

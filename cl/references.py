@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import cl
+from cl.distributed import from_first, rank
 from cl.errors import DivergenceError, InputError, unknown
 from cl.files import read_sealed, remove_leftovers, write_sealed
 from cl.strategy import Strategy
@@ -114,25 +116,34 @@ class References:
 
         experiment = self._make(stream, strategies)
         file = self._folder / f"{kind}_{self._digest(kind, experiment, tasks)}.json"
+        from_first(self._make_folder)
+        with FileLock(file.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others train as it does
+            what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
+            kept = from_first(lambda: self._kept(file))
+            if kept is None:
+                self.say(f"reference {what} of {total} ...")
+                try:
+                    kept = _train(experiment)
+                    if rank() == 0:
+                        write_sealed(file, kept)
+                except DivergenceError as error:  # unmeasured, and no reason to lose the run itself
+                    self.say(f"reference {what} diverged and is left out: {error}")
+                    return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
+            kept = from_first(lambda: kept)
+        return {"task": t + 1, **(kept or {})}
+
+    def _make_folder(self) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"reference_dir={self._folder} cannot be made ({error.strerror}): name another."
             ) from error
-        with FileLock(file.with_suffix(".lock")):
-            remove_leftovers(self._folder, file.name)
-            what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
-            kept = read_sealed(file)  # one that is torn or changed is made again
-            if kept is None:
-                self.say(f"reference {what} of {total} ...")
-                try:
-                    kept = _train(experiment)
-                    write_sealed(file, kept)
-                except DivergenceError as error:  # unmeasured, and no reason to lose the run itself
-                    self.say(f"reference {what} diverged and is left out: {error}")
-                    return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
-        return {"task": t + 1, **kept}
+
+    def _kept(self, file: Path) -> Reference | None:
+        """Return a reference from its file; one that is torn or changed is made again."""
+        remove_leftovers(self._folder, file.name)
+        return read_sealed(file)
 
     def _digest(self, kind: str, experiment: Experiment, tasks: Sequence[Task]) -> str:
         digest = hashlib.blake2b(digest_size=10)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cl.distributed import gathered, total
 from cl.metrics.calibration import ece_from_bins
 from cl.strategy import Batch
 from cl.target import Target
@@ -57,6 +58,8 @@ def start(target: Target, keys: Sequence[str], mask: Mask, membership: Tensor) -
 class Accuracy:
     """Counts the right answers of each task under every mask, and by confidence; nothing waits for the device.
 
+    Several processes may each score a part (`cl.distributed.shard`): counts are summed, and rows the same in all.
+
     Args:
         num_tasks: T.
         masks: Names of the masks that are scored.
@@ -88,8 +91,8 @@ class Accuracy:
     def rows(self) -> dict[str, Tensor]:
         """Return a row of R (T,) by mask; a task without test rows divides 0 by 0 and is NaN."""
         task = torch.cat(self._task)
-        total = self._sum(task, torch.ones_like(task, dtype=torch.float32))
-        return {name: self._sum(task, torch.cat(right).float()) / total for name, right in self._right.items()}
+        rows = self._sum(task, torch.ones_like(task, dtype=torch.float32))
+        return {name: self._sum(task, torch.cat(right).float()) / rows for name, right in self._right.items()}
 
     def errors(self) -> dict[str, Tensor]:
         """Return the expected calibration error of each task (T,) by mask."""
@@ -103,7 +106,7 @@ class Accuracy:
 
     def _sum(self, slot: Tensor, values: Tensor, bins: int | None = None) -> Tensor:
         """Return the sums of values by task (T,), or by task and interval (T, bins)."""
-        sums = torch.zeros(self._num_tasks * (bins or 1), device=self._device).index_add_(0, slot, values)
+        sums = total(torch.zeros(self._num_tasks * (bins or 1), device=self._device).index_add_(0, slot, values))
         return sums if bins is None else sums.view(-1, bins)
 
 
@@ -134,7 +137,7 @@ class Collected:
 
     def rows(self) -> dict[str, Tensor]:
         """Return a row of R (T,) by key."""
-        logits, y, task = (torch.cat(column) for column in zip(*self._kept, strict=True))
+        logits, y, task = gathered([torch.cat(column) for column in zip(*self._kept, strict=True)])
         found = {key: torch.full((len(self._membership),), torch.nan, device=y.device) for key in self._keys}
         for t in torch.unique(task).tolist():
             own = task == t

@@ -30,6 +30,12 @@ gradients chain in the order of the configuration; a hook with one owner refuses
 calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The learner is
 passed in and never stored. All state is a registered buffer, parameter or sub-module of final shape after `setup`, so
 a strategy has no checkpoint code of its own.
+
+In several processes (`trainer=ddp`) each sees its rows of every minibatch, and `.grad` is that of all rows when it is
+projected. Hooks between tasks see the whole task everywhere, and what they leave is taken from process 0, but for a
+`Memory`, which each has a share of. So little is left to say: `cl.distributed.mean_gradients` where a strategy takes a
+gradient of its own, `total` where it adds up in `after_step`, `share` for a number of rows to draw, and the attribute
+`distributed = False` where it cannot.
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl.distributed import world_size
 from cl.errors import InputError
 from cl.random import Random, derive
 
@@ -68,6 +75,7 @@ class Batch:
         view: The augmented, normalised inputs that the backbone saw; set by the learner.
         host: Labels and task labels of the incoming rows as numpy arrays, for what decides on the host
             without waiting for the device.
+        idle: Whether the rows weigh nothing: those of a process that has none of a short minibatch.
     """
 
     x: Tensor
@@ -77,6 +85,7 @@ class Batch:
     num_incoming: int = -1
     view: Tensor | None = None
     host: tuple[Labels, Labels] | None = None
+    idle: bool = False
 
     def __post_init__(self) -> None:
         if self.num_incoming < 0:
@@ -96,7 +105,7 @@ class Batch:
         """
         pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
         x, y, task = (torch.cat(pair) for pair in pairs)
-        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host)
+        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle)
 
 
 class Strategy(nn.Module):
@@ -113,6 +122,7 @@ class Strategy(nn.Module):
     """
 
     targets: tuple[str, ...] = ("label",)  # what it can learn, of cl.target
+    distributed = True  # whether it can learn in several processes
 
     def check_target(self, stream: Stream) -> None:
         """Refuse a stream whose targets the method does not know.
@@ -124,6 +134,17 @@ class Strategy(nn.Module):
             raise InputError(
                 f"{type(self).__name__} learns from targets of kind {' or '.join(self.targets)}, but those of "
                 f"{stream.name!r} are {stream.target.name}: choose another strategy or another stream."
+            )
+
+    def check_processes(self) -> None:
+        """Refuse several processes where the method does not know them.
+
+        Raises:
+            InputError: Naming the method.
+        """
+        if not self.distributed and world_size() > 1:
+            raise InputError(
+                f"{type(self).__name__} cannot learn in {world_size()} processes: use trainer=default, with one device."
             )
 
     def setup(self, learner: Learner, stream: Stream) -> None:
@@ -226,6 +247,7 @@ class Composition(nn.ModuleDict):
         for name, strategy in self.items():
             assert isinstance(strategy, Strategy)
             strategy.check_target(stream)
+            strategy.check_processes()
             strategy.setup(learner, stream)
             for path, module in strategy.named_modules():
                 if isinstance(module, Random):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from cl.distributed import from_first, mean_gradients, own, share
 from cl.errors import InputError, check_range
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
@@ -70,6 +71,7 @@ class AGEM(Strategy):
             raise InputError(
                 f"A-GEM projects gradients, which {type(optimizer).__name__} then rescales: use optimizer=sgd."
             )
+        self.batch_size = share("agem.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, policy="ring", storage=self.storage)
 
     def project_gradients(self, learner: Learner) -> None:
@@ -79,7 +81,8 @@ class AGEM(Strategy):
         parameters = [p for p in learner.parameters() if p.grad is not None]
         batch = self.memory.sample(self.batch_size)
         loss = learner.criterion(learner(learner.prepare(batch.x, True)), batch)
-        reference = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        own_part = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        reference = mean_gradients(own_part, len(batch))
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = project(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference]))
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -87,7 +90,9 @@ class AGEM(Strategy):
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Remember examples of the task; a ring that is offered them all keeps the last of a random order."""
-        order = torch.from_numpy(self.memory.random.generator.permutation(len(task.train)))
-        for rows in order.split(4096):  # a task that stays in its file is not read at once
-            x, y, label = (column.to(learner.device) for column in task.train.take(rows).tensors())
+        order = from_first(lambda: self.memory.random.generator.permutation(len(task.train)))
+        for some in torch.from_numpy(order)[own(len(order))].split(
+            4096
+        ):  # a task that stays in its file is not read at once
+            x, y, label = (column.to(learner.device) for column in task.train.take(some).tensors())
             self.memory.insert(Batch(x, y, label))

@@ -51,6 +51,8 @@ class Avalanche(Strategy):
         True
     """
 
+    distributed = False
+
     def __init__(
         self,
         path: str = "avalanche.training.Naive",

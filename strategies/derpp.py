@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl.distributed import share
 from cl.errors import check_range
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
@@ -46,7 +47,7 @@ class DERpp(Strategy):
         memory_size: Exemplars in all, |M|.
         alpha: Weight of the stored logits.
         beta: Weight of the stored labels; 0 is DER.
-        batch_size: Rows of each draw; None means as many as come in.
+        batch_size: Rows of each draw, of all processes together; None means as many as come in.
         storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Example:
@@ -72,6 +73,8 @@ class DERpp(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory, with a row of logits beside each exemplar."""
+        if self.batch_size is not None:
+            self.batch_size = share("derpp.batch_size", self.batch_size)
         logits = {"logits": (stream.num_classes,)}
         self.memory = Memory(self.memory_size, stream, extras=logits, storage=self.storage)
 

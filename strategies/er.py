@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from cl.distributed import share
 from cl.errors import check_range
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
@@ -30,7 +31,7 @@ class ER(Strategy):
 
     Args:
         memory_size: Exemplars in all, |M|.
-        batch_size: Remembered rows a step; None means as many as come in.
+        batch_size: Remembered rows a step, of all processes together; None means as many as come in.
         policy: What the memory keeps: "reservoir", "class_balanced" or "ring".
         every_epoch: Offer each example to the memory in every epoch, not in the first only.
         storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
@@ -57,6 +58,8 @@ class ER(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory."""
+        if self.batch_size is not None:
+            self.batch_size = share("er.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, self.policy, storage=self.storage)
 
     def extend_batch(self, learner: Learner, batch: Batch) -> Batch:

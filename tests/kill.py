@@ -269,7 +269,7 @@ class Attempt:
             finally:
                 os._exit(status)
         os.close(log)
-        self.said = open(reader, encoding="utf-8", errors="replace")
+        self.said = open(reader, encoding="utf-8", errors="replace")  # noqa: SIM115
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS.values())
 
     def wait(self, seconds: float | None = None) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl.distributed import shard
 from cl.errors import InputError
 from cl.instruments import Instrument, Record, subset, watching
 from cl.learner import Learner
@@ -66,7 +67,7 @@ class LearningCurves(Instrument):
     def before_task(self, learner: Learner, task: Task) -> None:
         """Gather the part of the test sets that is looked at in this task."""
         seen = self._stream[: task.index + 1]
-        parts = [subset(t.test, self.rows) for t in seen]
+        parts = [shard(subset(t.test, self.rows)) for t in seen]
         self._loader = EvalLoader(parts, learner.device, learner.eval_batch_size)
 
     def look(self, learner: Learner) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cl.distributed import total
 from cl.instruments import Instrument, Instruments
 from cl.learner import Learner
 from cl.memory import Memory
@@ -25,7 +26,8 @@ class Resources(Instrument):
     steps; `pass_flops` those of one plain forward and backward pass over the task's rows. What strategies compute
     between tasks (a Fisher, an SVD) is in the seconds alone. `state_bytes` are the strategies' parameters and buffers;
     `memory_bytes`, the exemplar memories at their full capacity, are a part of them. `peak_memory_bytes` is the
-    device's peak in the task on a GPU, and that of the whole process so far on a CPU.
+    device's peak in the task on a GPU, and that of the whole process so far on a CPU. Of several processes, operations
+    and memories are summed, what each has a copy of counts once, and the seconds and the peak are those of process 0.
 
     Args:
         flops: Whether to count operations; torch's counter takes a second to load.
@@ -90,16 +92,18 @@ class Resources(Instrument):
         """Record the task."""
         aside = self._measuring() - self._aside
         memories = [module for module in learner.strategies.modules() if isinstance(module, Memory)]
+        held, counted = sum(map(_bytes, memories)), self._counted * learner.step
+        summed = total(torch.tensor([held, sum(map(len, memories)), counted], dtype=torch.float64)).tolist()
         self.add(
             (
                 task.index + 1,
                 time.perf_counter() - self._began - aside,
                 learner.step,
-                self._counted * learner.step,
+                summed[2],
                 sum(p.numel() for p in learner.trunk().parameters()),
-                _bytes(learner.strategies),
-                sum(map(_bytes, memories)),
-                sum(map(len, memories)),
+                _bytes(learner.strategies) - held + int(summed[0]),
+                int(summed[0]),
+                int(summed[1]),
                 _peak(learner.device),
                 aside,
                 len(task.train),

@@ -1,0 +1,299 @@
+"""One learner in several processes: whose rows are whose, and what is summed. In one process all of it is nothing.
+
+Every process builds the same stream and learner. Of a minibatch of B rows process r of W takes the rows r, r + W, ...;
+gradients are the mean over all B rows, before anybody projects or clips them, so that the weights are the same
+everywhere. A memory holds its process's share of the exemplars. What is computed between tasks is computed by all from
+the same rows, and then taken from process 0. Test rows are dealt out, and what is counted of them is summed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from cl.errors import InputError
+
+if TYPE_CHECKING:
+    from cl.task import TaskData
+
+Value = TypeVar("Value")
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def world_size() -> int:
+    """Return the number of processes, W.
+
+    Example:
+        >>> world_size(), rank()
+        (1, 0)
+    """
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the place of this process among all, 0 to W - 1; process 0 writes the files."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def place() -> tuple[int, ...]:
+    """Return what a seed that differs by process is derived from beside the rest; nothing where there is one."""
+    return (rank(),) if world_size() > 1 else ()
+
+
+# ---- whose rows are whose -------------------------------------------------------------------------------------------
+
+
+def share(name: str, number: int) -> int:
+    """Return this process's part of a number of rows; the parts add up to it.
+
+    Raises:
+        InputError: If a process would get none, naming the setting.
+
+    Example:
+        >>> share("memory_size", 200)
+        200
+    """
+    if number < world_size():
+        raise InputError(
+            f"{name}={number} leaves some of the {world_size()} processes without a row: set {name} to {world_size()} "
+            "or more, or use fewer devices."
+        )
+    return len(range(rank(), number, world_size()))
+
+
+def own(rows: int) -> Tensor:
+    """Return which of some rows are this process's, in order; all of them where there are fewer than processes.
+
+    Example:
+        >>> own(3)
+        tensor([0, 1, 2])
+    """
+    return torch.arange(rows) if rows < world_size() else torch.arange(rank(), rows, world_size())
+
+
+def shard(data: TaskData) -> TaskData:
+    """Return this process's part of some examples, for counts that are summed; see `own`.
+
+    Where there are fewer examples than processes, each counts all of them: a share of W times as many is the same.
+    """
+    return data if world_size() == 1 else data.take(own(len(data)))
+
+
+def deal(rows: Indices, batch_size: int) -> tuple[Indices, int, bool]:
+    """Return of the rows of minibatches, one after the other, this process's; how many it has of each but the last.
+
+    The third says that it has none of the last. Then it is given one of another's, so that it stays in step, which
+    weighs nothing (`Batch.idle`).
+
+    Example:
+        >>> deal(np.arange(5), 2)
+        (array([0, 1, 2, 3, 4]), 2, False)
+    """
+    if world_size() == 1:
+        return rows, batch_size, False
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    mine = [part[rank() :: world_size()] for part in parts]
+    idle = len(mine[-1]) == 0
+    if idle:
+        mine[-1] = parts[-1][:1]
+    return np.concatenate(mine), share("batch_size", batch_size), idle
+
+
+# ---- what is summed -------------------------------------------------------------------------------------------------
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, the same bits in each.
+
+    Example:
+        >>> total(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if world_size() == 1:
+        return values
+    summed = values.detach().to(_device(), copy=True).contiguous()
+    dist.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def mean(values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    return values if world_size() == 1 else total(values) / world_size()
+
+
+def anywhere(flag: bool) -> bool:
+    """Say whether something holds in any process.
+
+    Example:
+        >>> anywhere(True), everywhere(False)
+        (True, False)
+    """
+    return flag if world_size() == 1 else int(total(torch.tensor(float(flag)))) > 0
+
+
+def everywhere(flag: bool) -> bool:
+    """Say whether something holds in all processes."""
+    return not anywhere(not flag)
+
+
+def gathered(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Return the rows of all processes, those of process 0 first."""
+    if world_size() == 1:
+        return list(columns)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, [column.cpu() for column in columns])
+    return [torch.cat(column).to(own.device) for own, column in zip(columns, zip(*parts, strict=True), strict=True)]
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """Return what process 0 makes; the others wait for it.
+
+    Example:
+        >>> from_first(lambda: 3)
+        3
+    """
+    if world_size() == 1:
+        return make()
+    made = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0)
+    return made[0]  # type: ignore[return-value]
+
+
+def weight_of(rows: int, device: torch.device) -> Tensor:
+    r"""Return the weight of this process's rows among all, :math:`n_r / \sum_r n_r`, a scalar."""
+    mine = torch.full((), float(rows), device=device)
+    return mine / total(mine)
+
+
+def mean_gradients(gradients: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
+    """Return the gradients of the mean over all processes' rows; for a strategy that takes one of its own.
+
+    Args:
+        gradients: Of the mean over this process's rows, in the same order in each.
+        rows: How many these are.
+    """
+    if world_size() == 1:
+        return gradients
+    weighted = [gradient * rows for gradient in gradients]
+    _weighted_mean(weighted, torch.full((), float(rows), device=gradients[0].device))
+    return weighted
+
+
+@torch.no_grad()
+def reduce_gradients(module: nn.Module, weight: float | Tensor) -> None:
+    """Make gradients of weighted losses those of the weighted mean, and take that of what batch norm keeps, too.
+
+    Args:
+        module: Whose `.grad` is of this process's mean loss times its weight.
+        weight: In proportion to this process's rows.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    kept = [b for m in module.modules() if isinstance(m, _NormBase) for b in (m.running_mean, m.running_var)]
+    running = [buffer for buffer in kept if buffer is not None]
+    for buffer in running:
+        buffer.mul_(weight)
+    mine = torch.as_tensor(weight, dtype=torch.float32)
+    _weighted_mean([*gradients, *running], mine.to(gradients[0].device) if gradients else mine)
+
+
+@torch.no_grad()
+def _weighted_mean(tensors: list[Tensor], weight: Tensor) -> None:
+    """Divide the sums of weighted tensors by that of the weights, in place; it travels with them."""
+    _sum_in_place([*tensors, weight])
+    for tensor in tensors:
+        tensor.div_(weight)
+
+
+def _sum_in_place(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over all processes, those of one type at once."""
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        dist.all_reduce(flat)
+        for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+# ---- what is the same, and what differs -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def align(module: nn.Module) -> None:
+    """Take all parameters and buffers from process 0, but those of modules that say `by_rank`."""
+    if world_size() == 1:
+        return
+    apart = {id(t) for m in module.modules() if getattr(m, "by_rank", False) for t in m.buffers()}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in apart and tensor.numel():
+            sent = tensor.detach().to(_device()).contiguous()
+            dist.broadcast(sent, src=0)
+            tensor.copy_(sent)
+
+
+def pack(content: dict[str, Any]) -> dict[str, Any]:
+    """Return process 0's state, with all processes' of what differs under "ranks"; to be saved by process 0."""
+    if world_size() == 1:
+        return content
+    leaves = _leaves(content)
+    digests: list[Any] = [None] * world_size()
+    dist.all_gather_object(digests, {path: _digest(value) for path, value in leaves.items()})
+    differ = [path for path in leaves if any(other.get(path) != digests[0].get(path) for other in digests)]
+    ranks: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object([[list(path), _on_cpu(leaves[path])] for path in differ], ranks, dst=0)
+    return {**content, "ranks": ranks}
+
+
+def unpack(content: dict[str, Any]) -> dict[str, Any]:
+    """Return this process's state from what `pack` returned.
+
+    Raises:
+        InputError: If it is of another number of processes.
+
+    Example:
+        >>> unpack({"state_dict": {"a": 1}})
+        {'state_dict': {'a': 1}}
+    """
+    ranks = content.get("ranks") or [[]]
+    if len(ranks) != world_size():
+        raise InputError(
+            f"The checkpoint holds the memories of {len(ranks)} processes, and this run has {world_size()}: continue "
+            f"it with trainer.devices={len(ranks)}."
+        )
+    for path, value in ranks[rank()]:
+        node = content
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = value
+    content.pop("ranks", None)
+    return content
+
+
+def _leaves(tree: dict[Any, Any], path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    found: dict[tuple[Any, ...], Any] = {}
+    for key, value in tree.items():
+        found.update(_leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value})
+    return found
+
+
+def _digest(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        raw: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
+    else:
+        raw = pickle.dumps(value)
+    return hashlib.blake2b(raw, digest_size=16).digest()
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

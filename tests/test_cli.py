@@ -101,7 +101,6 @@ def test_the_same_configuration_continues_and_another_is_refused(done, place):
         (["strategy=[ncm,l2p]", "+strategy.two._target_=cl.strategies.ncm.NCM"], "both define predict"),
         (["backbone=alexnet_gpm"], "8"),
         (["dataset=mnist", "dataset.root=nowhere", "dataset.download=false"], "nowhere"),
-        (["trainer.devices=2"], "one device"),
         (["optimizer.lr=1e20", "epochs=5"], "task 1 of 5"),
         (["weights=missing.ckpt"], "missing.ckpt"),
     ],

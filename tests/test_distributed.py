@@ -206,7 +206,7 @@ def test_the_command_starts_them_and_one_writes(tmp_path: Path) -> None:
     own = start(f"hydra.run.dir={tmp_path / 'own'}", *shared)
     other = start(f"hydra.run.dir={tmp_path / 'torchrun'}", *shared, by=torchrun)
     failing = start(f"hydra.run.dir={tmp_path / 'failing'}", *fails)
-    said = [process.communicate(timeout=150)[1] for process in (own, other, failing)]
+    said = [process.communicate(timeout=400)[1] for process in (own, other, failing)]
     assert (own.returncode, other.returncode, failing.returncode) == (0, 0, 1), said
     assert said[2].strip() == "One process does not like this step: take another."
     first, second = ((tmp_path / name / "transfer.csv").read_text() for name in ("own", "torchrun"))

@@ -183,8 +183,8 @@ class Experiment:
         found = checkpoint.latest(self.checkpoints) if self.checkpoints is not None else None
         if found is not None:
             checkpoint.load(self.learner, found, self.instruments, self._config)
-            checkpoint.tidy(found.parent, self.learner.tasks_learned, self.keep)
             self._inside = checkpoint.inside(found.parent, self.learner.tasks_learned)
+            checkpoint.tidy(found.parent, self.learner.tasks_learned, self.keep, self._inside)
             self.run_view.settled = checkpoint.position(self._inside or found)
         if self.branch is not None:
             self.run_view.notes += self.branch.notes(self.learner)

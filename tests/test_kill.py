@@ -92,6 +92,12 @@ def test_a_kill_between_the_rename_and_the_removal_leaves_nothing_for_good(tmp_p
     assert names(tmp_path) == ["after_task_003.ckpt"]
 
 
+def test_kills_inside_a_task_do_not_pile_up(tmp_path, monkeypatch):
+    for step in (2, 4, 6, 8):
+        killed(tmp_path, f"in_task_002_step_{step:08d}.ckpt", monkeypatch, every=2, keep=1)
+        assert len(names(tmp_path)) <= 4, "one of the end of a task, two inside one, and the one that was just written"
+
+
 def test_a_torn_checkpoint_does_not_count_among_those_that_are_kept(tmp_path, monkeypatch):
     killed(tmp_path, "after_task_003.ckpt", monkeypatch, keep=3)
     (tmp_path / "checkpoints" / "after_task_003.ckpt").write_bytes(b"torn")

@@ -451,6 +451,7 @@ def play(
                 found, wrong, runs = found + these, wrong + mismatches, runs + 1
                 for text in mismatches:
                     print(text, flush=True)
+                print(f"{runs} runs, {found.total()} kills", file=sys.stderr, flush=True)
                 if found.total() >= kills:
                     break
     print(f"{runs} runs of {len(names)} configurations, {found.total()} kills, {len(wrong)} mismatches")

@@ -4,8 +4,9 @@
     python tests/soak.py --tasks 50
     python tests/soak.py --resumes 10       kill it inside a task ten times in a row first, and look at the directory
 
-ER and GPM together on permuted tasks, all reports, evaluations inside tasks, two checkpoints kept, one every 5 steps.
-Tables grow by a row a task and column; R, and what is drawn of it, is T x T by nature; nothing else may grow.
+ER and GPM together on permuted tasks, all reports, two checkpoints kept, one every 5 steps. Tables grow by a row a task
+and column; R, and what is drawn of it, is T x T by nature, and with --points so are the evaluations inside tasks, which
+look at all tasks so far; nothing else may grow.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Any
 import kill
 
 
-def arguments(tasks: int) -> list[str]:
+def arguments(tasks: int, points: str) -> list[str]:
     """Return the command."""
     return [
         *("stream=permuted", f"stream.num_tasks={tasks}", "dataset=synthetic", "dataset.num_train=200"),
         *("dataset.num_test=40", "dataset.num_classes=4", "epochs=2", "batch_size=10", "backbone.hidden=[32]"),
         *("strategy=[er,gpm]", "strategy.er.memory_size=200", "strategy.gpm.num_samples=20", "log_every=10"),
-        *("report.points=1", "report.subset=20", "report.columns=10", "report.flops=true"),
+        *("report.subset=20", "report.columns=10", "report.flops=true", f"report.points={points}"),
         *("trainer.accelerator=cpu", "checkpoint.keep=2", "checkpoint.every=5", "chunk_size=5", "hydra.run.dir=out"),
     ]
 
@@ -74,6 +75,8 @@ def show(rows: list[Any], tasks: int) -> None:
     columns = ("seconds a task", 1, "s"), ("processor time a task", 2, "s"), ("resident memory", 3, "MB")
     for name, place, unit in columns:
         print(f"{name:28}{mean(first, place):11.3f} {unit:3}{mean(last, place):12.3f} {unit}")
+    marks = sorted({11, *range(50, tasks, 50), tasks})
+    print("resident memory in MB after", ", ".join(f"{k}: {rows[k][3]:.0f}" for k in marks if k < len(rows)))
     print(f"{'files':28}{rows[2][4]:14d}{rows[-1][4]:16d}")
     print(f"{'size in bytes':28}{'after 2':>14}{f'after {tasks}':>16}")
     for name, size in sorted(rows[-1][5].items()):
@@ -95,11 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--resumes", type=int, default=0)
+    parser.add_argument("--points", default="null", help="evaluations inside a task: each looks at all tasks so far")
     options = parser.parse_args()
     kill._warm()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         os.chdir(folder)
-        command = arguments(options.tasks)
+        command = arguments(options.tasks, options.points)
         resumes(Path(folder), command, options.resumes)
         rows: list[Any] = []
         watch(rows.append)

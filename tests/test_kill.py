@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ import torch
 
 from cl import again, checkpoint, explain
 from cl.build import settle
-from cl.errors import InputError
+from cl.errors import InputError, Preempted
 from cl.experiment import Experiment
 from cl.files import append_text, read_sealed, remove_leftovers, replace_file, write_sealed
 from cl.report import changed_since, read_result
@@ -96,6 +97,21 @@ def test_kills_inside_a_task_do_not_pile_up(tmp_path, monkeypatch):
     for step in (2, 4, 6, 8):
         killed(tmp_path, f"in_task_002_step_{step:08d}.ckpt", monkeypatch, every=2, keep=1)
         assert len(names(tmp_path)) <= 4, "one of the end of a task, two inside one, and the one that was just written"
+
+
+@pytest.mark.parametrize("step", [3, 6, 9, 12], ids=lambda step: f"step {step} of 6 an epoch")
+def test_a_signal_saves_wherever_it_comes_and_its_number_is_the_status(tmp_path, step):
+    class Signalling(ER):
+        def after_step(self, learner, batch, logits):
+            super().after_step(learner, batch, logits)
+            if learner.total_steps == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    learner, stream = toy_learner({"er": Signalling(memory_size=10)}, chunk_size=1)
+    with pytest.raises(Preempted) as stop:
+        Experiment(learner, stream, trainer, epochs=2, directory=tmp_path).run()
+    assert stop.value.code == 143 and stop.value.saved
+    assert checkpoint.steps(checkpoint.inside(tmp_path / "checkpoints", 0)) == step
 
 
 def test_a_torn_checkpoint_does_not_count_among_those_that_are_kept(tmp_path, monkeypatch):

@@ -59,14 +59,22 @@ def save(
     return path
 
 
-def tidy(folder: Path, tasks_learned: int, keep: int | None) -> None:
-    """Remove what the checkpoint after so many tasks makes needless, at once or where a kill came between.
+def tidy(folder: Path, tasks_learned: int, keep: int | None, inside: Path | None = None) -> None:
+    """Remove what a checkpoint makes needless, at once or where a kill came between.
 
     What has a higher number was not whole when this run went on, and does not count.
+
+    Args:
+        folder: Of the checkpoints.
+        tasks_learned: At the newest one of the end of a task.
+        keep: How many of those stay.
+        inside: The newest one inside the task that follows, which stays with the one before it.
     """
     ends = [old for old in _newest_first(folder, 1) if _numbers(old)[0] <= tasks_learned]
-    inside = [old for old in _newest_first(folder, 2) if _numbers(old)[0] <= tasks_learned]
-    _remove([*(ends[keep:] if keep is not None else ()), *inside])
+    within = _newest_first(folder, 2)
+    done = [old for old in within if _numbers(old)[0] <= tasks_learned]
+    before = [old for old in within if inside is not None and (tasks_learned + 1,) < _numbers(old) < _numbers(inside)]
+    _remove([*(ends[keep:] if keep is not None else ()), *done, *before[_INSIDE - 1 :]])
 
 
 def save_inside(

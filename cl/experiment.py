@@ -208,8 +208,9 @@ class Experiment:
         return checkpoint.latest(self.checkpoints)
 
     def _find_inside(self, found: Path) -> Path | None:
-        checkpoint.tidy(found.parent, self.learner.tasks_learned, self.keep)
-        return checkpoint.inside(found.parent, self.learner.tasks_learned)
+        inside = checkpoint.inside(found.parent, self.learner.tasks_learned)
+        checkpoint.tidy(found.parent, self.learner.tasks_learned, self.keep, inside)
+        return inside
 
     def _make_trainer(self, **options: Any) -> pl.Trainer:
         trainer = self._trainer(

@@ -156,7 +156,13 @@ class Pause(pl.callbacks.Checkpoint):
             steps.ready = steps.completed = found["global_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Give optimizer, schedule, precision and gradients what they had."""
+        """Give optimizer, schedule, precision and gradients what they had; take SIGTERM back from Lightning.
+
+        Its own handler ends a run at the next end of an epoch or in a validation: unsaved, and with status 0.
+        """
+        if signal.SIGTERM in self._previous:
+            signal.signal(signal.SIGTERM, self._receive)
+            trainer._signal_connector.received_sigterm = False
         found = self._found
         if not found:
             return

@@ -109,7 +109,11 @@ def open_array(path: str | Path) -> Rows:
         InputError: If it is missing, or no array of numbers.
     """
     try:
-        return as_rows(np.load(path, mmap_mode="c"))
+        found = np.load(path, mmap_mode="c")
+        if not isinstance(found, np.ndarray):
+            found.close()
+            raise InputError(f"{path} holds several arrays: write the one that is meant with numpy.save.")
+        return as_rows(found)
     except InputError:
         raise
     except (OSError, ValueError, TypeError, EOFError) as error:

@@ -244,7 +244,7 @@ class Attempt:
         self.log, self.note = place / "log.txt", place / "note.txt"
         self.note.unlink(missing_ok=True)
         self.log.write_text("")
-        self.began, self.said = time.monotonic(), None
+        self.began, self._said = time.monotonic(), None
         if cold:
             with self.log.open("w") as log:
                 command = [sys.executable, "-m", "cl", *arguments]
@@ -269,7 +269,7 @@ class Attempt:
             finally:
                 os._exit(status)
         os.close(log)
-        self.said = open(reader, encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._said = reader
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS.values())
 
     def wait(self, seconds: float | None = None) -> int | None:
@@ -278,9 +278,9 @@ class Attempt:
         while until is None or time.monotonic() < until:
             found, status = os.waitpid(self.pid, 0 if until is None else os.WNOHANG)
             if found:
-                if self.said is not None:
-                    self.log.write_text(self.said.read())
-                    self.said.close()
+                if self._said is not None:
+                    with open(self._said, encoding="utf-8", errors="replace") as said:
+                        self.log.write_text(said.read())
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.001)
         return None
@@ -451,6 +451,7 @@ def play(
                 found, wrong, runs = found + these, wrong + mismatches, runs + 1
                 for text in mismatches:
                     print(text, flush=True)
+                print(f"{runs} runs, {found.total()} kills", file=sys.stderr, flush=True)
                 if found.total() >= kills:
                     break
     print(f"{runs} runs of {len(names)} configurations, {found.total()} kills, {len(wrong)} mismatches")

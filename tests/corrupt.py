@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kill
+from alike import differences
+from attempt import Attempt, warm
 
 ARGUMENTS = [
-    *(*kill._COMMON, *kill._MLP, "strategy=er", "stream.num_tasks=2", "references=[experts]", "estimators=[log_me]"),
+    *(*kill.COMMON, *kill.MLP, "strategy=er", "stream.num_tasks=2", "references=[experts]", "estimators=[log_me]"),
     *("report.points=2", "probes=[ridge]", "checkpoint.every=2", "chunk_size=1"),
 ]
 Damage = Callable[[Path, random.Random], None]
@@ -94,13 +96,13 @@ def prepare(folder: Path) -> dict[str, Path]:
     """Return the directories to damage, by the moment at which their run was killed; "whole" is the unbroken one."""
     found = {"whole": folder / "whole"}
     found["whole"].mkdir(parents=True)
-    attempt = kill.Attempt(found["whole"], ARGUMENTS, at=0)
+    attempt = Attempt(found["whole"], ARGUMENTS, at=0)
     assert attempt.wait() == 0, attempt.log.read_text()
     found["finished"] = found["whole"]
     for moment, mark in (("inside", "in_task_002_step_00000008"), ("references", "references/expert")):
         place = found[moment] = folder / moment
         place.mkdir()
-        attempt = kill.Attempt(place, ARGUMENTS, at=mark)
+        attempt = Attempt(place, ARGUMENTS, at=mark)
         assert attempt.wait() == -9, attempt.log.read_text()
     return found
 
@@ -112,7 +114,7 @@ def outcome(base: Path, whole: Path, name: str, damage: Damage, draw: random.Ran
     shutil.copytree(base, place)
     damage(place / name, draw)
     command = ["resume=out"] if draw.random() < 0.5 else ARGUMENTS
-    attempt = kill.Attempt(place, command)
+    attempt = Attempt(place, command)
     from cl.checkpoint import is_whole
 
     status, text = attempt.wait(), attempt.log.read_text()
@@ -120,7 +122,7 @@ def outcome(base: Path, whole: Path, name: str, damage: Damage, draw: random.Ran
     if "Traceback" in text:
         return "traceback", text
     if status == 0:
-        wrong = [line for line in kill.differences(whole, place) if not _noise(line, name)]
+        wrong = [line for line in differences(whole, place) if not _noise(line, name)]
         if not wrong:
             return "recovered", ""
         own = all(short in line for line in wrong)
@@ -172,7 +174,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    kill._warm()
+    warm()
     sys.exit(bool(sweep(options.ranges, options.every, options.seed)[1]))
 
 

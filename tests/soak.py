@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import kill
+from attempt import Attempt, run, warm
 
 
 def arguments(tasks: int, points: str) -> list[str]:
@@ -86,7 +86,7 @@ def show(rows: list[Any], tasks: int) -> None:
 def resumes(place: Path, command: list[str], times: int) -> None:
     """Kill the run after some checkpoints inside a task, over and over; print the files and bytes of its directory."""
     for number in range(times):
-        attempt = kill.Attempt(place, command, at=f"step_{(5 * (number % 7 + 1)):08d}")
+        attempt = Attempt(place, command, at=f"step_{(5 * (number % 7 + 1)):08d}")
         assert attempt.wait() == -signal.SIGKILL, attempt.log.read_text()
         files = [file for file in (place / "out").rglob("*") if file.is_file()]
         left = [file.name for file in files if file.name.endswith(".tmp")]
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--resumes", type=int, default=0)
     parser.add_argument("--points", default="null", help="evaluations inside a task: each looks at all tasks so far")
     options = parser.parse_args()
-    kill._warm()
+    warm()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         os.chdir(folder)
         command = arguments(options.tasks, options.points)
@@ -110,7 +110,7 @@ def main() -> None:
         sys.stdout.flush()
         output = os.dup(1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = kill.run(command)
+        status = run(command)
         sys.stdout.flush()
         os.dup2(output, 1)
         if status != 0:

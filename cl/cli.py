@@ -17,6 +17,17 @@ _GO_ON = "All checkpoints are kept: run again with the same hydra.run.dir, or re
 
 def main() -> None:
     """Run `cl-run`; errors of the user's are one sentence, without a traceback."""
+    try:
+        _main()
+    except Preempted as error:
+        where = "; the task in training was saved" if error.saved else ""
+        print(f"Stopped by {signal.Signals(error.number).name}{where}. {_GO_ON}", file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted. {_GO_ON}")
+
+
+def _main() -> None:
     if importlib.util.find_spec("cl.conf") is None:
         sys.exit("clsim is not installed, so its configuration cannot be found: run `pip install -e .` first.")
     import hydra
@@ -38,12 +49,6 @@ def main() -> None:
         sys.exit(explain.missing(error))
     except ConfigCompositionException as error:
         sys.exit(explain.readable(error))
-    except Preempted as error:
-        where = "; the task in training was saved" if error.saved else ""
-        print(f"Stopped by {signal.Signals(error.number).name}{where}. {_GO_ON}", file=sys.stderr)
-        raise
-    except KeyboardInterrupt:
-        sys.exit(f"Interrupted. {_GO_ON}")
     except Exception as error:  # of a launcher, or of a search that found nothing
         said = explain.before_run(error) or explain.cause(error)
         verdict = " ".join(str(part) for part in (said, sweep.verdict(jobs)) if part)

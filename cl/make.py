@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from cl.arguments import check_call, check_value
@@ -40,6 +39,8 @@ def make(node: Any, *arguments: Any, **options: Any) -> Any:
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
+    if isinstance(node, DictConfig) and OmegaConf.is_missing(node, "_target_"):
+        raise InputError(f"{node._get_full_key('_target_')} has no default: write it on the command line.")
     if not isinstance(node, DictConfig) or "_target_" not in node:
         shown = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
         name = node._get_full_key(None) if OmegaConf.is_config(node) else "It"
@@ -54,7 +55,11 @@ def make(node: Any, *arguments: Any, **options: Any) -> Any:
             where = str(error).partition("full_key: ")[2].strip() or key
             _refuse(where, str(OmegaConf.select(node._get_root(), f"{where}._target_", default=target)), inner)
         raise
-    return _guarded(made, key, target) if node.get("_partial_") else made
+    if not node.get("_partial_"):
+        return made
+    guarded = _Guarded(made.func, *made.args, **made.keywords)
+    guarded.where = key, target
+    return guarded
 
 
 def made(node: Any, kind: type[T], *arguments: Any, **options: Any) -> T:
@@ -72,18 +77,17 @@ def made(node: Any, kind: type[T], *arguments: Any, **options: Any) -> T:
     return found
 
 
-def _guarded(call: Callable[..., Any], key: str, target: str) -> Callable[..., Any]:
-    """Return a function made by `_partial_`, whose arguments are seen only when it is called."""
+class _Guarded(functools.partial[Any]):
+    """What `_partial_` makes, whose arguments are seen only when it is called."""
 
-    @functools.wraps(call, assigned=(), updated=())
-    def guarded(*arguments: Any, **options: Any) -> Any:
+    where: tuple[str, str]  # the key and its target
+
+    def __call__(self, /, *arguments: Any, **options: Any) -> Any:
         try:
-            return call(*arguments, **options)
+            return super().__call__(*arguments, **options)
         except Exception as error:
-            _refuse(key, target, error)
+            _refuse(*self.where, error)
             raise
-
-    return guarded
 
 
 def _refuse(key: str, target: str, error: Exception) -> None:

@@ -21,12 +21,8 @@ from cl.cli import main
 SMALL = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu"]
 
 
-def cl_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "cl", *arguments], cwd=cwd, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def done(cl_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     place = tmp_path_factory.mktemp("run")
     result = cl_run("hydra.run.dir=out", "strategy=[er,gpm,lwf]", *SMALL, cwd=place)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -64,7 +60,7 @@ def _find(tree, mask: str, name: str) -> float:
 
 
 @pytest.mark.parametrize("place", ["out", "moved"])
-def test_the_same_configuration_continues_and_another_is_refused(done, place):
+def test_the_same_configuration_continues_and_another_is_refused(cl_run, done, place):
     _, out = done
     if place == "moved":
         shutil.copytree(out, out.parent / "moved")
@@ -119,13 +115,13 @@ def test_bad_input_stops_before_training_with_one_sentence(arguments, sentence, 
     assert not list(tmp_path.glob("out/checkpoints/after_task_001.ckpt"))
 
 
-def test_the_sentence_is_all_that_a_shell_shows(tmp_path):
-    result = cl_run("hydra.run.dir=out", "strategy=gpm", "optimizer=adam", cwd=tmp_path)
+def test_the_sentence_is_all_that_a_shell_shows(cl_run, tmp_path):
+    result = cl_run("hydra.run.dir=out", "strategy=gpm", "optimizer=adam", cwd=tmp_path, cold=True)
     assert result.returncode == 1
     assert result.stderr.startswith("GPM needs plain SGD") and len(result.stderr.strip().splitlines()) == 1
 
 
-def test_one_file_can_be_made_of_several_runs(tmp_path):
+def test_one_file_can_be_made_of_several_runs(cl_run, tmp_path):
     result = cl_run("-m", "strategy=finetune,er", "hydra.sweep.dir=sweep", *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "sweep").glob("*/transfer.csv"))) == 2
@@ -135,7 +131,7 @@ def test_one_file_can_be_made_of_several_runs(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweep(cl_run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sweep")
     asked = ["references=[experts,joint]", "probes=[ridge]", "report.points=3", "strategy=finetune,er", "seed=0,1"]
     result = cl_run("-m", *asked, "hydra.sweep.dir=out", *SMALL, cwd=place)
@@ -162,7 +158,7 @@ def test_a_sweep_leaves_every_table(sweep: Path):
         assert {"fwt_expert", "intransigence_chaudhry", "rep_bwt", "worst_case_accuracy", "seconds"} <= set(measures)
 
 
-def test_tuning_on_the_first_tasks_then_learning_the_rest(tmp_path: Path):
+def test_tuning_on_the_first_tasks_then_learning_the_rest(cl_run, tmp_path: Path):
     search = ["hydra/sweeper=tune", "hydra.sweeper.n_trials=2", "protocol=tune_first", "protocol.num_tasks=1"]
     data = ["stream.num_tasks=5", "epochs=1", "report=quiet", "strategy=finetune"]
     tuned = ["optimizer.lr=choice(0.1,1e-9)", "stream.val_fraction=0.2", "hydra.sweep.dir=found"]
@@ -189,13 +185,13 @@ def test_tuning_on_the_first_tasks_then_learning_the_rest(tmp_path: Path):
         ("protocol=tune_first", "val_fraction"),
     ],
 )
-def test_a_wrong_instrument_is_one_sentence(tmp_path: Path, override: str, named: str):
+def test_a_wrong_instrument_is_one_sentence(cl_run, tmp_path: Path, override: str, named: str):
     result = cl_run(override, "epochs=1", "hydra.run.dir=out", cwd=tmp_path)
     assert result.returncode != 0 and "Traceback" not in result.stderr + result.stdout
     assert named in result.stderr
 
 
-def test_a_key_of_another_job_of_a_sweep_is_told_as_such(tmp_path: Path):
+def test_a_key_of_another_job_of_a_sweep_is_told_as_such(cl_run, tmp_path: Path):
     result = cl_run("-m", "strategy=ewc,er", "strategy.er.memory_size=5", "epochs=1", cwd=tmp_path)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert "with this choice of groups" in result.stderr

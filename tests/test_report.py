@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rich.style import Style
 
 from cl.files import replace_file, write_text
 from cl.report import Report, Run, headline, percent, remarks
@@ -225,6 +226,8 @@ def plain(width: int = 80) -> tuple[Console, io.StringIO]:
 
 def coloured(width: int = 100) -> tuple[Console, io.StringIO]:
     text = io.StringIO()
+    Style.parse.cache_clear()  # a style keeps the codes of the console that printed it first
+    Style._add.cache_clear()
     return Console(file=text, force_terminal=True, color_system="truecolor", width=width), text
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,16 +110,12 @@ def test_as_weights_and_as_a_branch_nothing_is_executed(finished: Path, tmp_path
     assert not mark.exists()
 
 
-def test_on_the_command_line_nothing_is_executed(tmp_path: Path) -> None:
+def test_on_the_command_line_nothing_is_executed(cl_run: Any, tmp_path: Path) -> None:
     """verify=, resume=, from= and weights= of a directory with such files end in one sentence each."""
     mark = tmp_path / "executed"
     small = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu", "report=quiet", "~report.picture"]
 
-    def cl_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cl", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    assert cl_run("hydra.run.dir=out", *small).returncode == 0
+    assert cl_run("hydra.run.dir=out", *small, cwd=tmp_path).returncode == 0
     last = tmp_path / "out" / "checkpoints" / "after_task_002.ckpt"
     seal(archives(tmp_path, mark)["zip"], last)
     seal(archives(tmp_path, mark)["zip"], last.with_name("after_task_001.ckpt"))
@@ -130,11 +125,11 @@ def test_on_the_command_line_nothing_is_executed(tmp_path: Path) -> None:
         "zip.ckpt": ["weights=zip.ckpt", "hydra.run.dir=other", *small],
     }
     for named, arguments in asked.items():
-        result = cl_run(*arguments)
+        result = cl_run(*arguments, cwd=tmp_path)
         assert result.returncode == 1 and named in result.stderr, result.stderr
         assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
     (tmp_path / "out" / "result.json").unlink()
-    result = cl_run("resume=out")
+    result = cl_run("resume=out", cwd=tmp_path)
     assert result.returncode == 1 and "after_task_002" in result.stderr and "Traceback" not in result.stderr
     assert not mark.exists()
 

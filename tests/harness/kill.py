@@ -1,8 +1,8 @@
 """Kills runs at random instants, goes on with each until it finishes, and compares it with the run never stopped.
 
-    python tests/kill.py --kills 300                 all strategies, all kinds of kills, some minutes
-    python tests/kill.py --kills 40 --only er,gpm    some
-    python tests/kill.py --kills 10 --cold           every attempt is a `cl-run` of its own, not a fork of a warm parent
+    python tests/harness/kill.py --kills 300                 all strategies, all kinds of kills, some minutes
+    python tests/harness/kill.py --kills 40 --only er,gpm    some
+    python tests/harness/kill.py --kills 10 --cold           every attempt is a new interpreter, not a fork
 
 A run goes on by the same command or by `resume=DIR`. Kinds of kills: SIGKILL, SIGTERM, SIGUSR1, SIGINT at a random
 instant; `write`: SIGKILL before, within or after a random one of all writes, syncs, renames and removals; `full disk`:

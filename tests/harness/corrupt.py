@@ -1,7 +1,7 @@
 """Damages each file of a run directory in turn, goes on with the run, and looks at what comes of it.
 
-    python tests/corrupt.py                     every file, eight ranges of bytes each, some 20 minutes
-    python tests/corrupt.py --ranges 1 --every 9   a ninth of the cases with one range
+    python tests/harness/corrupt.py                     every file, eight ranges of bytes each, some 20 minutes
+    python tests/harness/corrupt.py --ranges 1 --every 9   a ninth of the cases with one range
 
 Three directories: of a run that was killed inside its last task, of one that was killed while its references were
 trained, and of a finished one. The outcome of a case must be one of

@@ -1,8 +1,8 @@
 """A long run, 200 tasks: what the first tasks cost beside what the last ones cost, and how every file grows.
 
-    python tests/soak.py                    some minutes
-    python tests/soak.py --tasks 50
-    python tests/soak.py --resumes 10       kill it inside a task ten times in a row first, and look at the directory
+    python tests/harness/soak.py                    some minutes
+    python tests/harness/soak.py --tasks 50
+    python tests/harness/soak.py --resumes 10       kill it inside a task ten times first, and look at the directory
 
 ER and GPM together on permuted tasks, all reports, two checkpoints kept, one every 5 steps. Tables grow by a row a task
 and column; R, and what is drawn of it, is T x T by nature, and with --points so are the evaluations inside tasks, which

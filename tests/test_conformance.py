@@ -122,7 +122,8 @@ def test_every_strategy_has_a_row_under_its_own_name():
     rows = {row.name for row in METHODS} | elsewhere
     assert rows == files("strategies", ".py") == files("conf/strategy", ".yaml")
     for row in METHODS:
-        assert row.make.__module__ == f"cl.strategies.{row.name}" and row.make.__name__.lower() == row.name
+        assert row.make.__module__ == f"cl.strategies.{row.name}"
+        assert row.make.__name__.lower() == row.name.replace("_", "")
         module = importlib.import_module(row.make.__module__)
         owned = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Strategy)]
         assert [v for v in owned if v.__module__ == module.__name__] == [row.make], "one class a file"

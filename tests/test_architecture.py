@@ -151,7 +151,7 @@ def test_yaml_key_file_and_class_of_a_strategy_agree(path):
     cfg = composed(f"strategy={path.stem}")
     assert list(cfg.strategy) == [path.stem]
     module, _, name = cfg.strategy[path.stem]._target_.rpartition(".")
-    assert module == f"cl.strategies.{path.stem}" and name.lower() == path.stem
+    assert module == f"cl.strategies.{path.stem}" and name.lower() == path.stem.replace("_", "")
 
 
 @pytest.mark.parametrize("path", STRATEGIES, ids=ids(STRATEGIES))

@@ -24,6 +24,7 @@ from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
+from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
@@ -94,6 +95,7 @@ METHODS = [
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
     Row("ogd", OGD, {"num_samples": 20}, finetunes_first=True),
     Row("ogd", OGD, {"num_samples": 5, "logits": "all"}, backbone="vit", finetunes_first=True),
+    Row("gem", GEM, {"memory_size": 30}, finetunes_first=True),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -102,6 +104,7 @@ TEAMS = [
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
+    Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

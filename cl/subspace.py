@@ -94,6 +94,19 @@ def new_directions(R: Tensor, projector: Tensor, threshold: float, fewer: int = 
     return chosen
 
 
+def join_basis(basis: Tensor, new: Tensor) -> None:
+    """Put orthonormal directions (d, r) behind those that a basis (d, d) has; its other columns are 0.
+
+    Example:
+        >>> M = torch.zeros(2, 2)
+        >>> join_basis(M, torch.tensor([[0.0], [1.0]]))
+        >>> M.tolist()
+        [[0.0, 0.0], [1.0, 0.0]]
+    """
+    rest = basis[:, int(basis.any(0).sum()) :]
+    rest[:, : new.shape[1]] = new[:, : rest.shape[1]].to(basis.dtype)
+
+
 def one_each(key: str, value: float | Sequence[float], count: int) -> list[float]:
     """Return a setting of each layer, from one for all or one a layer.
 

@@ -31,6 +31,7 @@ from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
+from cl.strategies.sgp import SGP
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -96,6 +97,8 @@ METHODS = [
     Row("ogd", OGD, {"num_samples": 20}, finetunes_first=True),
     Row("ogd", OGD, {"num_samples": 5, "logits": "all"}, backbone="vit", finetunes_first=True),
     Row("gem", GEM, {"memory_size": 30}, finetunes_first=True),
+    Row("sgp", SGP, finetunes_first=True),
+    Row("sgp", SGP, {"scale": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -105,6 +108,7 @@ TEAMS = [
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
     Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
+    Row("er,sgp", lambda: {"er": ER(20), "sgp": SGP()}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,11 +17,14 @@ from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.memory import Memory
-from cl.strategies import gem, ogd
+from cl.strategies import gem, ogd, sgp
 from cl.strategies.gem import GEM
+from cl.strategies.gpm import GPM
 from cl.strategies.l2p import L2P
 from cl.strategies.ogd import OGD
-from cl.strategy import Strategy
+from cl.strategies.sgp import SGP
+from cl.strategy import Batch, Strategy
+from cl.subspace import protected_layers
 from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 
@@ -254,8 +258,9 @@ def test_the_dual_problem_is_solved_as_scipy_solves_it(seed, count, size, low, s
     def value(v):
         return v @ A @ v / 2 + b @ v
 
-    assert value(v) <= value(low + u) + 1e-7 * (1 + abs(value(low + u)))
-    np.testing.assert_allclose(A @ v, A @ (low + u), rtol=1e-5, atol=1e-5 * (1 + np.abs(b).max()))
+    rounding = 1e-12 * (np.abs(v) @ np.abs(A) @ np.abs(v) + np.abs(b) @ np.abs(v) + 1)
+    assert value(v) <= value(low + u) + rounding
+    np.testing.assert_allclose(A @ v, A @ (low + u), rtol=1e-5, atol=1e-9 * (np.abs(A) @ np.abs(v) + 1).max())
 
 
 @quick
@@ -312,3 +317,141 @@ def test_gem_projects_the_learners_gradient_against_each_earlier_task(scenario):
 def test_gem_refuses(options, arguments, message):
     with pytest.raises(InputError, match=message):
         build(toy_stream(), ToyBackbone(), GEM(**arguments), **options)
+
+
+# ------------------------------------------------------------------ what is promised of a layer's inputs
+
+
+def moved(layer: nn.Module, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """What a change of the weight makes of inputs that were kept."""
+    if isinstance(layer, nn.Linear):
+        return x @ change.T
+    return F.conv2d(x, change, None, layer.stride, layer.padding, layer.dilation)
+
+
+def leak(learner: Learner, stream: Stream, epochs: int = 20) -> tuple[float, float, float]:
+    """Learn two tasks; return the largest ||(W2 - W1) x|| / ||x||, the least ||W2 - W1||, and the drift of logits."""
+    batch = Batch(*stream[0].train.tensors())
+    learn(learner, stream, [0], epochs)
+    layers = protected_layers(learner)
+    seen: dict[nn.Module, torch.Tensor] = {}
+    hooks = [m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0].detach())) for m in layers]
+    with torch.no_grad():
+        before = learner.predict(batch)[:, list(stream[0].classes)]
+    for hook in hooks:
+        hook.remove()
+    weights = [layer.weight.detach().clone() for layer in layers]
+    learn(learner, stream, [1], epochs)
+    change = [layer.weight.detach() - old for layer, old in zip(layers, weights, strict=True)]
+    worst = max(float(moved(m, seen[m], c).norm() / seen[m].norm()) for m, c in zip(layers, change, strict=True))
+    with torch.no_grad():
+        drift = (learner.predict(batch)[:, list(stream[0].classes)] - before).abs().max()
+    return worst, min(float(c.norm()) for c in change), float(drift)
+
+
+PROTECTORS = {"sgp": lambda: SGP(threshold=1.0, scale=1e9)}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("net", [WideNet, ConvNet])
+@pytest.mark.parametrize("method", PROTECTORS)
+def test_the_span_of_old_inputs_is_left_alone(method, net, scenario):
+    torch.manual_seed(0)
+    stream = random_stream((30,) if net is WideNet else (16, 5, 5), scenario=scenario)
+    learner = build(stream, net(), PROTECTORS[method]())
+    leaked, change, drift = leak(learner, stream)
+    assert change > 1e-3, "the second task must have moved every layer"
+    assert leaked < 1e-5
+    assert drift < 1e-4, "so the network answers the first task as before"
+
+
+# ------------------------------------------------------------------ SGP
+
+
+def test_worked_example_9():
+    expected = torch.tensor([1, 0.956522, 0.846154])
+    torch.testing.assert_close(sgp.importance(torch.tensor([3.0, 2.0, 1.0]), 10), expected, atol=1e-6, rtol=0)
+    assert sgp.importance(torch.tensor([3.0, 2.0, 1.0]), 1e9).min() > 0.9999
+    torch.testing.assert_close(sgp.importance(torch.tensor([4.0, 2.0, 1.0]), 0), torch.tensor([1.0, 0.5, 0.25]))
+
+
+def test_worked_example_10():
+    """A basis of e1 and an input along (0, 1, 1): sigma is 2 and 2 ** .5, and what was .3 becomes 1."""
+    x = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    y = torch.tensor([0, 1])
+    stream = Stream(
+        [Task(t, TaskData(x, y, t), TaskData(x.clone(), y, t)) for t in range(2)], scenario="domain", num_classes=2
+    )
+    learner = build(stream, Identity(3), SGP(threshold=1.0, increment=0.0))
+    strategy = learner.strategies["method"]
+    strategy.basis_0[0, 0], strategy.importance_0[0] = 1, 0.3
+    strategy.after_task(learner, stream[1])
+    torch.testing.assert_close(strategy.importance_0, torch.tensor([1, 0.963711, 0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(strategy.basis_0[:, 1].abs(), torch.tensor([0, 0.5, 0.5]).sqrt())
+
+
+def sgp_by_hand(R: list[torch.Tensor], threshold: float, scale: float):
+    """The reference's procedure on one layer's representations, with the criterion's rank at the first task."""
+    M, weight = R[0].new_zeros(len(R[0]), 0), R[0].new_zeros(0)
+    for some in R:
+        inside = M @ M.T @ some
+        U, S, _ = torch.linalg.svd(inside, full_matrices=False)
+        old = ((M.T @ U) ** 2 @ S**2).sqrt()
+        U, S, _ = torch.linalg.svd(some - inside, full_matrices=False)
+        have, rank = inside.square().sum(), 0
+        while have < (threshold - 1e-9) * some.square().sum():
+            have, rank = have + S[rank] ** 2, rank + 1
+        M, sigma = torch.cat([M, U[:, :rank]], 1), torch.cat([old, S[:rank]])
+        new = (scale + 1) * sigma / (scale * sigma + sigma.max())
+        weight = torch.cat([(new[: len(weight)] + weight).clamp(0, 1), new[len(weight) :]])
+    return M @ torch.diag(weight) @ M.T, weight
+
+
+@quick
+@given(seeds, st.sampled_from([0.5, 0.9, 0.99]), st.sampled_from([0.0, 3.0, 10.0]))
+def test_sgp_projects_as_the_loop_written_by_hand(seed, threshold, scale):
+    xs = [(matrix(seed + t, 6, 8) * matrix(seed + 9 + t, 1, 8).exp()).float() for t in range(3)]
+    y = torch.arange(6) % 2
+    tasks = [Task(t, TaskData(x, y, t), TaskData(x.clone(), y, t)) for t, x in enumerate(xs)]
+    stream = Stream(tasks, scenario="domain", num_classes=2)
+    learner = build(stream, Identity(8), SGP(threshold, 0.0, scale))
+    strategy = learner.strategies["method"]
+    for task in stream:
+        strategy.after_task(learner, task)
+    learner.tasks_learned = 1
+    strategy.before_task(learner, stream[1])
+    projector, weight = sgp_by_hand([x.double().T for x in xs], threshold, scale)
+    assert int((strategy.importance_0 > 0).sum()) == len(weight) and float(strategy.importance_0.max()) <= 1
+    gradient = torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
+    learner.head.weight.grad, learner.head.bias.grad = gradient.clone(), torch.ones(2)
+    strategy.project_gradients(learner)
+    expected = gradient - gradient @ projector.float()
+    torch.testing.assert_close(learner.head.weight.grad, expected, atol=1e-4, rtol=1e-3)
+    assert learner.head.bias.grad is None
+
+
+def test_sgp_of_a_large_scale_is_gpm_and_of_a_small_one_moves_what_gpm_closes():
+    stream = random_stream(num_tasks=3)
+    weights, leaks = [], []
+    for make in (GPM, partial(SGP, scale=1e9), partial(SGP, scale=1.0)):
+        torch.manual_seed(0)
+        learner = learn(build(stream, WideNet(), make(threshold=0.9)), stream, epochs=5)
+        weights.append(torch.cat([p.detach().flatten() for p in learner.parameters()]))
+        torch.manual_seed(0)
+        leaks.append(leak(build(stream, WideNet(), make(threshold=1.0)), stream, epochs=5)[0])
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=0)
+    assert (weights[2] - weights[0]).abs().max() > 1e-3 and leaks[2] > 100 * leaks[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "optimizer", "message"),
+    [
+        ({}, partial(torch.optim.Adam, lr=0.1), "SGP needs plain SGD.*Adam"),
+        ({"threshold": [0.9, 0.9]}, None, r"sgp\.threshold has 2 values for 3 layers"),
+        ({"threshold": 1.1}, None, r"sgp\.threshold=1\.1 must be between 0 and 1"),
+        ({"scale": -1.0}, None, r"sgp\.scale=-1\.0 must be 0 or more"),
+    ],
+)
+def test_sgp_refuses(arguments, optimizer, message):
+    with pytest.raises(InputError, match=message):
+        build(toy_stream(), ToyBackbone(), SGP(**arguments), optimizer=optimizer)

@@ -146,7 +146,7 @@ class GEM(Strategy):
         for memory in list(self.memories)[: learner.tasks_learned]:
             assert isinstance(memory, Memory)
             batch = memory.sample(len(memory))
-            loss = learner.criterion(learner(learner.prepare(batch.x, True)), batch)
+            loss = learner.criterion(learner(learner.prepare(batch.x, True), batch.task), batch)
             own_part = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             earlier.append(flat(list(mean_gradients(own_part, len(batch)))))
         projected = project(flat(grads), torch.stack(earlier), self.margin, self.ridge)

@@ -32,6 +32,7 @@ from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
 from cl.strategies.sgp import SGP
+from cl.strategies.trgp import TRGP
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -99,6 +100,8 @@ METHODS = [
     Row("gem", GEM, {"memory_size": 30}, finetunes_first=True),
     Row("sgp", SGP, finetunes_first=True),
     Row("sgp", SGP, {"scale": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
+    Row("trgp", TRGP, finetunes_first=True, scenarios=("task",)),
+    Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True, scenarios=("task",)),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -109,6 +112,7 @@ TEAMS = [
     Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
     Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
     Row("er,sgp", lambda: {"er": ER(20), "sgp": SGP()}),
+    Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -19,6 +19,7 @@ from cl.errors import InputError
 from cl.random import Random
 from cl.sources import digits, synthetic
 from cl.strategies.agem import AGEM
+from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
@@ -102,6 +103,8 @@ METHODS = [
     Row("sgp", SGP, {"scale": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
     Row("trgp", TRGP, finetunes_first=True, scenarios=("task",)),
     Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True, scenarios=("task",)),
+    Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
+    Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -112,6 +115,7 @@ TEAMS = [
     Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
     Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
     Row("er,sgp", lambda: {"er": ER(20), "sgp": SGP()}),
+    Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]

@@ -18,6 +18,7 @@ from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, r
 from cl.errors import InputError
 from cl.random import Random
 from cl.sources import digits, synthetic
+from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
@@ -103,6 +104,8 @@ METHODS = [
     Row("sgp", SGP, {"scale": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
     Row("trgp", TRGP, finetunes_first=True, scenarios=("task",)),
     Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True, scenarios=("task",)),
+    Row("adam_nscl", AdamNSCL, finetunes_first=True),
+    Row("adam_nscl", AdamNSCL, {"num_samples": 20, "released_rule": True}, backbone="vit", finetunes_first=True),
     Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
     Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
 ]
@@ -115,6 +118,7 @@ TEAMS = [
     Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
     Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
     Row("er,sgp", lambda: {"er": ER(20), "sgp": SGP()}),
+    Row("er,adam_nscl", lambda: {"er": ER(20), "adam_nscl": AdamNSCL()}),
     Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
 ]

@@ -303,6 +303,10 @@ def check_plain_sgd(learner: Learner, name: str) -> None:
     Raises:
         InputError: Naming method and optimizer.
     """
+    if learner.strategies.owned("configure_optimizer"):
+        raise InputError(
+            f"{name} projects gradients, but another strategy owns configure_optimizer and changes steps: drop one."
+        )
     optimizer = learner.new_optimizer([nn.Parameter(torch.zeros(1))])
     group = optimizer.param_groups[0]
     if type(optimizer) is not SGD or group["momentum"] or group["weight_decay"]:

@@ -34,6 +34,7 @@ from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
 from cl.strategies.sgp import SGP
+from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
@@ -106,6 +107,9 @@ METHODS = [
     Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True, scenarios=("task",)),
     Row("adam_nscl", AdamNSCL, finetunes_first=True),
     Row("adam_nscl", AdamNSCL, {"num_samples": 20, "released_rule": True}, backbone="vit", finetunes_first=True),
+    Row("tag", TAG),
+    Row("tag", TAG, {"form": "adam", "b": 1.0}, backbone="vit"),
+    Row("tag", TAG, {"form": "adagrad"}),
     Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
     Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
 ]
@@ -119,6 +123,7 @@ TEAMS = [
     Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
     Row("er,sgp", lambda: {"er": ER(20), "sgp": SGP()}),
     Row("er,adam_nscl", lambda: {"er": ER(20), "adam_nscl": AdamNSCL()}),
+    Row("er,tag", lambda: {"er": ER(20), "tag": TAG()}),
     Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
 ]

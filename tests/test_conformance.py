@@ -18,17 +18,24 @@ from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, r
 from cl.errors import InputError
 from cl.random import Random
 from cl.sources import digits, synthetic
+from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
+from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
+from cl.strategies.ogd import OGD
+from cl.strategies.sgp import SGP
+from cl.strategies.tag import TAG
+from cl.strategies.trgp import TRGP
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -91,6 +98,20 @@ METHODS = [
     Row("ncm", NCM),
     Row("ncm", NCM, {"freeze": False}, finetunes_first=True),
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
+    Row("ogd", OGD, {"num_samples": 20}, finetunes_first=True),
+    Row("ogd", OGD, {"num_samples": 5, "logits": "all"}, backbone="vit", finetunes_first=True),
+    Row("gem", GEM, {"memory_size": 30}, finetunes_first=True),
+    Row("sgp", SGP, finetunes_first=True),
+    Row("sgp", SGP, {"scale": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
+    Row("trgp", TRGP, finetunes_first=True, scenarios=("task",)),
+    Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True, scenarios=("task",)),
+    Row("adam_nscl", AdamNSCL, finetunes_first=True),
+    Row("adam_nscl", AdamNSCL, {"num_samples": 20, "released_rule": True}, backbone="vit", finetunes_first=True),
+    Row("tag", TAG),
+    Row("tag", TAG, {"form": "adam", "b": 1.0}, backbone="vit"),
+    Row("tag", TAG, {"form": "adagrad"}),
+    Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
+    Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -98,6 +119,13 @@ TEAMS = [
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
+    Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
+    Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
+    Row("er,sgp", lambda: {"er": ER(20), "sgp": SGP()}),
+    Row("er,adam_nscl", lambda: {"er": ER(20), "adam_nscl": AdamNSCL()}),
+    Row("er,tag", lambda: {"er": ER(20), "tag": TAG()}),
+    Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
+    Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -22,6 +22,7 @@ from cl.strategies.agem import AGEM
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
+from cl.strategies.er_ace import ERACE
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gpm import GPM
@@ -91,6 +92,8 @@ METHODS = [
     Row("ncm", NCM),
     Row("ncm", NCM, {"freeze": False}, finetunes_first=True),
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
+    Row("er_ace", ERACE, {"memory_size": 20}),
+    Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -98,6 +101,7 @@ TEAMS = [
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
+    Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -1,0 +1,186 @@
+"""Replay methods: worked examples, loops written by hand, the laws of what they remember."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cl.experiment import Experiment
+from cl.learner import Learner
+from cl.random import derive
+from cl.strategies import er_ace
+from cl.strategies.er_ace import ERACE
+from cl.strategy import Batch, Strategy
+from cl.task import Stream
+from cl.testing import ToyBackbone, toy_learner, toy_stream
+
+quick = settings(deadline=None, max_examples=50)
+trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
+seeds = st.integers(0, 2**31)
+
+
+def learn(learner: Learner, stream: Stream, tasks=None, epochs: int = 1) -> Learner:
+    experiment = Experiment(learner, stream, trainer, epochs=epochs)
+    for index in range(len(stream)) if tasks is None else tasks:
+        experiment.learn(stream[index])
+    return learner
+
+
+def toy(strategy: Strategy | dict[str, Strategy] | None = None, tasks=(), epochs: int = 1, **options):
+    strategies = strategy if isinstance(strategy, dict) else {"method": strategy} if strategy else {}
+    learner, stream = toy_learner(strategies, **options)
+    return learn(learner, stream, tasks, epochs), stream
+
+
+def trunk(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.trunk().state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(learner: Learner, net: nn.Module) -> None:
+    for ours, theirs in zip(learner.trunk().parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------ the loop by hand
+
+
+class Reservoir:
+    """Algorithm R on Python lists, with a memory's generator, which draws for 1024 rows at once."""
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity, self.rows, self.num_seen, self.uniform = capacity, [], 0, []
+        self.draw = np.random.Generator(np.random.PCG64(seed))
+
+    def add(self, row) -> None:
+        self.uniform = self.uniform or list(self.draw.random(1024))
+        u = self.uniform.pop(0)
+        if len(self.rows) < self.capacity:
+            self.rows.append(row)
+        elif (slot := int(u * (self.num_seen + 1))) < self.capacity:
+            self.rows[slot] = row
+        self.num_seen += 1
+
+    def some(self, size: int):
+        size = min(size, len(self.rows))
+        picked = [self.rows[i] for i in self.draw.choice(len(self.rows), size, replace=False, shuffle=False)]
+        return [torch.stack(column) for column in zip(*picked, strict=True)]
+
+
+def by_hand(loss_of, capacity: int = 12, epochs: int = 2, every_epoch: bool = False) -> nn.Module:
+    """Learn the class-incremental toy in plain PyTorch; only the draws are looked up.
+
+    `loss_of(net, x, y, memory, seen)` returns the loss and the logits of the incoming rows, which are then offered.
+    """
+    stream = toy_stream(3)
+    torch.manual_seed(0)
+    net = nn.Sequential(ToyBackbone(), nn.Linear(16, 6))
+    memory = Reservoir(capacity, derive(0, "method", "memory.random"))
+    for task in stream:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        x, y, _ = task.train.tensors()
+        for epoch in range(epochs):
+            order = np.random.default_rng(derive(derive(0, "task", task.index), "order", epoch)).permutation(len(y))
+            for start in range(0, len(order), 8):
+                rows = order[start : start + 8]
+                bx, by = x[rows].float() / 255, y[rows]
+                loss, logits = loss_of(net, bx, by, memory, 2 * task.index + 2)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if every_epoch or epoch == 0:
+                    for row in zip(bx, by, logits.detach(), strict=True):
+                        memory.add(row)
+    return net
+
+
+# ------------------------------------------------------------------ ER-ACE
+
+
+def test_worked_example_21():
+    logits, y = torch.tensor([[2.0, 1.0, 0.5, 0.0]]), torch.tensor([2])
+    masked = er_ace.without(logits, torch.tensor([True, True, False, False]))
+    assert float(F.cross_entropy(masked, y)) == pytest.approx(0.474077, abs=1e-5)
+    assert float(F.cross_entropy(logits, y)) == pytest.approx(2.046006, abs=1e-5)
+
+
+@pytest.mark.parametrize("every_epoch", [False, True])
+def test_er_ace_is_the_loop_written_by_hand(every_epoch):
+    def loss_of(net, x, y, memory, seen):
+        old_x, old_y = memory.some(len(y))[:2] if memory.rows else (x[:0], y[:0])
+        logits = net(torch.cat([x, old_x]))
+        present = sorted(set(y.tolist()))  # the softmax over them alone
+        loss = F.cross_entropy(logits[: len(y)][:, present], torch.tensor([present.index(c) for c in y.tolist()]))
+        if len(old_y):
+            loss = loss + F.cross_entropy(logits[len(y) :, :seen], old_y)
+        return loss, logits[: len(y)]
+
+    learner, _ = toy(ERACE(memory_size=12, every_epoch=every_epoch), range(3), epochs=2)
+    close(learner, by_hand(loss_of, every_epoch=every_epoch))
+
+
+def one_batch(strategy: Strategy, scenario: str, labels, num_old: int = 4, **options):
+    """Return a learner in its third task, a batch of incoming rows of the third task with old ones behind, logits."""
+    learner, stream = toy(strategy, [0, 1], scenario=scenario, **options)
+    learner.before_task(stream[2])
+    x, y, task = stream[2].train.tensors()
+    rows = torch.tensor([int((y == c).nonzero()[i]) for i, c in enumerate(labels)])
+    old = Batch(*(column[:num_old] for column in stream[0].train.tensors()))
+    batch = Batch(x[rows], y[rows], task[rows]).append(old)
+    batch.view = learner.prepare(batch.x)
+    return learner, stream, batch, learner(batch.view)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "train_mask", "labels", "allowed", "old"),
+    [
+        ("class", None, [4, 4], [4], [0, 1, 2, 3, 4, 5]),
+        ("class", None, [4, 5], [4, 5], [0, 1, 2, 3, 4, 5]),
+        ("task", None, [5, 5], [5], [0, 1]),
+        ("domain", None, [0, 0], [0], [0, 1]),
+        ("domain", None, [0, 1], [0, 1], [0, 1]),
+    ],
+)
+def test_incoming_rows_compete_among_what_is_in_the_batch(scenario, train_mask, labels, allowed, old):
+    learner, _, batch, logits = one_batch(ERACE(memory_size=12), scenario, labels, train_mask=train_mask)
+    logits.retain_grad()
+    loss = learner.strategies["method"].criterion(learner, batch, logits)
+    expected = F.cross_entropy(logits[:2, allowed], torch.tensor([allowed.index(c) for c in labels]))
+    expected = expected + F.cross_entropy(logits[2:, old], batch.y[2:])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    absent = [c for c in range(logits.shape[1]) if c not in allowed]
+    assert not logits.grad[:2, absent].any(), "an absent class is not pushed away"
+
+
+def test_classes_to_come_compete_on_incoming_rows_where_the_mask_says_so():
+    learner, stream = toy(ERACE(memory_size=12), [0], train_mask="domain")
+    learner.before_task(stream[1])  # 0-3 are seen
+    x, y, task = stream[1].train.tensors()
+    batch = Batch(*(column[y == 2][:3] for column in (x, y, task)))
+    logits = learner(learner.prepare(batch.x))
+    expected = F.cross_entropy(logits[:, [2, 4, 5]], torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(learner.strategies["method"].criterion(learner, batch, logits), expected)
+
+
+@quick
+@given(seeds, st.integers(2, 6), st.data())
+def test_a_mask_leaves_the_cross_entropy_of_the_rest(seed, num_classes, data):
+    y = data.draw(st.integers(0, num_classes - 1))
+    out = data.draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes))
+    out[y] = False
+    logits = torch.randn(1, num_classes, generator=torch.Generator().manual_seed(seed))
+    left = [c for c in range(num_classes) if not out[c]]
+    got = F.cross_entropy(er_ace.without(logits, torch.tensor(out)), torch.tensor([y]))
+    torch.testing.assert_close(got, F.cross_entropy(logits[:, left], torch.tensor([left.index(y)])))

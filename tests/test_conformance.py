@@ -20,6 +20,7 @@ from cl.random import Random
 from cl.sources import digits, synthetic
 from cl.strategies.agem import AGEM
 from cl.strategies.cumulative import Cumulative
+from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
@@ -94,6 +95,8 @@ METHODS = [
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
     Row("er_ace", ERACE, {"memory_size": 20}),
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
+    Row("der", DER, {"memory_size": 20}),
+    Row("der", DER, {"memory_size": 20, "alpha": 0.0}, finetunes_first=True),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -102,6 +105,7 @@ TEAMS = [
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
+    Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -120,8 +120,13 @@ class Memory(nn.Module):
 
     def sample(self, size: int) -> Batch:
         """Draw without replacement, at most what is stored: rows (size, ...) with their extras."""
-        size = min(size, self._stored)
-        rows = self._distinct(size)
+        return self._gather(self._distinct(min(size, self._stored)))
+
+    def rows(self) -> Batch:
+        """Return all that is stored with its extras, by slot, as a copy on the learner's device."""
+        return self._gather(np.arange(self._stored))
+
+    def _gather(self, rows: Rows) -> Batch:
         if self.policy == "ring":
             ends = np.minimum(self._received, self._size).cumsum()
             group = np.searchsorted(ends, rows, side="right")

@@ -26,6 +26,7 @@ from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
+from cl.strategies.gdumb import GDumb
 from cl.strategies.gpm import GPM
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
@@ -97,6 +98,8 @@ METHODS = [
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
     Row("der", DER, {"memory_size": 20}),
     Row("der", DER, {"memory_size": 20, "alpha": 0.0}, finetunes_first=True),
+    Row("gdumb", GDumb, {"memory_size": 20}),
+    Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -106,6 +109,7 @@ TEAMS = [
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
+    Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

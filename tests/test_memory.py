@@ -161,6 +161,19 @@ def test_every_stored_row_is_drawn_equally_often(policy, num_rows):
     assert uniform(counts, 4000, 3) > ALPHA
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num_rows", [0, 14, 50])
+def test_all_rows_are_what_is_stored_and_draw_nothing(policy, num_rows):
+    store = memory(20, policy, extras=True)
+    store.insert(rows([3, 0, 1, 0, 1] * (num_rows // 5) + [0] * (num_rows % 5)))
+    before = store.random.generator.bit_generator.state
+    everything = store.rows()
+    assert store.random.generator.bit_generator.state == before
+    assert sorted(ids(everything)) == held(store) and torch.equal(everything.extras["ten"], 10 * everything.x)
+    everything.x.zero_()
+    assert sorted(ids(store.rows())) == held(store), "a copy"
+
+
 def test_a_reservoir_does_not_depend_on_how_its_rows_are_cut_into_batches():
     """Over more rows than slots are drawn ahead, whose last are left over at another place for each size."""
     kept = []

@@ -31,6 +31,7 @@ from cl.strategies.gpm import GPM
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
+from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
@@ -100,6 +101,8 @@ METHODS = [
     Row("der", DER, {"memory_size": 20, "alpha": 0.0}, finetunes_first=True),
     Row("gdumb", GDumb, {"memory_size": 20}),
     Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
+    Row("mir", MIR, {"memory_size": 20}),
+    Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -109,6 +112,8 @@ TEAMS = [
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
+    Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
+    Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]

@@ -152,6 +152,17 @@ class Memory(nn.Module):
             chosen = values.index_select(0, rows.to(values.device, non_blocking=True))
             column.index_copy_(0, where.to(column.device, non_blocking=True), chosen.to(column, non_blocking=True))
 
+    def fill(self, batch: Batch) -> None:
+        """Hold these rows and no others, in their order, at most the capacity: what a strategy chose by itself.
+
+        The memory is then that of a reservoir which was offered just these.
+        """
+        assert self.policy == "reservoir", "the slots of other policies belong to groups"
+        for name, values in (("x", batch.x), ("y", batch.y), ("task", batch.task), *batch.extras.items()):
+            self.column(name)[: len(batch)].copy_(values)
+        self._stored = self.num_seen = len(batch)
+        self._ahead, self._at = self._ahead[:0], 0
+
     def _distinct(self, size: int) -> Rows:
         if size * size < self._stored:  # a draw with replacement has no repeat more often than not, and is cheaper
             while True:

@@ -28,6 +28,7 @@ from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gpm import GPM
+from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
@@ -101,6 +102,7 @@ METHODS = [
     Row("der", DER, {"memory_size": 20, "alpha": 0.0}, finetunes_first=True),
     Row("gdumb", GDumb, {"memory_size": 20}),
     Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
+    Row("icarl", ICaRL, {"memory_size": 20}, scenarios=("class", "task")),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
 ]
@@ -112,6 +114,7 @@ TEAMS = [
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
+    Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from cl import checkpoint
 from cl.errors import InputError
+from cl.exemplars import class_means, herding, nearness, unit_features
 from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.random import derive
@@ -25,6 +28,7 @@ from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
 from cl.strategies.er_ace import ERACE
 from cl.strategies.gdumb import GDumb
+from cl.strategies.icarl import ICaRL
 from cl.strategies.mir import MIR
 from cl.strategy import Batch, Strategy
 from cl.stream_checks import same as equal
@@ -523,3 +527,234 @@ def test_mir_refuses_what_leaves_no_choice():
         toy(MIR(num_candidates=4))
     with pytest.raises(InputError, match=r"mir\.batch_size=0"):
         MIR(batch_size=0)
+
+
+# ------------------------------------------------------------------ exemplars
+
+
+def slow_herding(features: np.ndarray, size: int) -> list[tuple[int, float]]:
+    """Algorithm 4 as it is printed."""
+    chosen: list[tuple[int, float]] = []
+    for k in range(1, size + 1):
+        total = sum((features[i] for i, _ in chosen), np.zeros(features.shape[1]))
+        left = [i for i in range(len(features)) if i not in {j for j, _ in chosen}]
+        gaps = {i: float(np.linalg.norm(features.mean(0) - (features[i] + total) / k)) for i in left}
+        best = min(gaps, key=gaps.__getitem__)
+        chosen.append((best, gaps[best]))
+    return chosen
+
+
+def test_worked_example_23():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.96, 0.28]])
+    assert herding(features, 3).tolist() == [2, 3, 1]
+    order, gaps = zip(*slow_herding(features.double().numpy(), 3), strict=True)
+    assert order == (2, 3, 1) and gaps == pytest.approx((0.2828, 0.1414, 0.2108), abs=1e-4)
+
+
+@quick
+@given(seeds, st.integers(1, 12), st.integers(1, 5), st.booleans())
+def test_herding_is_the_printed_algorithm_and_a_prefix_of_itself(seed, size, dim, unit):
+    features = torch.randn(size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    features = F.normalize(features, dim=1) if unit and dim > 1 else features
+    order = herding(features, 99).tolist()
+    assert sorted(order) == list(range(size))
+    for k in range(1, size + 1):  # each is a nearest one; of two alike, as two unit vectors are, either
+        total = features[order[: k - 1]].sum(0)
+        gaps = [float((features.mean(0) - (features[i] + total) / k).norm()) for i in order[k - 1 :]]
+        assert gaps[0] <= min(gaps) + 1e-9
+    assert all(herding(features, m).tolist() == order[:m] for m in range(size + 1))
+
+
+def test_herded_means_are_nearer_than_means_of_a_random_draw():
+    features = F.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) + 1, dim=1)
+    rng = np.random.default_rng(0)
+    for size in (5, 20, 60):
+        herded = float((features[herding(features, size)].mean(0) - features.mean(0)).norm())
+        drawn = [features[rng.choice(200, size, replace=False)].mean(0) - features.mean(0) for _ in range(100)]
+        assert herded < min(float(gap.norm()) for gap in drawn)
+
+
+@quick
+@given(seeds, st.integers(1, 20), st.integers(1, 5))
+def test_the_nearest_mean_is_the_nearest_centroid_on_the_sphere(seed, size, num_classes):
+    draw = torch.Generator().manual_seed(seed)
+    features = F.normalize(torch.randn(size, 3, generator=draw), dim=1)
+    y = torch.randint(num_classes, (size,), generator=draw)
+    query = torch.randn(4, 3, generator=draw) * 5
+    near = nearness(query, class_means(features, y, num_classes))
+    for c in range(num_classes):
+        if (y == c).any():
+            mean = features[y == c].mean(0)
+            gap = (query / query.norm(dim=1, keepdim=True) - mean / mean.norm()).square().sum(1)
+            torch.testing.assert_close(near[:, c], -gap, atol=1e-4, rtol=1e-4)
+        else:
+            assert bool((near[:, c] == -4).all())
+    assert bool((near >= -4 - 1e-5).all() & (near <= 1e-5).all())
+
+
+def test_features_of_exemplars_are_taken_in_evaluation_mode_and_unaugmented():
+    stream = toy_stream()
+    stream.augment = lambda x, rng: x * 0
+    learner = Learner(stream, Normed(), {}, partial(torch.optim.SGD, lr=0.1), eval_batch_size=7)
+    kept = {name: value.clone() for name, value in learner.backbone.state_dict().items()}
+    features = unit_features(learner, stream[0].train)
+    assert same(learner.backbone.state_dict(), kept) and learner.backbone.training
+    learner.backbone.eval()
+    expected = F.normalize(learner.backbone(learner.prepare(stream[0].train.x)), dim=1)
+    torch.testing.assert_close(features, expected)
+
+
+# ------------------------------------------------------------------ iCaRL
+
+
+def icarl_by_hand(memory_size: int, epochs: int, num_tasks: int = 3):
+    """Algorithms 1 to 5 on the class-incremental toy; only the order of rows is looked up."""
+    stream = toy_stream(num_tasks)
+    torch.manual_seed(0)
+    net = nn.Sequential(ToyBackbone(), nn.Linear(16, 2 * num_tasks))
+    lists: dict[int, list[torch.Tensor]] = {}
+
+    def phi(x):
+        with torch.no_grad():
+            features = net[0](torch.stack(list(x)).float() / 255)
+        return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    for task in stream:
+        teacher, old = deepcopy(net), sorted(lists)
+        rows = [(x, int(y)) for x, y in zip(task.train.x, task.train.y, strict=True)]
+        rank_first = [(x, c, k) for c in lists for k, x in enumerate(lists[c])]
+        rows += [(x, c) for x, c, _ in rank_first]
+        seen = list(range(2 * task.index + 2))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for epoch in range(epochs):
+            order = np.random.default_rng(derive(derive(0, "task", task.index), "order", epoch)).permutation(len(rows))
+            for start in range(0, len(rows), 8):
+                some = [rows[i] for i in order[start : start + 8]]
+                x = torch.stack([r for r, _ in some]).float() / 255
+                g, q = net(x).sigmoid(), teacher(x).sigmoid().detach()
+                loss = 0.0
+                for b, (_, label) in enumerate(some):
+                    for c in seen:
+                        target = q[b, c] if c in old else torch.tensor(float(label == c))
+                        loss = loss - target * g[b, c].log() - (1 - target) * (1 - g[b, c]).log()
+                optimizer.zero_grad()
+                (loss / (len(some) * 2 * num_tasks)).backward()
+                optimizer.step()
+        size = memory_size // len(seen)
+        lists = {c: kept[:size] for c, kept in lists.items()}
+        for c in seen[-2:]:
+            own = [x for x, label in zip(task.train.x, task.train.y.tolist(), strict=True) if label == c]
+            lists[c] = [own[i] for i, _ in slow_herding(phi(own).double().numpy(), min(size, len(own)))]
+    means = torch.stack([phi(lists[c]).mean(0) for c in sorted(lists)])
+    return net, lists, means / means.norm(dim=1, keepdim=True), phi
+
+
+def test_icarl_is_the_loop_written_by_hand():
+    learner, stream = toy(ICaRL(memory_size=14), range(3), epochs=2)
+    net, lists, means, phi = icarl_by_hand(14, 2)
+    strategy = learner.strategies["method"]
+    close(learner, net)
+    x, y, _, rank = strategy._exemplars()
+    assert {c: len(kept) for c, kept in lists.items()} == dict.fromkeys(range(6), 2)
+    for c, kept in lists.items():
+        ours = x[y == c][rank[y == c].argsort()]
+        assert torch.equal(ours, torch.stack(kept)), f"the list of class {c}, in order"
+    torch.testing.assert_close(strategy.means, means, rtol=1e-4, atol=1e-5)
+    test = torch.cat([task.test.x for task in stream])
+    ours = strategy.predict(learner, learner.prepare(test)).argmax(1)
+    gaps = ((phi(test)[:, None] - means[None]) ** 2).sum(2)
+    assert (
+        torch.equal(ours, gaps.argmin(1))
+        and float((ours == torch.cat([t.test.y for t in stream])).float().mean()) > 0.5
+    )
+
+
+def test_worked_example_24_a_class_keeps_its_share_and_the_first_of_its_list():
+    assert (2000 // 20, 2000 // 100) == (100, 20)
+    learner, stream = toy(ICaRL(memory_size=20))
+    strategy, lists = learner.strategies["method"], []
+    for task, size in zip(stream, (10, 5, 3), strict=True):
+        learn(learner, stream, [task.index])
+        x, y, label, rank = strategy._exemplars()
+        assert torch.bincount(y).tolist() == [size] * (2 * task.index + 2)
+        assert torch.equal(label, y // 2)
+        lists.append({c: x[y == c][rank[y == c].argsort()] for c in set(y.tolist())})
+    for earlier, later in pairwise(lists):
+        for c, kept in earlier.items():
+            assert torch.equal(later[c], kept[: len(later[c])])
+
+
+def test_the_means_are_right_after_loading_a_checkpoint(tmp_path):
+    learner, stream = toy_learner({"method": ICaRL(memory_size=20)}, num_tasks=2)
+    experiment = Experiment(learner, stream, trainer, epochs=2, directory=tmp_path)
+    experiment.run()
+    for tasks in (1, 2):
+        loaded, _ = toy_learner({"method": ICaRL(memory_size=20)}, num_tasks=2)
+        checkpoint.load(loaded, tmp_path / "checkpoints" / f"after_task_{tasks:03d}.ckpt")
+        strategy = loaded.strategies["method"]
+        x, y, task, _ = strategy._exemplars()
+        assert len(y) == 20
+        torch.testing.assert_close(strategy.means, class_means(unit_features(loaded, TaskData(x, y, task)), y, 4))
+        assert strategy.means.any(1).tolist() == [True, True, tasks == 2, tasks == 2]
+        shown = loaded.strategies["method"].predict(loaded, loaded.prepare(stream[0].test.x))
+        assert float((shown.argmax(1) == stream[0].test.y).float().mean()) > 0.8
+
+
+def test_old_classes_are_taught_by_the_network_of_before_the_task():
+    learner, stream = toy(ICaRL(memory_size=20), [0])
+    before = deepcopy(nn.Sequential(learner.backbone, learner.head)).eval()
+    learn(learner, stream, [1], epochs=2)
+    view = learner.prepare(stream[1].train.x[:6])
+    batch = Batch(*(column[:6] for column in stream[1].train.tensors()), view=view)
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    learner.tasks_learned = 1
+    strategy = learner.strategies["method"]
+    got = strategy.criterion(learner, batch, logits)
+    targets = torch.cat([before(view).sigmoid()[:, :2], F.one_hot(batch.y - 2, 2)], 1)
+    expected = F.binary_cross_entropy_with_logits(logits[:, :4], targets) * 4 / 6
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_class_that_comes_again_is_labelled_and_herded_anew():
+    base = toy_stream(2)
+    x, y, _ = TaskData.concat([base[0].train, base[1].train]).tensors()
+    rows = [torch.cat([torch.arange(0, 40)]), torch.cat([torch.arange(40, 96)])]  # classes 0 and 1 in both tasks
+    test = TaskData(base[0].test.x, base[0].test.y, 0)
+    tasks = [
+        Task(t, TaskData(x[r], y[r], t), test if t == 0 else TaskData(test.x, test.y, 1)) for t, r in enumerate(rows)
+    ]
+    stream = Stream(tasks, num_classes=4, repeats=True)
+    torch.manual_seed(0)
+    learner = Learner(stream, ToyBackbone(), {"method": ICaRL(12)}, partial(torch.optim.SGD, lr=0.1), batch_size=8)
+    learn(learner, stream)
+    strategy = learner.strategies["method"]
+    kept, label, task, _ = strategy._exemplars()
+    assert torch.bincount(label).tolist() == [3, 3, 3, 3] and set(task.tolist()) == {1}
+    assert not strategy._old.any()
+    present = {row.numpy().tobytes() for row in x[40:]}
+    assert all(row.numpy().tobytes() in present for row in kept)
+
+
+class OwnsEncode(Strategy):
+    def encode(self, learner, view):
+        return learner.backbone(view)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: toy(ICaRL(), scenario="domain"), "with scenario=domain all tasks have the same: use scenario=class"),
+        (lambda: toy(ICaRL(memory_size=5)), r"icarl\.memory_size=5 leaves some of the 6 classes .* to 6 or more"),
+        (lambda: toy({"other": OwnsEncode(), "icarl": ICaRL()}), "another strategy owns encode"),
+    ],
+)
+def test_icarl_refuses(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("storage", ["host", "disk"])
+def test_where_exemplars_of_icarl_lie_changes_nothing(storage):
+    one, other = (toy(ICaRL(memory_size=20, storage=s), range(2))[0] for s in ("device", storage))
+    assert same(trunk(one), trunk(other))
+    assert torch.equal(one.strategies["method"].means, other.strategies["method"].means)

@@ -34,6 +34,7 @@ from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
+from cl.strategies.scr import SCR
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -103,6 +104,7 @@ METHODS = [
     Row("gdumb", GDumb, {"memory_size": 20}),
     Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
     Row("icarl", ICaRL, {"memory_size": 20}, scenarios=("class", "task")),
+    Row("scr", SCR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
 ]
@@ -115,6 +117,7 @@ TEAMS = [
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
+    Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),

@@ -82,6 +82,7 @@ SMALL = {
     "strategy=gdumb": {"strategy.gdumb.memory_size": "20"},
     "strategy=mir": {"strategy.mir.memory_size": "20", "strategy.mir.num_candidates": "20"},
     "strategy=icarl": {"strategy.icarl.memory_size": "20"},
+    "strategy=scr": {"strategy.scr.memory_size": "20"},
     "strategy=agem": {"strategy.agem.memory_size": "20", "strategy.agem.batch_size": "8"},
     "strategy=ewc": {"strategy.ewc.num_samples": "10"},
     "strategy=gpm": {"strategy.gpm.num_samples": "20"},

@@ -1,15 +1,16 @@
-"""From raw batches to network inputs, on the device: random crops and flips, then normalisation."""
+"""From raw batches to network inputs, on the device: random crops, flips and colours, then normalisation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 
 
 class RandomCropFlip(nn.Module):
@@ -56,6 +57,86 @@ class RandomCropFlip(nn.Module):
         index = rows[:, :, None] * (width + 2 * self.padding) + (columns + dx)[:, None, :]  # (B, H, W)
         padded = F.pad(x, (self.padding,) * 4).flatten(2)
         return padded.gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).view(x.shape)
+
+
+class ContrastiveView(nn.Module):
+    r"""Crop images to a random part of their area, resized, mirror half of them, and change their colours.
+
+    As in SimCLR (Chen et al. 2020, appendix A): the part is uniform between `scale` and 1 and its aspect log-uniform
+    between 3/4 and 4/3, with sides cut at the image's; four images in five are jittered, with factors for brightness,
+    contrast and saturation uniform on 1 - jitter to 1 + jitter and a turn of the hue by up to jitter / 4; one in five
+    becomes grey. The hue is turned in YIQ, and the order of the four is fixed. Saturation, hue and grey need the three
+    channels of a coloured image.
+
+    Args:
+        scale: Least part of the area.
+        flip: Whether to flip left and right.
+        jitter: Strength of the changes in colour; 0 leaves colours, grey included, as they are.
+
+    Raises:
+        InputError: If an argument is out of range.
+
+    Example:
+        >>> x = torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)
+        >>> ContrastiveView(jitter=0.0)(x, np.random.default_rng(0)).mean()
+        tensor(0.2000)
+    """
+
+    def __init__(self, scale: float = 0.2, flip: bool = True, jitter: float = 0.4) -> None:
+        super().__init__()
+        check_range("view", 0, 1, above=True, scale=scale)
+        check_range("view", 0, 1, jitter=jitter)
+        self.scale, self.flip, self.jitter = scale, flip, jitter
+
+    def forward(self, x: Tensor, rng: np.random.Generator) -> Tensor:
+        """Map images (B, C, H, W) to new floats of the same shape, of bytes in [0, 1]; eleven draws a row."""
+        draw = rng.random((11, len(x)))
+        images = x.float() / 255 if x.dtype == torch.uint8 else x
+        crop = torch.from_numpy(self._crop(draw[:5])).to(images, non_blocking=True)
+        grid = F.affine_grid(crop, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        if self.jitter:
+            images = self._colours(images, torch.from_numpy(draw[5:]).to(images, non_blocking=True))
+        return images.clamp(0, 1) if x.dtype == torch.uint8 else images
+
+    def _crop(self, draw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return maps (B, 2, 3) from places in the crop to places in the image, both in [-1, 1]."""
+        area, ratio = self.scale + (1 - self.scale) * draw[0], (4 / 3) ** (2 * draw[1] - 1)
+        width, height = (np.minimum(np.sqrt(area * r), 1) for r in (ratio, 1 / ratio))
+        mirror = np.where(draw[4] < 0.5, -1.0, 1.0) if self.flip else 1.0
+        zero, across, down = np.zeros_like(area), (1 - width) * (2 * draw[2] - 1), (1 - height) * (2 * draw[3] - 1)
+        return np.stack([np.stack([mirror * width, zero, across], 1), np.stack([zero, height, down], 1)], 1)
+
+    def _colours(self, images: Tensor, draw: Tensor) -> Tensor:
+        """Jitter colours, each image by its own draws (6, B)."""
+        factor = (1 + self.jitter * (2 * draw[:3] - 1))[..., None, None, None]
+        some, grey = (draw[4] < 0.8).view(-1, 1, 1, 1), (draw[5] < 0.2).view(-1, 1, 1, 1)
+        coloured = images.shape[1] == 3
+        changed = images * factor[0]
+        middle = (_luma(changed) if coloured else changed).mean((1, 2, 3), keepdim=True)
+        changed = middle + factor[1] * (changed - middle)
+        if not coloured:
+            return torch.where(some, changed, images)
+        changed = _luma(changed) + factor[2] * (changed - _luma(changed))
+        changed = torch.where(some, _turn_hue(changed, self.jitter / 4 * (2 * draw[3] - 1)), images)
+        return torch.where(grey, _luma(changed).expand_as(changed), changed)
+
+
+_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+
+
+def _luma(images: Tensor) -> Tensor:
+    """Return the brightness (B, 1, H, W) of coloured images."""
+    return (images * images.new_tensor(_YIQ[0]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of each coloured image by a part of the circle, (B,), at the same brightness."""
+    yiq, angle = images.new_tensor(_YIQ), 2 * torch.pi * turn
+    rotation = torch.eye(3, dtype=images.dtype, device=images.device).repeat(len(images), 1, 1)
+    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
+    rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
+    return torch.einsum("bij,bjhw->bihw", torch.linalg.inv(yiq) @ rotation @ yiq, images)
 
 
 class Normalize(nn.Module):

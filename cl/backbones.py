@@ -20,24 +20,29 @@ from cl.vit import image_shape
 
 
 class MLP(nn.Sequential):
-    """Linear layers, each followed by a ReLU, on the flattened input.
+    """Linear layers, each followed by a ReLU, on the flattened input; optionally with batch norm before it.
 
     Args:
         input_shape: Any.
         hidden: Width of each layer; the last is `num_features`. Without layers the input itself is the feature.
         bias: Whether layers have biases; projection methods such as GPM need none.
+        norm: Whether batch norm stands before each ReLU.
 
     Example:
         >>> MLP((1, 28, 28), hidden=[100, 50])(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 50])
     """
 
-    def __init__(self, input_shape: Sequence[int], hidden: Sequence[int] = (100, 100), bias: bool = True) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], hidden: Sequence[int] = (100, 100), bias: bool = True, norm: bool = False
+    ) -> None:
         check_range("backbone", 1, hidden=hidden)
         widths = [math.prod(input_shape), *hidden]
         if min(widths) < 1:
             raise InputError(f"hidden={list(hidden)} of MLP has an empty layer: give widths of at least 1.")
-        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b, bias=bias), nn.ReLU())]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b, bias=bias), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU()]
         super().__init__(nn.Flatten(), *layers)
         self.num_features = widths[-1]
 

@@ -120,8 +120,13 @@ class Memory(nn.Module):
 
     def sample(self, size: int) -> Batch:
         """Draw without replacement, at most what is stored: rows (size, ...) with their extras."""
-        size = min(size, self._stored)
-        rows = self._distinct(size)
+        return self._gather(self._distinct(min(size, self._stored)))
+
+    def rows(self) -> Batch:
+        """Return all that is stored with its extras, by slot, as a copy on the learner's device."""
+        return self._gather(np.arange(self._stored))
+
+    def _gather(self, rows: Rows) -> Batch:
         if self.policy == "ring":
             ends = np.minimum(self._received, self._size).cumsum()
             group = np.searchsorted(ends, rows, side="right")
@@ -146,6 +151,17 @@ class Memory(nn.Module):
             column = self.column(name)
             chosen = values.index_select(0, rows.to(values.device, non_blocking=True))
             column.index_copy_(0, where.to(column.device, non_blocking=True), chosen.to(column, non_blocking=True))
+
+    def fill(self, batch: Batch) -> None:
+        """Hold these rows and no others, in their order, at most the capacity: what a strategy chose by itself.
+
+        The memory is then that of a reservoir which was offered just these.
+        """
+        assert self.policy == "reservoir", "the slots of other policies belong to groups"
+        for name, values in (("x", batch.x), ("y", batch.y), ("task", batch.task), *batch.extras.items()):
+            self.column(name)[: len(batch)].copy_(values)
+        self._stored = self.num_seen = len(batch)
+        self._ahead, self._at = self._ahead[:0], 0
 
     def _distinct(self, size: int) -> Rows:
         if size * size < self._stored:  # a draw with replacement has no repeat more often than not, and is cheaper

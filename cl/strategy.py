@@ -107,6 +107,17 @@ class Batch:
         x, y, task = (torch.cat(pair) for pair in pairs)
         return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle)
 
+    def take(self, rows: slice | Tensor) -> Batch:
+        """Return some of the rows, with their extras, as a batch of its own.
+
+        Example:
+            >>> batch = Batch(torch.zeros(3, 1), torch.tensor([4, 5, 6]), torch.zeros(3, dtype=torch.int64))
+            >>> batch.take(slice(1, None)).y.tolist(), batch.take(torch.tensor([2, 0])).y.tolist()
+            ([5, 6], [6, 4])
+        """
+        extras = {name: values[rows] for name, values in self.extras.items()}
+        return Batch(self.x[rows], self.y[rows], self.task[rows], extras)
+
 
 class Strategy(nn.Module):
     """A method of continual learning; see the module's docstring for when each hook is called.

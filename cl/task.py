@@ -146,6 +146,8 @@ class TaskData:
             [4, 4, 4, 4]
         """
         first = parts[0]
+        if len(parts) == 1:
+            return first
         if all(p.x is first.x and p.y is first.y and p.transform is first.transform for p in parts):
             index = torch.cat([torch.arange(len(p.y)) if p.index is None else p.index for p in parts])
             task = torch.zeros(len(first.y), dtype=torch.int64)

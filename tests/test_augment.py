@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor
 
-from cl.augment import Normalize, RandomCropFlip
+from cl.augment import ContrastiveView, Normalize, RandomCropFlip, _luma, _turn_hue
 from cl.errors import InputError
 
 
@@ -109,6 +110,87 @@ def test_normalize_floats_per_channel(shape: tuple[int, ...]) -> None:
     out = Normalize()(x)
     assert torch.equal(out, x) and torch.equal(x, before)
     assert out.data_ptr() != x.data_ptr()  # a network may write into what it receives
+
+
+def crops(scale: float, flip: bool, number: int = 3000) -> np.ndarray:
+    """Left, right, top and bottom ends of crops in parts of the image, read off images of their own coordinates."""
+    at = (torch.arange(64.0) + 0.5) / 64
+    x = torch.stack([at.expand(64, 64), at[:, None].expand(64, 64)]).expand(number, 2, 64, 64)
+    out = ContrastiveView(scale, flip, 0.0)(x, np.random.default_rng(0))
+    across, down = out[:, 0, 32], out[:, 1, :, 32]
+    ends = []
+    for line in (across, down):
+        slope = (line[:, 40] - line[:, 23]) / 17  # of the middle, which the border does not hold up
+        middle = (line[:, 40] + line[:, 23]) / 2
+        ends += [middle - 32 * slope, middle + 32 * slope]
+    return torch.stack(ends).double().numpy()
+
+
+def test_crops_have_a_uniform_area_an_aspect_near_one_and_any_place() -> None:
+    left, right, top, bottom = crops(0.2, flip=False)
+    width, height = right - left, bottom - top
+    assert min(left.min(), top.min()) > -1e-3 and max(right.max(), bottom.max()) < 1 + 1e-3
+    whole = (width < 0.999) & (height < 0.999)  # not cut at the image's sides
+    ratio = (width / height)[whole]
+    assert 0.749 < ratio.min() < 0.76 and 1.31 < ratio.max() < 1.335
+    area = (width * height)[whole & (width * height < 0.75)]  # below 3/4 no aspect is ever cut
+    assert stats.kstest((area - 0.2) / 0.55, "uniform").pvalue > 1e-4
+    free = width < 0.9
+    place = left[free] / (1 - width[free])
+    assert stats.kstest(place, "uniform").pvalue > 1e-4
+
+
+def test_half_of_the_views_are_mirrored_if_asked() -> None:
+    for flip, low, high in ((True, 1380, 1620), (False, 0, 0)):
+        left, right, top, bottom = crops(0.5, flip)
+        assert low <= (right < left).sum() <= high and (bottom > top).all()
+
+
+def test_colours_change_as_torchvision_says() -> None:
+    from torchvision.transforms import functional as reference
+
+    x = 0.3 + 0.3 * torch.rand(6, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    draw = torch.rand(6, 6, generator=torch.Generator().manual_seed(1))
+    draw[3], draw[4], draw[5] = 0.5, 0.0, 1.0  # no turn of the hue; jittered; not grey
+    out = ContrastiveView(jitter=0.4)._colours(x, draw)
+    for i in range(6):
+        brightness, contrast, saturation = (0.6 + 0.8 * draw[:3, i]).tolist()
+        image = reference.adjust_brightness(x[i], brightness)
+        image = reference.adjust_saturation(reference.adjust_contrast(image, contrast), saturation)
+        torch.testing.assert_close(out[i].clamp(0, 1), image, atol=2e-3, rtol=0)
+
+
+def test_a_hue_turned_keeps_its_brightness_and_comes_round() -> None:
+    x = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_turn_hue(x, torch.ones(4)), x, atol=1e-5, rtol=0)
+    third = torch.full((4,), 1 / 3)
+    turned = _turn_hue(x, third)
+    torch.testing.assert_close(_luma(turned), _luma(x), atol=1e-3, rtol=0)
+    torch.testing.assert_close(_turn_hue(_turn_hue(turned, third), third), x, atol=1e-5, rtol=0)
+    grey = x[:, :1].expand_as(x)
+    torch.testing.assert_close(_turn_hue(grey, third), grey, atol=1e-3, rtol=0)
+
+
+def test_four_views_in_five_are_jittered_and_one_in_five_is_grey() -> None:
+    x = torch.tensor([0.2, 0.5, 0.7]).view(3, 1, 1).expand(4000, 3, 2, 2)
+    out = ContrastiveView(1.0, False, 0.4)(x, np.random.default_rng(0))
+    plain = (out - x).abs().amax((1, 2, 3)) < 1e-6
+    grey = (out - out[:, :1]).abs().amax((1, 2, 3)) < 1e-6
+    assert stats.binomtest(int(plain.sum()), 4000, 0.2 * 0.8).pvalue > 1e-4
+    assert stats.binomtest(int(grey.sum()), 4000, 0.2).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_views_of_bytes_are_floats_of_their_shape_and_the_draws_alone_decide(channels: int) -> None:
+    x = torch.randint(0, 256, (5, channels, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    view = ContrastiveView()
+    one, other = (view(x, np.random.default_rng(3)) for _ in range(2))
+    assert one.shape == x.shape and one.dtype == torch.float32 and torch.equal(one, other)
+    assert float(one.min()) >= 0 and float(one.max()) <= 1 and not view.state_dict()
+    alone = view(x[:1], np.random.default_rng(3))
+    assert alone.shape == (1, channels, 8, 6)
+    with pytest.raises(InputError, match=r"view\.scale=0 must be above 0"):
+        ContrastiveView(scale=0)
 
 
 def test_modules_add_nothing_to_a_checkpoint() -> None:

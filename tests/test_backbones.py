@@ -121,6 +121,12 @@ def test_alexnet_is_the_papers() -> None:
     assert all(layer.bias is None for layer in net if isinstance(layer, nn.Conv2d | nn.Linear))
 
 
+def test_batch_norm_of_an_mlp_stands_before_each_relu():
+    kinds = [type(layer) for layer in MLP((3,), [5, 4], bias=False, norm=True)]
+    assert kinds == [nn.Flatten, *([nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2)]
+    assert not any(isinstance(layer, nn.BatchNorm1d) for layer in MLP((3,), [5, 4]))
+
+
 def test_mlp_is_linear_and_relu() -> None:
     net = MLP((1, 28, 28))
     assert size(net) == 784 * 100 + 100 + 100 * 100 + 100

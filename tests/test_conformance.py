@@ -22,17 +22,23 @@ from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
+from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
+from cl.strategies.er_ace import ERACE
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
+from cl.strategies.gdumb import GDumb
 from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
+from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
+from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
+from cl.strategies.scr import SCR
 from cl.strategies.sgp import SGP
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
@@ -112,6 +118,16 @@ METHODS = [
     Row("tag", TAG, {"form": "adagrad"}),
     Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
     Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
+    Row("er_ace", ERACE, {"memory_size": 20}),
+    Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
+    Row("der", DER, {"memory_size": 20}),
+    Row("der", DER, {"memory_size": 20, "alpha": 0.0}, finetunes_first=True),
+    Row("gdumb", GDumb, {"memory_size": 20}),
+    Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
+    Row("icarl", ICaRL, {"memory_size": 20}, scenarios=("class", "task")),
+    Row("scr", SCR, {"memory_size": 20}),
+    Row("mir", MIR, {"memory_size": 20}),
+    Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -126,6 +142,13 @@ TEAMS = [
     Row("er,tag", lambda: {"er": ER(20), "tag": TAG()}),
     Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
+    Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
+    Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
+    Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
+    Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
+    Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
+    Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
+    Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -161,6 +161,38 @@ def test_every_stored_row_is_drawn_equally_often(policy, num_rows):
     assert uniform(counts, 4000, 3) > ALPHA
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("before", [0, 5, 1500])
+def test_a_filled_memory_holds_just_that_and_goes_on_as_a_reservoir_that_was_offered_it(before, storage):
+    filled, offered = (memory(12, extras=True, storage=storage) for _ in range(2))
+    filled.insert(rows([0] * before))
+    filled.random.seed(0)
+    batch = rows([1] * 9, first=5000)
+    filled.fill(batch)
+    offered.insert(batch)
+    for store in (filled, offered):
+        assert ids(store.rows()) == list(range(5000, 5009)) and len(store) == store.num_seen == 9
+    offered.random.seed(0)
+    offered._ahead, offered._at = offered._ahead[:0], 0
+    for store in (filled, offered):
+        store.insert(rows([2] * 1100, first=6000))
+    assert ids(filled.rows()) == ids(offered.rows()) and filled.rows().y.tolist() == offered.rows().y.tolist()
+    assert torch.equal(filled.rows().extras["ten"], 10 * filled.rows().x)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num_rows", [0, 14, 50])
+def test_all_rows_are_what_is_stored_and_draw_nothing(policy, num_rows):
+    store = memory(20, policy, extras=True)
+    store.insert(rows([3, 0, 1, 0, 1] * (num_rows // 5) + [0] * (num_rows % 5)))
+    before = store.random.generator.bit_generator.state
+    everything = store.rows()
+    assert store.random.generator.bit_generator.state == before
+    assert sorted(ids(everything)) == held(store) and torch.equal(everything.extras["ten"], 10 * everything.x)
+    everything.x.zero_()
+    assert sorted(ids(store.rows())) == held(store), "a copy"
+
+
 def test_a_reservoir_does_not_depend_on_how_its_rows_are_cut_into_batches():
     """Over more rows than slots are drawn ahead, whose last are left over at another place for each size."""
     kept = []

@@ -29,6 +29,7 @@ from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
+from cl.strategies.ranpac import RanPAC
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -91,12 +92,15 @@ METHODS = [
     Row("ncm", NCM),
     Row("ncm", NCM, {"freeze": False}, finetunes_first=True),
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
+    Row("ranpac", RanPAC, {"num_projections": 20}),
+    Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
     Row("gpm,ewc,agem", lambda: {"gpm": GPM(), "ewc": EWC(), "agem": AGEM(20)}, finetunes_first=True),
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
+    Row("er,ranpac", lambda: {"er": ER(20), "ranpac": RanPAC(20, adapt=True)}),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]

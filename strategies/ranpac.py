@@ -49,7 +49,8 @@ def ridge_regression(G: Tensor, Q: Tensor, strengths: Tensor) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(G.double())
     scaled = vectors.T @ Q.double() / (values.clamp_min(0)[:, None] + strengths.to(values)[:, None, None])
-    return vectors @ scaled
+    solved: Tensor = vectors @ scaled
+    return solved
 
 
 class RanPAC(Strategy):

@@ -21,6 +21,7 @@ from cl.sources import digits, synthetic
 from cl.strategies.agem import AGEM
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.derpp import DERpp
+from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
@@ -94,6 +95,8 @@ METHODS = [
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
     Row("ranpac", RanPAC, {"num_projections": 20}),
     Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
+    Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
+    Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -101,6 +104,11 @@ TEAMS = [
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("er,ranpac", lambda: {"er": ER(20), "ranpac": RanPAC(20, adapt=True)}),
+    Row(
+        "er,dualprompt",
+        lambda: {"er": ER(20), "dualprompt": DualPrompt(2, 2, general_blocks=(0,), expert_blocks=(0,))},
+        backbone="vit",
+    ),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from functools import partial
 from itertools import permutations
 
@@ -17,12 +19,15 @@ from torch import nn
 from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.learner import Learner
+from cl.strategies.dualprompt import DualPrompt
+from cl.strategies.er import ER
 from cl.strategies.l2p import L2P
 from cl.strategies.ncm import NCM
 from cl.strategies.ranpac import RanPAC, ridge_regression
-from cl.strategy import Strategy
-from cl.task import Stream, Task, TaskData
+from cl.strategy import Batch, Strategy
+from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
+from cl.vit import Timm, ViT
 
 quick = settings(deadline=None, max_examples=50)
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
@@ -221,3 +226,289 @@ def test_the_mean_of_a_class_that_returns_is_that_of_all_its_examples():
     view = all_rows(learner, stream)
     expected = F.cosine_similarity(learner.backbone(view)[:, None], means[None], dim=2)
     torch.testing.assert_close(learner.strategies["method"].predict(learner, view), expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------ prefixes
+
+
+def transformer(depth: int = 3, **options) -> ViT:
+    """A small transformer whose weights are large enough for all parts to show."""
+    torch.manual_seed(0)
+    vit = ViT((1, 4, 4), patch_size=2, dim=16, depth=depth, heads=2, **options)
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return vit
+
+
+def timm_vit(**options) -> Timm:
+    torch.manual_seed(0)
+    return Timm((3, 32, 32), "test_vit", **options)
+
+
+def images(backbone: nn.Module, rows: int = 4) -> torch.Tensor:
+    shape = (3, 32, 32) if isinstance(backbone, Timm) else (1, 4, 4)
+    return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(1))
+
+
+TRANSFORMERS = {
+    "vit": transformer,
+    "timm": timm_vit,
+    "timm, layer scale, average pooling": partial(timm_vit, init_values=0.5, global_pool="avg"),
+    "timm, normed queries and keys": partial(timm_vit, qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMERS.values(), ids=TRANSFORMERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_prefix_of_no_length_changes_nothing(make, training):
+    backbone = make().train(training)
+    x = images(backbone)
+    empty = torch.zeros(4, 2, 0, backbone.num_features)
+    plain = backbone(x)
+    for prefixes in (None, {}, {0: empty}, dict.fromkeys(range(backbone.num_blocks), empty)):
+        torch.testing.assert_close(backbone(x, prefixes), plain, rtol=1e-5, atol=1e-6)
+        tokens = backbone.encode(backbone.embed(x), prefixes)
+        torch.testing.assert_close(tokens, backbone.encode(backbone.embed(x)), rtol=1e-5, atol=1e-6)
+
+
+def explicit_block(block: nn.Module, x: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
+    """One block for tokens (N, D) of one image and prefix (2, L, D), head by head and token by token."""
+    attention = block.attn
+    heads, width = attention.num_heads, attention.head_dim
+    projected = attention.qkv(block.norm1(x))
+    q, k, v = projected.chunk(3, dim=1)
+    out = torch.zeros_like(x)
+    for h in range(heads):
+        part = slice(h * width, (h + 1) * width)
+        keys = [attention.k_norm(row) for row in k[:, part]]
+        values = list(v[:, part])
+        if prefix is not None:
+            keys, values = [*prefix[0, :, part], *keys], [*prefix[1, :, part], *values]
+        for n in range(len(x)):
+            query = attention.q_norm(q[n, part])
+            weight = torch.stack([(query @ key) / math.sqrt(width) for key in keys]).exp()
+            out[n, part] = sum(w * value for w, value in zip(weight / weight.sum(), values, strict=True))
+    x = x + block.ls1(attention.proj(out))
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+@pytest.mark.parametrize("make", TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_attention_with_prefixes_is_the_explicit_computation(make):
+    backbone = make().eval()
+    x, D, last = images(backbone, 2), backbone.num_features, backbone.num_blocks - 1
+    draw = torch.Generator().manual_seed(2)
+    prefixes = {0: torch.randn(2, 2, 3, D, generator=draw), last: torch.randn(2, 2, 5, D, generator=draw)}
+    with torch.no_grad():
+        tokens = backbone.embed(x)
+        ours = backbone.encode(tokens, prefixes)
+        expected = []
+        for i, image in enumerate(tokens):
+            for b, block in enumerate(backbone.model.blocks):
+                image = explicit_block(block, image, prefixes[b][i] if b in prefixes else None)
+            expected.append(backbone.model.norm(image))
+        torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=1e-5)
+        pooled = backbone.model.forward_head(ours, pre_logits=True)
+        torch.testing.assert_close(backbone(x, prefixes), pooled)
+        assert not torch.allclose(pooled, backbone(x), atol=1e-3)
+
+
+def test_gradients_reach_prefixes_through_a_frozen_transformer_and_dropout_is_timms():
+    backbone = transformer(dropout=0.2, drop_path=0.3).requires_grad_(False)
+    prefix = torch.randn(4, 2, 3, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(backbone.eval()(images(backbone), {1: prefix}).square().sum(), prefix)
+    assert bool((gradient.abs().sum((1, 3)) > 0).all())
+    runs = []
+    for prefixes in (None, {1: torch.zeros(4, 2, 0, 16)}):  # the same draws in the same places
+        torch.manual_seed(3)
+        runs.append(backbone.train()(images(backbone), prefixes))
+    torch.testing.assert_close(*runs)
+
+
+def test_a_transformer_of_other_attention_takes_no_prefixes():
+    kinds = {
+        "parallel blocks": Timm((3, 32, 32), "vit_small_patch16_18x2_224", depth=1, embed_dim=16, num_heads=2),
+        "convolutions": Timm((3, 32, 32), "test_resnet"),
+        "a gate": timm_vit(),
+    }
+    kinds["a gate"].model.blocks[0].attn.gate = nn.Linear(64, 64)
+    for kind, backbone in kinds.items():
+        assert not hasattr(backbone, "num_blocks"), kind
+        with pytest.raises(InputError, match=r"no embed and encode|no blocks that take them"):
+            prompted(DualPrompt(general_blocks=(), expert_blocks=(0,)), backbone=backbone)
+    assert timm_vit().num_blocks == 6 and transformer().num_blocks == 3
+
+
+def prompted(strategy: Strategy | dict[str, Strategy], scenario="class", backbone=None, optimizer=None, **options):
+    """A learner with a strategy of prompts, and its stream."""
+    backbone = backbone or transformer()
+    stream = toy_stream(3, scenario)
+    torch.manual_seed(0)
+    strategies = strategy if isinstance(strategy, dict) else {"method": strategy}
+    optimizer = optimizer or partial(torch.optim.Adam, lr=0.05)
+    return Learner(stream, backbone, strategies, optimizer, batch_size=8, **options), stream
+
+
+def one_batch(learner: Learner, task: Task, rows: int = 5, tasks: torch.Tensor | None = None) -> tuple:
+    """Run a minibatch as the learner does in training; return it with logits and loss."""
+    x, y, label = (column[:rows] for column in task.train.tensors())
+    batch = Batch(x, y, label if tasks is None else tasks, view=learner.prepare(x))
+    learner.batch = batch
+    logits = learner(batch.view)
+    return batch, logits, learner.strategies["method"].criterion(learner, batch, logits)
+
+
+def own_classes(scenario: str, task: int) -> slice:
+    return slice(0, 2) if scenario == "domain" else slice(2 * task, 2 * task + 2)
+
+
+def queries(backbone: nn.Module, view: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(backbone).eval()(view)
+
+
+def assert_backbone_is_frozen(strategy: Strategy, scenario="class", **options) -> Learner:
+    learner, stream = prompted(strategy, scenario, transformer(dropout=0.1), **options)
+    before, others = weights(learner.backbone), weights(strategy)
+    learn(learner, stream, epochs=2)
+    assert same(weights(learner.backbone), before) and not same(weights(strategy), others)
+    return learner
+
+
+def test_a_forward_pass_of_the_minibatch_is_told_from_others():
+    class Watches(Strategy):
+        def setup(self, learner, stream):
+            self.seen = []
+
+        def encode(self, learner, view):
+            known = learner.batch is not None and learner.batch.view is view
+            self.seen.append(learner.batch.task.tolist() if known else None)
+            return learner.backbone(view)
+
+        def loss(self, learner, batch, logits):
+            learner(learner.prepare(batch.x, augment=True))  # as DER++ does with rows of its own
+
+    learner, stream = prompted({"watches": Watches(), "er": ER(20, batch_size=2)})
+    learn(learner, stream, [0, 1])
+    seen = learner.strategies["watches"].seen
+    learner.features(stream[0].test.x)
+    assert seen[1::2] == [None] * (len(seen) // 2) and seen[-1] is None
+    assert seen[0:2:2] == [[0] * 8] and {tuple(tasks[:8]) for tasks in seen[12:-1:2]} == {(1,) * 8}
+    assert all(len(tasks) == 10 for tasks in seen[2:-1:2]) and any(0 in tasks for tasks in seen[12:-1:2])
+
+
+# ------------------------------------------------------------------ DualPrompt
+
+DUAL = partial(DualPrompt, general_length=4, expert_length=6, general_blocks=(0, 1), expert_blocks=(1, 2))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_dualprompt_on_one_batch_by_hand(scenario):
+    learner, stream = prompted(DUAL(pull=0.3), scenario)
+    strategy = learner.strategies["method"]
+    for task in stream[:2]:
+        learner.before_task(task)
+    batch, logits, loss = one_batch(learner, stream[1])
+    g, e, key = strategy.general.detach(), strategy.experts[1].detach(), strategy.keys[1].detach()
+    assert g.shape == (2, 2, 2, 16) and e.shape == (2, 2, 3, 16)
+    distance, features = 0.0, []
+    for row, query in zip(batch.view, queries(learner.backbone, batch.view), strict=True):
+        distance += float(1 - query @ key / (query.norm() * key.norm())) / 5
+        prefixes = {0: g[0][None], 1: torch.cat([g[1], e[0]], dim=1)[None], 2: e[1][None]}
+        features.append(learner.backbone(row[None], prefixes)[0])
+    expected = learner.head(torch.stack(features)).detach()
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-5)
+    own = own_classes(scenario, 1)
+    cross_entropy = F.cross_entropy(expected[:, own], batch.y - own.start)
+    assert float(loss.detach()) == pytest.approx(float(cross_entropy) + 0.3 * distance, rel=1e-4)
+
+
+def test_replayed_rows_get_the_prompt_of_their_own_task():
+    learner, stream = prompted(DUAL())
+    for task in stream:
+        learner.before_task(task)
+    tasks = torch.tensor([0, 2, 1, 1, 0])
+    _, mixed, _ = one_batch(learner, stream[2], tasks=tasks)
+    for t in range(3):
+        _, single, _ = one_batch(learner, stream[2], tasks=torch.full((5,), t))
+        torch.testing.assert_close(mixed[tasks == t], single[tasks == t], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(mixed[tasks != t], single[tasks != t], atol=1e-3)
+
+
+def test_at_test_the_nearest_key_of_a_task_begun_chooses():
+    learner, stream = prompted(DUAL())
+    learn(learner, stream, [0, 1])
+    learner.eval()
+    strategy, view = learner.strategies["method"], all_rows(learner, stream)
+    query = queries(learner.backbone, view)
+    with torch.no_grad():
+        strategy.keys[0].copy_(query[0] - query[1])
+        strategy.keys[1].copy_(query[1] - query[0])
+        strategy.keys[2].copy_(query.mean(0))  # the nearest by far, of a task to come
+        cosine = F.cosine_similarity(query[:, None], torch.stack(tuple(strategy.keys))[None], dim=2)
+        nearest = cosine[:, :2].argmax(1)
+        assert 0 < int(nearest.sum()) < len(view) and bool((cosine.argmax(1) == 2).any())
+        ours = learner(view)
+        for t in range(2):
+            learner.batch = Batch(view, nearest, torch.full((len(view),), t), view=view)
+            torch.testing.assert_close(ours[nearest == t], learner(view)[nearest == t], rtol=1e-4, atol=1e-5)
+            learner.batch = None
+
+
+def test_rows_are_independent_unless_a_batch_votes():
+    learner, stream = prompted(DUAL())
+    learn(learner, stream)
+    with torch.no_grad():  # keys that divide the rows
+        query = queries(learner.backbone, all_rows(learner, stream))
+        for t, key in enumerate(learner.strategies["method"].keys):
+            key.copy_(query[24 * t] - query.mean(0))
+    assert_rows_are_independent(learner, stream)
+    learner.strategies["method"].batch_vote = True
+    with pytest.raises(AssertionError, match="not close"):
+        assert_rows_are_independent(learner, stream)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.AdamW, weight_decay=0.5)])
+def test_only_the_present_tasks_prompt_and_key_learn(optimizer):
+    learner, stream = prompted(DUAL(), optimizer=partial(optimizer, lr=0.05))
+    strategy = learner.strategies["method"]
+    for task in stream:
+        before = weights(strategy)
+        learn(learner, stream, [task.index])
+        changed = {name for name, value in weights(strategy).items() if not torch.equal(value, before[name])}
+        assert changed == {"general", "known", f"experts.{task.index}", f"keys.{task.index}"}
+
+
+def test_dualprompt_leaves_the_transformer_and_draws_keys_to_queries():
+    learner = assert_backbone_is_frozen(DUAL())
+    strategy, stream = learner.strategies["method"], toy_stream(3)
+    query = queries(learner.backbone, learner.prepare(stream[1].train.x))
+    torch.manual_seed(0)
+    fresh = prompted(DUAL())[0].strategies["method"]
+    near = [float(F.cosine_similarity(query, s.keys[1].detach()[None]).mean()) for s in (fresh, strategy)]
+    assert near[1] > near[0] + 0.1
+
+
+def test_dualprompt_refuses():
+    with pytest.raises(InputError, match=r"dualprompt\.general_length=5 has no half .* make it even"):
+        DualPrompt(general_length=5)
+    with pytest.raises(InputError, match=r"dualprompt\.expert_blocks=\[2, 3, 4\], but the blocks of ViT are 0 to 2"):
+        prompted(DualPrompt())
+    with pytest.raises(InputError, match=r"dualprompt\.general_blocks=\[1, 1\]"):
+        prompted(DUAL(general_blocks=(1, 1)))
+    with pytest.raises(InputError, match="ToyBackbone has no embed and encode: use backbone=vit"):
+        prompted(DualPrompt(), backbone=ToyBackbone())
+
+
+def test_dualprompt_learns_beside_replay_on_a_vit_of_timm():
+    stream = Stream(
+        [
+            Task(t, *(TaskData(part.x.repeat(1, 3, 8, 8), part.y, part.task) for part in (task.train, task.test)))
+            for t, task in enumerate(toy_stream(2))
+        ],
+        num_classes=4,
+    )
+    torch.manual_seed(0)
+    strategies = {"er": ER(20), "method": DualPrompt(4, 4, (0,), (1, 5))}
+    learner = Learner(stream, timm_vit(), strategies, partial(torch.optim.Adam, lr=0.01), batch_size=16)
+    learn(learner, stream)
+    assert learner.tasks_learned == 2

@@ -19,6 +19,7 @@ from cl.errors import InputError
 from cl.random import Random
 from cl.sources import digits, synthetic
 from cl.strategies.agem import AGEM
+from cl.strategies.coda_prompt import CODAPrompt
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.derpp import DERpp
 from cl.strategies.dualprompt import DualPrompt
@@ -96,6 +97,8 @@ METHODS = [
     Row("ranpac", RanPAC, {"num_projections": 20}),
     Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
+    Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
+    Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
     Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
 ]
 TEAMS = [
@@ -107,6 +110,11 @@ TEAMS = [
     Row(
         "er,dualprompt",
         lambda: {"er": ER(20), "dualprompt": DualPrompt(2, 2, general_blocks=(0,), expert_blocks=(0,))},
+        backbone="vit",
+    ),
+    Row(
+        "er,coda_prompt",
+        lambda: {"er": ER(20), "coda_prompt": CODAPrompt(6, 2, blocks=(0,), penalty=0.1)},
         backbone="vit",
     ),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),

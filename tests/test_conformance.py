@@ -32,6 +32,7 @@ from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
 from cl.strategies.ranpac import RanPAC
+from cl.strategies.s_prompts import SPrompts
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -96,6 +97,8 @@ METHODS = [
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
     Row("ranpac", RanPAC, {"num_projections": 20}),
     Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
+    Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
+    Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
@@ -117,6 +120,7 @@ TEAMS = [
         lambda: {"er": ER(20), "coda_prompt": CODAPrompt(6, 2, blocks=(0,), penalty=0.1)},
         backbone="vit",
     ),
+    Row("er,s_prompts", lambda: {"er": ER(20), "s_prompts": SPrompts(2)}, backbone="vit", scenarios=("domain",)),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]

@@ -20,10 +20,12 @@ from cl.random import Random
 from cl.sources import digits, synthetic
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.coda_prompt import CODAPrompt
 from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
+from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.ewc import EWC
@@ -38,6 +40,8 @@ from cl.strategies.lwf import LwF
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
+from cl.strategies.ranpac import RanPAC
+from cl.strategies.s_prompts import SPrompts
 from cl.strategies.scr import SCR
 from cl.strategies.sgp import SGP
 from cl.strategies.tag import TAG
@@ -128,12 +132,32 @@ METHODS = [
     Row("scr", SCR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
+    Row("ranpac", RanPAC, {"num_projections": 20}),
+    Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
+    Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
+    Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
+    Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
+    Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
+    Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
+    Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
     Row("gpm,ewc,agem", lambda: {"gpm": GPM(), "ewc": EWC(), "agem": AGEM(20)}, finetunes_first=True),
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
+    Row("er,ranpac", lambda: {"er": ER(20), "ranpac": RanPAC(20, adapt=True)}),
+    Row(
+        "er,dualprompt",
+        lambda: {"er": ER(20), "dualprompt": DualPrompt(2, 2, general_blocks=(0,), expert_blocks=(0,))},
+        backbone="vit",
+    ),
+    Row(
+        "er,coda_prompt",
+        lambda: {"er": ER(20), "coda_prompt": CODAPrompt(6, 2, blocks=(0,), penalty=0.1)},
+        backbone="vit",
+    ),
+    Row("er,s_prompts", lambda: {"er": ER(20), "s_prompts": SPrompts(2)}, backbone="vit", scenarios=("domain",)),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
     Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),

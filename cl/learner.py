@@ -115,7 +115,6 @@ class Learner(pl.LightningModule):
         self.tasks_learned = 0
         self.total_steps = 0  # over the stream
         self.step = 0  # within the task
-        self.batch: Batch | None = None  # the last minibatch; its `view` tells a forward pass of it from others
         self.last_loss: Tensor | None = None
         self._data: TaskData | None = None
         self.task_labels: Tensor | None = None  # of the rows in `encode`, (B,); None: of the present task, or not told
@@ -305,7 +304,7 @@ class Learner(pl.LightningModule):
         incoming = batch
         for _, extend in self._chains["extend_batch"]:
             batch = extend(self, batch)
-        self.batch, batch.view = batch, self.prepare(batch.x, augment=True)
+        batch.view = self.prepare(batch.x, augment=True)
         if not self._plain:
             self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside other processes'
         logits = self(batch.view, batch.task)

@@ -7,7 +7,8 @@ has a key :math:`k_t`, drawn to the queries q(x), the prompt-free class tokens o
 .. math:: \min_{g, e_t, k_t, \phi} \; \mathrm{CE}(f_\phi(x; g, e_t), y) \; + \; \lambda \, (1 - \cos(q(x), k_t))
 
 over the classes of the example's own task ("train_mask" in the released code). At test an example gets the expert
-prompt of :math:`\arg\max_t \cos(q(x), k_t)` over the tasks begun so far.
+prompt of :math:`\arg\max_t \cos(q(x), k_t)` over the tasks begun so far; in the task-incremental scenario that of its
+own task.
 
 Differences from the paper: a prompt of length L is L / 2 keys and L / 2 values, and the paper's L = 5 for g has no
 half; the defaults, 6 and 20, are those of CODA-Prompt's re-implementation. The released code takes 5 keys and 5 values
@@ -113,9 +114,9 @@ class DualPrompt(Strategy):
         return features
 
     def _tasks(self, learner: Learner, view: Tensor) -> Tensor:
-        """Return whose expert prompt each row gets, (B,): its own task's in training, else that of the nearest key."""
-        if learner.batch is not None and learner.batch.view is view:
-            return learner.batch.task
+        """Return whose expert prompt each row gets, (B,): its own task's where that is told, else the nearest key's."""
+        if learner.task_labels is not None:
+            return learner.task_labels
         nearest = self._cosine.masked_fill(~self.known, -2.0).argmax(1)
         return torch.bincount(nearest).argmax().expand_as(nearest) if self.batch_vote else nearest
 

@@ -135,9 +135,8 @@ class SPrompts(Strategy):
     def encode(self, learner: Learner, view: Tensor) -> Tensor:
         """Return the class token under the prompts of each row's domain, (B, D)."""
         learner.backbone.eval()
-        if learner.batch is not None and learner.batch.view is view:
-            return self._features(learner, view, learner.batch.task)
-        return self._features(learner, view, self._domains(learner, view))
+        told = learner.task_labels
+        return self._features(learner, view, self._domains(learner, view) if told is None else told)
 
     def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy of the incoming rows over the classes of their domain."""

@@ -357,8 +357,7 @@ def one_batch(learner: Learner, task: Task, rows: int = 5, tasks: torch.Tensor |
     """Run a minibatch as the learner does in training; return it with logits and loss."""
     x, y, label = (column[:rows] for column in task.train.tensors())
     batch = Batch(x, y, label if tasks is None else tasks, view=learner.prepare(x))
-    learner.batch = batch
-    logits = learner(batch.view)
+    logits = learner(batch.view, batch.task)
     return batch, logits, learner.strategies["method"].criterion(learner, batch, logits)
 
 
@@ -377,28 +376,6 @@ def assert_backbone_is_frozen(strategy: Strategy, scenario="class", **options) -
     learn(learner, stream, epochs=2)
     assert same(weights(learner.backbone), before) and not same(weights(strategy), others)
     return learner
-
-
-def test_a_forward_pass_of_the_minibatch_is_told_from_others():
-    class Watches(Strategy):
-        def setup(self, learner, stream):
-            self.seen = []
-
-        def encode(self, learner, view):
-            known = learner.batch is not None and learner.batch.view is view
-            self.seen.append(learner.batch.task.tolist() if known else None)
-            return learner.backbone(view)
-
-        def loss(self, learner, batch, logits):
-            learner(learner.prepare(batch.x, augment=True))  # as DER++ does with rows of its own
-
-    learner, stream = prompted({"watches": Watches(), "er": ER(20, batch_size=2)})
-    learn(learner, stream, [0, 1])
-    seen = learner.strategies["watches"].seen
-    learner.features(stream[0].test.x)
-    assert seen[1::2] == [None] * (len(seen) // 2) and seen[-1] is None
-    assert seen[0:2:2] == [[0] * 8] and {tuple(tasks[:8]) for tasks in seen[12:-1:2]} == {(1,) * 8}
-    assert all(len(tasks) == 10 for tasks in seen[2:-1:2]) and any(0 in tasks for tasks in seen[12:-1:2])
 
 
 # ------------------------------------------------------------------ DualPrompt
@@ -454,9 +431,8 @@ def test_at_test_the_nearest_key_of_a_task_begun_chooses():
         assert 0 < int(nearest.sum()) < len(view) and bool((cosine.argmax(1) == 2).any())
         ours = learner(view)
         for t in range(2):
-            learner.batch = Batch(view, nearest, torch.full((len(view),), t), view=view)
-            torch.testing.assert_close(ours[nearest == t], learner(view)[nearest == t], rtol=1e-4, atol=1e-5)
-            learner.batch = None
+            told = learner(view, torch.full((len(view),), t))
+            torch.testing.assert_close(ours[nearest == t], told[nearest == t], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_independent_unless_a_batch_votes():
@@ -753,8 +729,8 @@ def test_s_prompts_on_one_batch_by_hand_and_replay_teaches_nothing():
     x, y, label = (column[5:8] for column in stream[0].train.tensors())
     both = batch.append(Batch(x, y, label))
     both.view = learner.prepare(both.x)
-    learner.batch = both
-    torch.testing.assert_close(strategy.criterion(learner, both, learner(both.view)), loss, rtol=1e-4, atol=1e-5)
+    logits = learner(both.view, both.task)
+    torch.testing.assert_close(strategy.criterion(learner, both, logits), loss, rtol=1e-4, atol=1e-5)
 
 
 def test_domains_are_learned_independently():

@@ -32,8 +32,8 @@ def groups() -> list[str]:
 def options(group: str) -> dict[str, str]:
     """Return the options of a group of configurations, ours and those of installed packages, with a line on each.
 
-    The line is the comment on top of the YAML file; where there is none, the first paragraph of the docstring of what
-    it makes. Nothing is imported for it.
+    Of a strategy it is the first paragraph of its file's docstring; else the comment on top of the YAML file, or where
+    there is none the first paragraph on what it makes. Nothing is imported for it.
 
     Args:
         group: Such as "strategy".
@@ -47,7 +47,10 @@ def options(group: str) -> dict[str, str]:
     """
     if group not in groups():
         raise unknown("group", group, groups())
-    found = {path.name.removesuffix(".yaml"): line(path.read_text(encoding="utf-8")) for path in _yamls(group)}
+    found = {
+        path.name.removesuffix(".yaml"): line(path.read_text(encoding="utf-8"), group == "strategy")
+        for path in _yamls(group)
+    }
     return dict(sorted(found.items()))
 
 
@@ -59,38 +62,44 @@ def _yamls(group: str) -> Iterator[Any]:
             yield from (path for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
-def line(text: str) -> str:
+def line(text: str, is_method: bool = False) -> str:
     r"""Return a line on what a YAML file configures.
 
+    Args:
+        text: Of the file.
+        is_method: Whether it configures a method, whose file's docstring begins with its name and paper.
+
     Example:
-        >>> line("# Wrong labels.\n_target_: cl.streams.split.split")
+        >>> line("# Wrong labels.\n_target_: cl.compose.labels.label_noise")
         'Wrong labels.'
-        >>> line("er:\n  _target_: cl.strategies.er.ER")[:36]
+        >>> line("# Of no interest.\ner:\n  _target_: cl.strategies.er.ER", is_method=True)[:36]
         'Experience Replay (Rolnick et al. 20'
     """
-    said = re.match(r"((?:# .*\n)+)", re.sub(r"\A# @package.*\n", "", text))
-    if said is not None:
-        lines = said.group(1).replace("# ", "").splitlines()
-        whole = next((i for i, some in enumerate(lines) if some.endswith((".", ")"))), len(lines) - 1)
-        return " ".join(lines[: whole + 1])
     target = re.search(r"^\s*_target_: *([\w.]+)", text, flags=re.MULTILINE)
-    return described(target.group(1)) if target is not None else ""
+    name, _, thing = (target.group(1) if target is not None else "").rpartition(".")
+    said = re.match(r"((?:# .*\n)+)", re.sub(r"\A# @package.*\n", "", text))
+    if name and (is_method or said is None):
+        return described(name, "" if is_method else thing)
+    lines = said.group(1).replace("# ", "").splitlines() if said is not None else []
+    whole = next((i for i, some in enumerate(lines) if some.endswith((".", ")"))), len(lines) - 1)
+    return " ".join(lines[: whole + 1])
 
 
-def described(target: str) -> str:
-    """Return the first paragraph on a class or function: its file's, where the file bears its name, else its own."""
-    name, _, thing = target.rpartition(".")
+def described(module: str, thing: str = "") -> str:
+    """Return the first paragraph on a module, or on a class or function in it; nothing where it cannot be read."""
     try:
-        spec = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
         return ""
-    module = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    node: ast.Module | ast.ClassDef | ast.FunctionDef = module
-    if thing.lower() != name.rpartition(".")[2].replace("_", ""):
-        defined = [part for part in module.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
-        node = next((part for part in defined if part.name == thing), module)
+    node: ast.Module | ast.ClassDef | ast.FunctionDef = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    if thing:
+        defined = [part for part in node.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
+        found = next((part for part in defined if part.name == thing), None)
+        if found is None:
+            return ""
+        node = found
     return " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
 
 

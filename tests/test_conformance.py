@@ -29,6 +29,7 @@ from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
+from cl.strategies.si import SI
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -91,6 +92,7 @@ METHODS = [
     Row("ncm", NCM),
     Row("ncm", NCM, {"freeze": False}, finetunes_first=True),
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
+    Row("si", SI, finetunes_first=True),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -98,6 +100,7 @@ TEAMS = [
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
+    Row("er,si", lambda: {"er": ER(20), "si": SI()}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -28,6 +28,7 @@ from cl.strategies.gpm import GPM
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
+from cl.strategies.mas import MAS
 from cl.strategies.ncm import NCM
 from cl.strategies.si import SI
 from cl.strategy import Batch, Strategy
@@ -79,7 +80,7 @@ METHODS = [
     Row("gpm", GPM, finetunes_first=True),
     Row("gpm", GPM, {"released_rule": True}, backbone="vit", finetunes_first=True),
     Row("ewc", EWC, finetunes_first=True),
-    Row("ewc", EWC, {"fisher": "sampled", "num_samples": 10, "gamma": 0.9}, finetunes_first=True),
+    Row("ewc", EWC, {"fisher": "sampled", "num_samples": 10}, finetunes_first=True),
     Row(
         "ewc",
         EWC,
@@ -93,6 +94,7 @@ METHODS = [
     Row("ncm", NCM, {"freeze": False}, finetunes_first=True),
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
     Row("si", SI, finetunes_first=True),
+    Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -101,6 +103,7 @@ TEAMS = [
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,si", lambda: {"er": ER(20), "si": SI()}),
+    Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -30,6 +30,7 @@ from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
 from cl.strategies.ncm import NCM
+from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.si import SI
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
@@ -95,6 +96,8 @@ METHODS = [
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
     Row("si", SI, finetunes_first=True),
     Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
+    Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
+    Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -104,6 +107,7 @@ TEAMS = [
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,si", lambda: {"er": ER(20), "si": SI()}),
     Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
+    Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

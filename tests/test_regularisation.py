@@ -15,11 +15,15 @@ from torch import nn
 
 from cl.errors import InputError
 from cl.experiment import Experiment
+from cl.fisher import diagonal_fisher
 from cl.learner import Learner
 from cl.random import derive
+from cl.strategies import online_ewc
+from cl.strategies.ewc import EWC
 from cl.strategies.l2p import L2P
 from cl.strategies.mas import MAS, sensitivity
 from cl.strategies.ncm import NCM
+from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.si import SI
 from cl.strategy import Strategy
 from cl.task import SCENARIOS, Stream, Task, TaskData
@@ -207,15 +211,15 @@ def test_the_path_does_not_depend_on_clipping_or_accumulating_minibatches():
     assert float(learner.strategies["method"].path[0]) == pytest.approx(1.0 * 0.05, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", [SI, MAS])
-def test_what_cannot_be_held_is_refused(method):
+@pytest.mark.parametrize(("key", "method"), [("si", SI), ("mas", MAS), ("online_ewc", OnlineEWC), ("ewc", EWC)])
+def test_what_cannot_be_held_is_refused(key, method):
     name = method.__name__
     with pytest.raises(InputError, match=f"{name} holds the weights .* another strategy owns encode: drop one"):
         toy_learner({"l2p": L2P(), "other": method()}, backbone="vit")
     learner, stream = toy_learner({"method": method(), "ncm": NCM()})
     with pytest.raises(InputError, match=f"{name} holds trainable weights, and all are frozen"):
         learn(learner, stream, [0])
-    with pytest.raises(InputError, match=rf"{name.lower()}\.weight=-1 must be 0 or more"):
+    with pytest.raises(InputError, match=rf"{key}\.weight=-1 must be 0 or more"):
         method(weight=-1)
 
 
@@ -307,3 +311,72 @@ def test_mas_needs_no_labels_and_measures_plain_examples_in_evaluation_mode():
         found.append(learner.strategies["method"].importance.clone())
         assert learner.backbone.training
     assert torch.equal(*found) and float(found[0].max()) > 0
+
+
+# ------------------------------------------------------------------ online EWC
+
+
+def scripted(monkeypatch, fishers, optima, **options) -> tuple[Learner, OnlineEWC]:
+    """A learner of 614 weights whose optima and Fishers after each task are the given numbers."""
+    learner, _ = toy(OnlineEWC(**options))
+    strategy, script = learner.strategies["method"], iter(fishers)
+    monkeypatch.setattr(online_ewc, "task_fisher", lambda *args: torch.full((614,), next(script)))
+    for optimum in optima:
+        nn.utils.vector_to_parameters(torch.full((614,), optimum), learner.trunk().parameters())
+        strategy.after_task(learner, learner.task)
+        learner.tasks_learned += 1
+    return learner, strategy
+
+
+def test_worked_example_16(monkeypatch):
+    learner, strategy = scripted(monkeypatch, [2.0, 1.0], [0.5, -0.25], gamma=0.9, weight=4.0)
+    torch.testing.assert_close(strategy.precision, torch.full((614,), 2.8))
+    assert torch.equal(strategy.mean, torch.full((614,), -0.25))
+    assert float(strategy.loss(learner, None, None).detach()) == 0, "the penalty is 0 at the last optimum"
+    nn.utils.vector_to_parameters(torch.full((614,), 0.75), learner.trunk().parameters())
+    penalty = float(strategy.loss(learner, None, None).detach())
+    assert penalty == pytest.approx(614 * 4 / 2 * 0.9 * 2.8), "with a half, and gamma once more (equation 2)"
+
+
+@quick
+@given(st.floats(0, 1), st.lists(st.floats(0, 5), min_size=1, max_size=6))
+def test_the_precision_is_a_fading_sum(gamma, fishers):
+    with pytest.MonkeyPatch.context() as patch:
+        _, strategy = scripted(patch, fishers, [0.0] * len(fishers), gamma=gamma)
+    expected = sum(gamma ** (len(fishers) - 1 - i) * f for i, f in enumerate(fishers))
+    assert float(strategy.precision[0]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_without_fading_the_second_task_is_that_of_ewc_and_the_third_is_not():
+    runs = [toy(m(weight=5.0, num_samples=None, **o), [0, 1]) for m, o in ((EWC, {}), (OnlineEWC, {"gamma": 1.0}))]
+    torch.testing.assert_close(*(vector(learner) for learner, _ in runs), rtol=1e-3, atol=1e-5)
+    after = [vector(learn(learner, stream, [2])) for learner, stream in runs]
+    assert not torch.allclose(*after)
+
+
+def test_online_ewc_measures_the_fisher_of_each_task_at_its_optimum():
+    learner, stream = toy(OnlineEWC(num_samples=None, gamma=0.5))
+    strategy, total = learner.strategies["method"], 0.0
+    for task in stream:
+        learn(learner, stream, [task.index])
+        module = nn.Sequential(learner.backbone, learner.head)
+        view = learner.prepare(task.train.tensors()[0])
+        total = 0.5 * total + diagonal_fisher(module, view, torch.arange(2 * task.index + 2))
+        torch.testing.assert_close(strategy.precision, total, rtol=1e-3, atol=1e-7)
+        assert torch.equal(strategy.mean, vector(learner))
+
+
+def test_online_ewc_refuses_what_it_cannot_measure():
+    with pytest.raises(InputError, match=r"online_ewc\.gamma=1\.5 must be between 0 and 1"):
+        OnlineEWC(gamma=1.5)
+    with pytest.raises(InputError, match="no kind of Fisher called 'emprical': did you mean 'empirical'"):
+        OnlineEWC(fisher="emprical")
+    with pytest.raises(InputError, match="batch_size=20 needs one label an example: empirical or sampled"):
+        OnlineEWC(batch_size=20)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("make", [SI, MAS, OnlineEWC])
+def test_on_one_task_methods_are_finetuning_to_the_bit(make, scenario):
+    options = {"num_tasks": 1, "scenario": scenario, "epochs": 2}
+    assert torch.equal(vector(toy(make(), [0], **options)[0]), vector(toy(None, [0], **options)[0]))

@@ -169,7 +169,11 @@ class Strategy(nn.Module):
         return batch
 
     def encode(self, learner: Learner, view: Tensor) -> Tensor:
-        """Map prepared inputs (B, *input) to features (B, D); one owner."""
+        """Map prepared inputs (B, *input) to features (B, D); one owner.
+
+        `learner.task_labels` has the rows' task labels (B,) in training, and at test where the scenario gives them;
+        None means rows of the present task, or that nobody may know.
+        """
         features: Tensor = learner.backbone(view)
         return features
 

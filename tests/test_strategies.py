@@ -528,7 +528,7 @@ def test_what_gpm_refuses_really_leaks(optimizer, monkeypatch):
     stream = low_rank_stream((30,))
     with pytest.raises(InputError, match="GPM needs plain SGD"):
         build(stream, WideNet(), GPM(threshold=1.0), optimizer=optimizer)
-    monkeypatch.setattr(gpm, "_refuse", lambda learner: None)
+    monkeypatch.setattr(gpm, "check_plain_sgd", lambda learner, name: None)
     torch.manual_seed(0)
     leaked, _, drift = leak(build(stream, WideNet(), GPM(threshold=1.0), optimizer=optimizer), stream)
     torch.manual_seed(0)

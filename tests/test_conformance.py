@@ -31,6 +31,7 @@ from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
 from cl.strategies.ncm import NCM
 from cl.strategies.online_ewc import OnlineEWC
+from cl.strategies.packnet import PackNet
 from cl.strategies.si import SI
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
@@ -97,6 +98,9 @@ METHODS = [
     Row("si", SI, finetunes_first=True),
     Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
     Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
+    Row("packnet", PackNet, scenarios=("task",)),
+    Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True, scenarios=("task",)),
+    Row("packnet", PackNet, {"share": 0.75}, backbone="vit", scenarios=("task",)),
     Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),
 ]
 TEAMS = [
@@ -106,6 +110,7 @@ TEAMS = [
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,si", lambda: {"er": ER(20), "si": SI()}),
+    Row("er,packnet", lambda: {"er": ER(20), "packnet": PackNet()}, scenarios=("task",)),
     Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
     Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),
 ]

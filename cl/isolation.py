@@ -1,0 +1,91 @@
+"""What methods share that give each task a subnetwork: its weights, rows and outputs, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cl.errors import InputError
+from cl.subspace import check_statistics
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.strategy import Strategy
+    from cl.task import Stream
+
+
+def layer_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable weights of linear layers and convolutions by their names, without biases and norms.
+
+    Example:
+        >>> list(layer_weights(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Conv2d(1, 1, 3))))
+        ['0.weight', '2.weight']
+    """
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return {f"{name}.weight".lstrip("."): m.weight for name, m in layers.items() if m.weight.requires_grad}
+
+
+def encode_by_task(learner: Learner, view: Tensor, weights: Callable[[int], Mapping[str, Tensor]]) -> Tensor:
+    """Return the features (B, D) that each row gets from the backbone with the weights of its task; for `encode`.
+
+    Rows without a label are of the present task. So are, in training, those of a strategy that is alone, where nobody
+    replays others: there the device is not waited for.
+
+    Args:
+        learner: Of the backbone and the labels.
+        view: Prepared inputs (B, *input).
+        weights: Index of a task to parameters in place of the backbone's own.
+    """
+    backbone, labels = learner.backbone, learner.task_labels
+    if labels is None or (backbone.training and len(learner.strategies) == 1):
+        return functional_call(backbone, dict(weights(learner.task_index)), (view,))  # type: ignore[no-any-return]
+    tasks = labels.unique().tolist()
+    rows = [(labels == task).nonzero().flatten() for task in tasks]
+    parts = [functional_call(backbone, dict(weights(t)), (view[some],)) for t, some in zip(tasks, rows, strict=True)]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+def keep_outputs(learner: Learner) -> None:
+    """Take the gradient off the head's outputs for classes of other tasks; for `project_gradients`."""
+    own = learner.membership[learner.task_index]
+    for parameter in learner.head.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= own.view(-1, *(1 for _ in parameter.shape[1:]))
+
+
+def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> None:
+    """Refuse what would let a later task change an earlier one's answers, whatever its own weights do.
+
+    Raises:
+        InputError: If task labels are not given at test, tasks share outputs or have no boundaries, batch norm keeps
+            running statistics, the head has more than one row of weights a class, or the optimizer decays weights
+            that get no gradient.
+    """
+    name = type(strategy).__name__
+    if learner.scenario != "task":
+        raise InputError(f"{name} has to be given the task at test, but the scenario is {learner.scenario}: use task.")
+    if not stream.boundaries or bool((learner.membership.sum(0) > 1).any()):
+        raise InputError(
+            f"{name} gives each task outputs of its own, but in {stream.name!r} tasks share classes or have no "
+            "boundaries: choose another stream."
+        )
+    check_optimizer(name, learner)
+    check_statistics(learner, name)
+
+
+def check_optimizer(name: str, learner: Learner) -> None:
+    """Refuse weight decay, which moves weights that get no gradient.
+
+    Raises:
+        InputError: Naming the method.
+    """
+    decay = learner.new_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
+    if decay:
+        raise InputError(
+            f"{name} keeps the weights of old tasks by gradients of 0, and weight_decay={decay} moves them all the "
+            "same: use optimizer.weight_decay=0."
+        )

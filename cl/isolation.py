@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
 from cl.errors import InputError
 from cl.subspace import check_statistics
@@ -27,6 +29,69 @@ def layer_weights(module: nn.Module) -> dict[str, Tensor]:
     """
     layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     return {f"{name}.weight".lstrip("."): m.weight for name, m in layers.items() if m.weight.requires_grad}
+
+
+def by_row(values: Tensor, like: Tensor) -> Tensor:
+    """Return one value a row, so that it is broadcast over another tensor's rows.
+
+    Example:
+        >>> by_row(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4)).shape
+        torch.Size([2, 1, 1])
+    """
+    return values.view(-1, *(1 for _ in like.shape[1:]))
+
+
+def chained_layers(backbone: nn.Module, input_shape: tuple[int, ...]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the linear layers and convolutions of a backbone by name, each of which is fed by the one before it.
+
+    Whether they are a chain is tried out: where the weights of one are 0, features must not depend on the input.
+
+    Raises:
+        InputError: If a path leads past a layer, there are norms, whose scale would undo a gate's, or a layer does not
+            take the units of the one before, or these in blocks of the same size.
+
+    Example:
+        >>> list(chained_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), (2,)))
+        ['0', '2']
+    """
+    calls: list[str] = []
+    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    hooks = [m.register_forward_hook(lambda *_, name=n: calls.append(name)) for n, m in layers.items()]
+    x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        backbone(x)
+    for hook in hooks:
+        hook.remove()
+    norms = [name for name, m in backbone.named_modules() if isinstance(m, _NormBase | nn.GroupNorm | nn.LayerNorm)]
+    sizes = [(layers[name].weight.shape[0], layers[name].weight.shape[1]) for name in calls]
+    fits = all(after[1] % before[0] == 0 for before, after in pairwise(sizes))
+    if norms or sorted(calls) != sorted(layers) or not fits or not all(_closes(backbone, n, x) for n in calls):
+        raise InputError(
+            f"{type(backbone).__name__} is no chain of layers without norms, whose units could be gated: use "
+            "backbone=mlp or simple_cnn."
+        )
+    return {name: layers[name] for name in calls}
+
+
+def _closes(backbone: nn.Module, layer: str, x: Tensor) -> bool:
+    closed = {f"{layer}.weight": torch.zeros_like(backbone.get_submodule(layer).weight)}  # type: ignore[arg-type]
+    with torch.no_grad():
+        one, other = functional_call(backbone, closed, (x,))
+    return bool(torch.equal(one, other))
+
+
+def silence_others(learner: Learner, owned: Iterable[Tensor]) -> None:
+    """Take the gradient off the backbone's parameters that belong to no task, after the first; biases and norms.
+
+    Args:
+        learner: Of the backbone.
+        owned: The other parameters.
+    """
+    if learner.task_index > 0:
+        kept = {id(parameter) for parameter in owned}
+        for parameter in learner.backbone.parameters():
+            if id(parameter) not in kept:
+                parameter.grad = None
 
 
 def encode_by_task(learner: Learner, view: Tensor, weights: Callable[[int], Mapping[str, Tensor]]) -> Tensor:
@@ -54,7 +119,7 @@ def keep_outputs(learner: Learner) -> None:
     own = learner.membership[learner.task_index]
     for parameter in learner.head.parameters():
         if parameter.grad is not None:
-            parameter.grad *= own.view(-1, *(1 for _ in parameter.shape[1:]))
+            parameter.grad *= by_row(own, parameter)
 
 
 def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> None:

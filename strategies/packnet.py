@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import InputError, check_range
-from cl.isolation import check_isolation, encode_by_task, keep_outputs, layer_weights
+from cl.isolation import check_isolation, encode_by_task, keep_outputs, layer_weights, silence_others
 from cl.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -118,11 +118,7 @@ class PackNet(Strategy):
         for _, weight, owner in owned:
             if weight.grad is not None:
                 weight.grad *= owner == learner.task_index + 1
-        if learner.task_index > 0:
-            weights = {id(weight) for _, weight, _ in owned}
-            for parameter in learner.backbone.parameters():
-                if id(parameter) not in weights:
-                    parameter.grad = None
+        silence_others(learner, [weight for _, weight, _ in owned])
         keep_outputs(learner)
 
     def after_epoch(self, learner: Learner, task: Task, epoch: int) -> None:

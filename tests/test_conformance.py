@@ -25,6 +25,7 @@ from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gpm import GPM
+from cl.strategies.hat import HAT
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
@@ -99,6 +100,7 @@ METHODS = [
     Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
     Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
     Row("packnet", PackNet, scenarios=("task",)),
+    Row("hat", HAT, scenarios=("task",)),
     Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True, scenarios=("task",)),
     Row("packnet", PackNet, {"share": 0.75}, backbone="vit", scenarios=("task",)),
     Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),
@@ -110,6 +112,7 @@ TEAMS = [
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,si", lambda: {"er": ER(20), "si": SI()}),
+    Row("er,hat", lambda: {"er": ER(20), "hat": HAT()}, scenarios=("task",)),
     Row("er,packnet", lambda: {"er": ER(20), "packnet": PackNet()}, scenarios=("task",)),
     Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
     Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),

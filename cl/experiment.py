@@ -43,6 +43,7 @@ _NOISE = (
     ".*total length of `?DataLoader.* is zero.*",
     ".*grad attribute of a Tensor that is not a leaf.*",  # torch.compile, of features that enter the head
     ".*isinstance.treespec, LeafSpec.*",
+    ".*torch.jit.script. is deprecated.*",  # torch, of its own forward derivatives
 )
 
 

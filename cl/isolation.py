@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def layer_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return the trainable weights of linear layers and convolutions by their names, without biases and norms.
+    """Return the weights of linear layers and convolutions by their names, without biases and norms.
 
     Example:
         >>> list(layer_weights(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Conv2d(1, 1, 3))))
         ['0.weight', '2.weight']
     """
     layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    return {f"{name}.weight".lstrip("."): m.weight for name, m in layers.items() if m.weight.requires_grad}
+    return {f"{name}.weight".lstrip("."): m.weight for name, m in layers.items()}
 
 
 def by_row(values: Tensor, like: Tensor) -> Tensor:
@@ -94,23 +94,26 @@ def silence_others(learner: Learner, owned: Iterable[Tensor]) -> None:
                 parameter.grad = None
 
 
-def encode_by_task(learner: Learner, view: Tensor, weights: Callable[[int], Mapping[str, Tensor]]) -> Tensor:
-    """Return the features (B, D) that each row gets from the backbone with the weights of its task; for `encode`.
+def run_by_task(
+    learner: Learner, module: nn.Module, inputs: Tensor, weights: Callable[[int], Mapping[str, Tensor]]
+) -> Tensor:
+    """Return what each row (B, ...) gets from a module with the weights of its task; for `encode` and `classify`.
 
     Rows without a label are of the present task. So are, in training, those of a strategy that is alone, where nobody
     replays others: there the device is not waited for.
 
     Args:
-        learner: Of the backbone and the labels.
-        view: Prepared inputs (B, *input).
-        weights: Index of a task to parameters in place of the backbone's own.
+        learner: Knows the labels.
+        module: Backbone or head.
+        inputs: Its inputs (B, ...).
+        weights: Index of a task to parameters in place of the module's own.
     """
-    backbone, labels = learner.backbone, learner.task_labels
-    if labels is None or (backbone.training and len(learner.strategies) == 1):
-        return functional_call(backbone, dict(weights(learner.task_index)), (view,))  # type: ignore[no-any-return]
+    labels = learner.task_labels
+    if labels is None or (learner.backbone.training and len(learner.strategies) == 1):
+        return functional_call(module, dict(weights(learner.task_index)), (inputs,))  # type: ignore[no-any-return]
     tasks = labels.unique().tolist()
     rows = [(labels == task).nonzero().flatten() for task in tasks]
-    parts = [functional_call(backbone, dict(weights(t)), (view[some],)) for t, some in zip(tasks, rows, strict=True)]
+    parts = [functional_call(module, dict(weights(t)), (inputs[some],)) for t, some in zip(tasks, rows, strict=True)]
     return torch.cat(parts)[torch.cat(rows).argsort()]
 
 

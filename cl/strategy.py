@@ -13,7 +13,7 @@ A run, with each hook marked where it is called (`cl/experiment.py` and `cl/lear
                 batch = strategy.extend_batch(learner, batch)            # may only append rows: replay
                 batch.view = normalize(augment(batch.x))                 # once, after the replayed rows are in
                 features = strategy.encode(learner, batch.view)          # one owner; default: learner.backbone
-                logits = learner.head(features)                          # (B, C), full width
+                logits = strategy.classify(learner, features)            # one owner; default: learner.head
                 loss = strategy.criterion(learner, batch, logits)        # one owner; default: the target's masked loss
                 loss += strategy.loss(learner, batch, logits)            # every strategy; None adds nothing
                 loss.backward()
@@ -177,6 +177,11 @@ class Strategy(nn.Module):
         features: Tensor = learner.backbone(view)
         return features
 
+    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, C) over all classes; one owner."""
+        logits: Tensor = learner.head(features)
+        return logits
+
     def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
         """Return the classification loss in place of the default; one owner."""
         return learner.criterion(logits, batch)
@@ -201,7 +206,7 @@ class Strategy(nn.Module):
 
 
 CHAINED = ("before_task", "after_task", "extend_batch", "loss", "project_gradients", "after_step", "after_epoch")
-ONE_OWNER = ("training_data", "configure_optimizer", "encode", "criterion", "predict")
+ONE_OWNER = ("training_data", "configure_optimizer", "encode", "classify", "criterion", "predict")
 
 
 def overrides(strategy: Strategy, hook: str) -> bool:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.errors import check_range
-from cl.isolation import by_row, chained_layers, check_isolation, encode_by_task, keep_outputs, silence_others
+from cl.isolation import by_row, chained_layers, check_isolation, keep_outputs, run_by_task, silence_others
 from cl.strategy import Batch, Strategy
 from cl.subspace import check_plain_sgd
 
@@ -136,7 +136,7 @@ class HAT(Strategy):
                 for part, p in learner.backbone.get_submodule(name).named_parameters()
             }
 
-        return encode_by_task(learner, view, gated)
+        return run_by_task(learner, learner.backbone, view, gated)
 
     def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the price of the units that the task is the first to use."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import InputError, check_range
-from cl.isolation import check_isolation, encode_by_task, keep_outputs, layer_weights, silence_others
+from cl.isolation import check_isolation, keep_outputs, layer_weights, run_by_task, silence_others
 from cl.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class PackNet(Strategy):
         def subnetwork(task: int) -> dict[str, Tensor]:
             return {name: torch.where((owner > 0) & (owner <= task + 1), w, 0) for name, w, owner in owned}
 
-        return encode_by_task(learner, view, subnetwork)
+        return run_by_task(learner, learner.backbone, view, subnetwork)
 
     def project_gradients(self, learner: Learner) -> None:
         """Leave only gradients of what the task owns; biases and norms are the first task's."""

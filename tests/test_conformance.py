@@ -34,6 +34,7 @@ from cl.strategies.ncm import NCM
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.packnet import PackNet
 from cl.strategies.si import SI
+from cl.strategies.supsup import SupSup
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -101,6 +102,8 @@ METHODS = [
     Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
     Row("packnet", PackNet, scenarios=("task",)),
     Row("hat", HAT, scenarios=("task",)),
+    Row("supsup", SupSup),
+    Row("supsup", SupSup, {"density": 0.1}, backbone="vit", scenarios=("task",)),
     Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True, scenarios=("task",)),
     Row("packnet", PackNet, {"share": 0.75}, backbone="vit", scenarios=("task",)),
     Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),
@@ -112,6 +115,7 @@ TEAMS = [
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,si", lambda: {"er": ER(20), "si": SI()}),
+    Row("er,supsup", lambda: {"er": ER(20), "supsup": SupSup()}),
     Row("er,hat", lambda: {"er": ER(20), "hat": HAT()}, scenarios=("task",)),
     Row("er,packnet", lambda: {"er": ER(20), "packnet": PackNet()}, scenarios=("task",)),
     Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),

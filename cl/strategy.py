@@ -29,7 +29,7 @@ Every hook is optional, and one that no strategy overrides costs nothing in the 
 gradients chain in the order of the configuration; a hook with one owner refuses two and names both. The engine alone
 calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The learner is
 passed in and never stored. All state is a registered buffer, parameter or sub-module of final shape after `setup`, so
-a strategy has no checkpoint code of its own.
+a strategy has no checkpoint code of its own. What should be known beside a run's numbers, `remark` says.
 
 In several processes (`trainer=ddp`) each sees its rows of every minibatch, and `.grad` is that of all rows when it is
 projected. Hooks between tasks see the whole task everywhere, and what they leave is taken from process 0, but for a
@@ -147,6 +147,13 @@ class Strategy(nn.Module):
                 f"{type(self).__name__} cannot learn in {world_size()} processes: use trainer=default, with one device."
             )
 
+    def remark(self, learner: Learner) -> str | None:
+        """Return a sentence that belongs beside the numbers of a run, such as why the method cannot work there.
+
+        It is asked for once, after every strategy's `setup`, and shown where the run's notes are.
+        """
+        return None
+
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate every tensor at its final shape and refuse what cannot work."""
 
@@ -261,6 +268,11 @@ class Composition(nn.ModuleDict):
             for path, module in strategy.named_modules():
                 if isinstance(module, Random):
                     module.seed(derive(learner.seed, name, path))
+
+    def remarks(self, learner: Learner) -> list[str]:
+        """Return the strategies' sentences on a run, each once."""
+        found = (strategy.remark(learner) for strategy in self.values())  # type: ignore[operator]
+        return list(dict.fromkeys(text for text in found if text))
 
     def owned(self, hook: str) -> bool:
         """Say whether a strategy defines a hook with one owner."""

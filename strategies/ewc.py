@@ -29,6 +29,7 @@ from torch import Tensor
 
 from cl.errors import check_range, unknown
 from cl.fisher import check_fisher, check_labels, task_fisher
+from cl.memory import remark_without
 from cl.random import Random
 from cl.strategy import Batch, Strategy
 from cl.weights import check_encode, check_held, flat, held
@@ -79,6 +80,10 @@ class EWC(Strategy):
             raise unknown("merge of Fishers", merge, MERGES)
         self.weight, self.fisher, self.num_samples = weight, fisher, num_samples
         self.batch_size, self.merge = batch_size, merge
+
+    def remark(self, learner: Learner) -> str | None:
+        """Say so where the method cannot work."""
+        return remark_without("EWC", learner)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate F and the anchor as vectors."""

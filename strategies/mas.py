@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from cl.errors import check_range
 from cl.fisher import gradient_sum, sampled_inputs
+from cl.memory import remark_without
 from cl.random import Random
 from cl.strategy import Batch, Strategy
 from cl.weights import check_encode, check_held, flat, held
@@ -84,6 +85,10 @@ class MAS(Strategy):
         check_range("mas", 0, weight=weight)
         check_range("mas", 1, num_samples=num_samples)
         self.weight, self.num_samples = weight, num_samples
+
+    def remark(self, learner: Learner) -> str | None:
+        """Say so where the method cannot work."""
+        return remark_without("MAS", learner)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate Omega and the anchor as vectors."""

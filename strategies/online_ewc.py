@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cl.errors import check_range
 from cl.fisher import check_fisher, check_labels, task_fisher
+from cl.memory import remark_without
 from cl.random import Random
 from cl.strategy import Batch, Strategy
 from cl.weights import check_encode, check_held, flat, held
@@ -71,6 +72,10 @@ class OnlineEWC(Strategy):
         check_fisher(fisher, batch_size)
         self.weight, self.gamma = weight, gamma
         self.fisher, self.num_samples, self.batch_size = fisher, num_samples, batch_size
+
+    def remark(self, learner: Learner) -> str | None:
+        """Say so where the method cannot work."""
+        return remark_without("Online EWC", learner)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the Gaussian: F* and the mean as vectors."""

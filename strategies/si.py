@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import check_range
+from cl.memory import remark_without
 from cl.strategy import Batch, Strategy
 from cl.weights import check_encode, check_held, flat, held
 
@@ -62,6 +63,10 @@ class SI(Strategy):
         check_range("si", 0, weight=weight)
         check_range("si", 0, above=True, damping=damping)
         self.weight, self.damping = weight, damping
+
+    def remark(self, learner: Learner) -> str | None:
+        """Say so where the method cannot work."""
+        return remark_without("SI", learner)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate Omega, the anchor, omega, and what the last step started from."""

@@ -18,9 +18,14 @@ from cl.experiment import Experiment
 from cl.fisher import diagonal_fisher
 from cl.learner import Learner
 from cl.random import derive
+from cl.report.terminal import TerminalReport
 from cl.strategies import online_ewc
+from cl.strategies.cumulative import Cumulative
+from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
+from cl.strategies.finetune import Finetune
 from cl.strategies.l2p import L2P
+from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS, sensitivity
 from cl.strategies.ncm import NCM
 from cl.strategies.online_ewc import OnlineEWC
@@ -380,3 +385,39 @@ def test_online_ewc_refuses_what_it_cannot_measure():
 def test_on_one_task_methods_are_finetuning_to_the_bit(make, scenario):
     options = {"num_tasks": 1, "scenario": scenario, "epochs": 2}
     assert torch.equal(vector(toy(make(), [0], **options)[0]), vector(toy(None, [0], **options)[0]))
+
+
+# ------------------------------------------------------------------ remarks
+
+NEED_EXEMPLARS = {"EWC": EWC, "Online EWC": OnlineEWC, "SI": SI, "MAS": MAS, "LwF": LwF}
+
+
+def notes(strategies: dict[str, Strategy], **options) -> list[str]:
+    learner, stream = toy_learner(strategies, **options)
+    return Experiment(learner, stream, trainer, notes=["First."]).run_view.notes
+
+
+@pytest.mark.parametrize("name", NEED_EXEMPLARS)
+def test_a_method_that_cannot_work_says_so_with_the_reason_and_the_paper(name):
+    make = NEED_EXEMPLARS[name]
+    first, remark = notes({"it": make()})
+    assert first == "First." and remark.startswith(f"{name} keeps no exemplars: ")
+    assert "van de Ven and Tolias 2019" in remark and "never sees the classes of different tasks together" in remark
+    for scenario in ("task", "domain"):
+        assert notes({"it": make()}, scenario=scenario) == ["First."]
+    assert notes({"er": ER(20), "it": make()}) == ["First."], "with exemplars"
+    assert notes({"it": make(), "all": Cumulative()}) == ["First."], "classes are seen together"
+    assert notes({"it": make()}, num_tasks=1) == ["First."]
+
+
+def test_methods_that_need_none_say_nothing_and_two_alike_say_it_once():
+    assert notes({"it": Finetune()}) == ["First."] == notes({})
+    assert len(notes({"one": EWC(), "two": EWC(weight=3.0)})) == 2
+    assert len(notes({"one": EWC(), "two": SI()})) == 3
+
+
+def test_the_terminal_shows_a_remark_once(capsys):
+    learner, stream = toy_learner({"si": SI()}, num_tasks=2)
+    Experiment(learner, stream, trainer, reports=[TerminalReport()]).run()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("SI keeps no exemplars: it never sees the classes of different tasks together") == 1

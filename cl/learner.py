@@ -213,7 +213,7 @@ class Learner(pl.LightningModule):
     def forward(self, view: Tensor, task: Tensor | None = None) -> Tensor:
         """Map prepared inputs (B, *input) to logits (B, C), with task labels (B,) where rows are of other tasks."""
         self.task_labels = self._given if task is None else task
-        logits: Tensor = self.head(self._owners["encode"](self, view))
+        logits: Tensor = self._owners["classify"](self, self._owners["encode"](self, view))
         return logits
 
     def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:

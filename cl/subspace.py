@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
+from cl.by_task import run_by_task
 from cl.errors import InputError
 from cl.random import Random
 from cl.representation import Layer, layer_inputs, trainable_layers
@@ -249,20 +249,12 @@ def encode_by_task(learner: Learner, view: Tensor, subspaces: Iterable[Subspaces
     """
     names = {layer: f"{name}.weight" for name, layer in learner.backbone.named_modules()}
     pairs = list(zip(protected_layers(learner), subspaces, strict=True))
-    labels = learner.task_labels
-    tasks = [learner.task_index] if labels is None else labels.unique().tolist()
 
-    def as_task(task: int, rows: Tensor) -> Tensor:
+    def of(task: int) -> dict[str, Tensor]:
         present = task == learner.task_index
-        weights = {names[layer]: own.weight(layer.weight, task, present) for layer, own in pairs}
-        features: Tensor = functional_call(learner.backbone, weights, (rows,))
-        return features
+        return {names[layer]: own.weight(layer.weight, task, present) for layer, own in pairs}
 
-    if labels is None or len(tasks) == 1:
-        return as_task(tasks[0], view)
-    places = [(labels == task).nonzero().flatten() for task in tasks]
-    parts = [as_task(task, view[place]) for task, place in zip(tasks, places, strict=True)]
-    return torch.cat(parts)[torch.cat(places).argsort()]
+    return run_by_task(learner, learner.backbone, view, of)
 
 
 def check_task_labels(learner: Learner, name: str) -> None:

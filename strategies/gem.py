@@ -29,9 +29,9 @@ from torch.optim import SGD
 
 from cl.distributed import from_first, mean_gradients, own
 from cl.errors import InputError, check_range
-from cl.fisher import flat
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
+from cl.weights import flat
 
 if TYPE_CHECKING:
     from cl.learner import Learner

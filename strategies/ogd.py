@@ -30,10 +30,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.errors import InputError, check_range, unknown
-from cl.fisher import flat
 from cl.random import Random
 from cl.strategy import Strategy
 from cl.subspace import check_plain_sgd, check_statistics, protected
+from cl.weights import flat
 
 if TYPE_CHECKING:
     from cl.learner import Learner

@@ -33,17 +33,23 @@ from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
+from cl.strategies.hat import HAT
 from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
+from cl.strategies.mas import MAS
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
+from cl.strategies.online_ewc import OnlineEWC
+from cl.strategies.packnet import PackNet
 from cl.strategies.ranpac import RanPAC
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.scr import SCR
 from cl.strategies.sgp import SGP
+from cl.strategies.si import SI
+from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
 from cl.strategy import Batch, Strategy
@@ -95,7 +101,7 @@ METHODS = [
     Row("gpm", GPM, finetunes_first=True),
     Row("gpm", GPM, {"released_rule": True}, backbone="vit", finetunes_first=True),
     Row("ewc", EWC, finetunes_first=True),
-    Row("ewc", EWC, {"fisher": "sampled", "num_samples": 10, "gamma": 0.9}, finetunes_first=True),
+    Row("ewc", EWC, {"fisher": "sampled", "num_samples": 10}, finetunes_first=True),
     Row(
         "ewc",
         EWC,
@@ -140,6 +146,16 @@ METHODS = [
     Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
     Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
+    Row("si", SI, finetunes_first=True),
+    Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
+    Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
+    Row("packnet", PackNet, scenarios=("task",)),
+    Row("hat", HAT, scenarios=("task",)),
+    Row("supsup", SupSup),
+    Row("supsup", SupSup, {"density": 0.1}, backbone="vit", scenarios=("task",)),
+    Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True, scenarios=("task",)),
+    Row("packnet", PackNet, {"share": 0.75}, backbone="vit", scenarios=("task",)),
+    Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
@@ -173,6 +189,12 @@ TEAMS = [
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
+    Row("er,si", lambda: {"er": ER(20), "si": SI()}),
+    Row("er,supsup", lambda: {"er": ER(20), "supsup": SupSup()}),
+    Row("er,hat", lambda: {"er": ER(20), "hat": HAT()}, scenarios=("task",)),
+    Row("er,packnet", lambda: {"er": ER(20), "packnet": PackNet()}, scenarios=("task",)),
+    Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
+    Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

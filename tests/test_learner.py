@@ -548,3 +548,17 @@ def test_a_hook_sees_the_step_it_is_at(chunk_size):
 
     learn({"watch": Watch()}, num_tasks=2, chunk_size=chunk_size)
     assert steps == list(range(1, 13)) * 2
+
+
+def test_an_owner_of_classify_maps_features_to_logits_everywhere():
+    class Doubled(Strategy):
+        def classify(self, learner, features):
+            return 2 * learner.head(features)
+
+    learner, stream = toy_learner({"doubled": Doubled()})
+    x, y, task = stream[0].test.tensors()
+    expected = 2 * learner.head(learner.backbone(learner.prepare(x)))
+    assert torch.equal(learner(learner.prepare(x)), expected)
+    assert torch.equal(learner.predict(Batch(x, y, task)), expected)
+    with pytest.raises(InputError, match="'a' and 'b' both define classify, which has one owner"):
+        toy_learner({"a": Doubled(), "b": Doubled()})

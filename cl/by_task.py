@@ -28,7 +28,8 @@ def run_by_task(
         weights: Index of a task to parameters in place of the module's own.
     """
     labels = learner.task_labels
-    if labels is None or (learner.backbone.training and len(learner.strategies) == 1):
+    alone = learner.backbone.training and learner.told is None and len(learner.strategies) == 1
+    if labels is None or alone:
         return functional_call(module, dict(weights(learner.task_index)), (inputs,))  # type: ignore[no-any-return]
     tasks = labels.unique().tolist()
     rows = [(labels == task).nonzero().flatten() for task in tasks]

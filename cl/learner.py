@@ -118,7 +118,7 @@ class Learner(pl.LightningModule):
         self.last_loss: Tensor | None = None
         self._data: TaskData | None = None
         self.task_labels: Tensor | None = None  # of the rows in `encode`, (B,); None: of the present task, or not told
-        self._given: Tensor | None = None
+        self.told: Tensor | None = None  # those that a prediction is given
         self._curves = Curves(log_every)
         self.accumulate, self.limit = 1, 1.0
         self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # by the step before which somebody measures
@@ -212,7 +212,7 @@ class Learner(pl.LightningModule):
 
     def forward(self, view: Tensor, task: Tensor | None = None) -> Tensor:
         """Map prepared inputs (B, *input) to logits (B, C), with task labels (B,) where rows are of other tasks."""
-        self.task_labels = self._given if task is None else task
+        self.task_labels = self.told if task is None else task
         logits: Tensor = self._owners["classify"](self, self._owners["encode"](self, view))
         return logits
 
@@ -425,9 +425,9 @@ class Learner(pl.LightningModule):
 
     def predict(self, batch: Batch) -> Tensor:
         """Return the logits of a batch as they are scored, (B, C), unmasked; task labels are told where they may be."""
-        self._given = batch.task if self.scenario == "task" else None
+        self.told = batch.task if self.scenario == "task" else None
         logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
-        self._given = None
+        self.told = None
         return logits
 
     # ---- state --------------------------------------------------------------------------------------------------

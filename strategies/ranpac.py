@@ -102,7 +102,8 @@ class RanPAC(Strategy):
     def lift(self, learner: Learner, view: Tensor) -> Tensor:
         """Return h of prepared inputs, (B, M)."""
         features: Tensor = learner.backbone(view).to(self.G.dtype)
-        return (features @ self.projection).relu() if self.num_projections else features
+        with torch.autocast(view.device.type, enabled=False):  # the Gram matrix is of h in full
+            return (features @ self.projection).relu() if self.num_projections else features
 
     @torch.no_grad()
     def after_task(self, learner: Learner, task: Task) -> None:
@@ -133,4 +134,6 @@ class RanPAC(Strategy):
 
     def predict(self, learner: Learner, view: Tensor) -> Tensor:
         """Return the regression's outputs, (B, C)."""
-        return self.lift(learner, view) @ self.weight
+        h = self.lift(learner, view)
+        with torch.autocast(view.device.type, enabled=False):
+            return h @ self.weight

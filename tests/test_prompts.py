@@ -164,17 +164,18 @@ def test_ranpac_trains_nothing_unless_it_adapts_and_then_in_the_first_task_only(
     assert same(weights(toy(RanPAC(20, adapt=True), range(3))[0].trunk()), first)
 
 
+class Same(nn.Module):
+    num_features = 2
+
+    def forward(self, x):
+        return x
+
+
 def test_random_projections_separate_what_the_features_do_not():
     """Two classes as XOR of two features: no linear rule tells them apart, one on projections does."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(400, 2, generator=draw)
     y = (x.prod(1) > 0).long()
-
-    class Same(nn.Module):
-        num_features = 2
-
-        def forward(self, x):
-            return x
 
     found = []
     for size in (0, 200):
@@ -183,6 +184,16 @@ def test_random_projections_separate_what_the_features_do_not():
         learn(learner, stream)
         found.append(float((learner.strategies["method"].predict(learner, x).argmax(1) == y).float().mean()))
     assert found[0] < 0.65 and found[1] > 0.95
+
+
+def test_half_precision_is_the_backbones_alone():
+    x, y = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    stream = Stream([Task(0, TaskData(x, y), TaskData(x, y))], num_classes=2)
+    learner = Learner(stream, Same(), {"method": RanPAC(30)}, partial(torch.optim.SGD, lr=0.1))
+    strategy = learn(learner, stream).strategies["method"]
+    plain = strategy.predict(learner, x)
+    with torch.autocast("cpu", torch.bfloat16):  # as Lightning does around a test step
+        torch.testing.assert_close(strategy.predict(learner, x), plain)
 
 
 def test_a_class_that_was_never_seen_scores_zero_and_rows_are_independent():

@@ -27,8 +27,7 @@ A run, with each hook marked where it is called (`cl/experiment.py` and `cl/lear
 
 Every hook is optional, and one that no strategy overrides costs nothing in the loop. Loss terms add; batches and
 gradients chain in the order of the configuration; a hook with one owner refuses two and names both. The engine alone
-calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The tasks of the
-rows that `encode` sees in training are those of `learner.batch`, where its `view` is the one passed in. The learner is
+calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The learner is
 passed in and never stored. All state is a registered buffer, parameter or sub-module of final shape after `setup`, so
 a strategy has no checkpoint code of its own. What should be known beside a run's numbers, `remark` says.
 

@@ -488,6 +488,7 @@ def with_masks(learner: Learner, *masks: torch.Tensor) -> SupSup:
     strategy = learner.strategies["method"]
     strategy.masks_0[: len(masks)] = torch.stack(masks)
     learner.tasks_learned = len(masks)
+    learner.seen.fill_(True)
     return strategy
 
 

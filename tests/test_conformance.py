@@ -111,7 +111,7 @@ METHODS = [
     Row("tag", TAG, {"form": "adam", "b": 1.0}, backbone="vit"),
     Row("tag", TAG, {"form": "adagrad"}),
     Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
-    Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
+    Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True, scenarios=("task",)),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),

@@ -19,7 +19,7 @@ Differences from the reference code: it clusters augmented examples, here they a
 absolute differences, as here by default; the Euclidean one that the paper suggests (`norm: 2`) can tell another domain.
 
 State: T prompts (l, D), T heads, and centres (T, K, D). Made for the domain-incremental scenario; in the others a task
-counts as a domain, and its classes are told from its own alone. It refuses a backbone that is no transformer.
+counts as a domain, which the task-incremental one tells. It refuses a backbone that is no transformer.
 """
 
 from __future__ import annotations
@@ -87,21 +87,22 @@ class SPrompts(Strategy):
         freeze_transformer("s_prompts", learner.backbone)
         T, D = len(stream), int(learner.backbone.num_features)  # type: ignore[arg-type]
         self.prompts = nn.ParameterList(torch.empty(self.length, D).uniform_(-(D**-0.5), D**-0.5) for _ in stream)
-        self.heads = nn.ModuleList(deepcopy(learner.head).requires_grad_(False) for _ in stream)
+        self.heads = nn.ModuleList(deepcopy(learner.head) for _ in stream)
+        learner.head.requires_grad_(False)  # which is not used
         self.register_buffer("centres", torch.zeros(T, self.num_centres, D))
         self.register_buffer("known", torch.zeros(T, dtype=torch.bool))
         self.random = Random()
 
     def before_task(self, learner: Learner, task: Task) -> None:
-        """Find the domain's centres; give it a new head; train its prompts alone."""
+        """Find the domain's centres; train its prompts and head alone."""
         with torch.no_grad(), learner.evaluating():
             loader = EvalLoader([task.train], learner.device, learner.eval_batch_size)
             features = torch.cat([self._query(learner, learner.prepare(batch.x)) for batch in loader])
         self.centres[task.index] = self._cluster(features)
         self.known[task.index] = True
-        learner.head.load_state_dict(self.heads[task.index].state_dict())
-        for t, prompt in enumerate(self.prompts):
+        for t, (prompt, head) in enumerate(zip(self.prompts, self.heads, strict=True)):
             prompt.requires_grad_(t == task.index)
+            head.requires_grad_(t == task.index)
 
     def _cluster(self, features: Tensor) -> Tensor:
         from sklearn.cluster import KMeans
@@ -113,43 +114,32 @@ class SPrompts(Strategy):
             centres = KMeans(found, n_init=10, random_state=seed).fit(features.float().cpu().numpy()).cluster_centers_
         return torch.from_numpy(centres).to(self.centres)[torch.arange(self.num_centres) % found]
 
-    def after_task(self, learner: Learner, task: Task) -> None:
-        """Keep the domain's head."""
-        self.heads[task.index].load_state_dict(learner.head.state_dict())
-
     def _query(self, learner: Learner, view: Tensor) -> Tensor:
         return F.normalize(learner.backbone(view), dim=1)
 
-    def _domains(self, learner: Learner, view: Tensor) -> Tensor:
+    def _nearest(self, learner: Learner, view: Tensor) -> Tensor:
         with torch.no_grad():
             far = distances(self._query(learner, view).to(self.centres.dtype), self.centres, self.norm)
         return far.masked_fill(~self.known, torch.inf).argmin(1)
 
-    def _features(self, learner: Learner, view: Tensor, domains: Tensor) -> Tensor:
-        transformer: Any = learner.backbone
+    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return the class token under the prompts of each row's domain, (B, D)."""
+        transformer: Any = learner.backbone.eval()
+        told = learner.task_labels
+        self._domains = self._nearest(learner, view) if told is None else told
         tokens = transformer.embed(view)
-        prompts = torch.stack(tuple(self.prompts))[domains].to(tokens.dtype)
+        prompts = torch.stack(tuple(self.prompts))[self._domains].to(tokens.dtype)
         output: Tensor = transformer.encode(torch.cat([tokens, prompts], dim=1))
         return output[:, 0]
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
-        """Return the class token under the prompts of each row's domain, (B, D)."""
-        learner.backbone.eval()
-        told = learner.task_labels
-        return self._features(learner, view, self._domains(learner, view) if told is None else told)
+    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+        """Return the logits of each row's domain, (B, C)."""
+        rows = torch.arange(len(features), device=features.device)
+        logits = torch.stack([head(features) for head in self.heads], dim=1)[rows, self._domains]
+        own = learner.membership[self._domains]
+        return torch.where(own, logits, logits.masked_fill(~own, torch.inf).amin(1, keepdim=True) - 1)
 
     def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy of the incoming rows over the classes of their domain."""
         n = batch.num_incoming
         return F.cross_entropy(learner.mask(logits, batch.task, "task")[:n], batch.y[:n])
-
-    def predict(self, learner: Learner, view: Tensor) -> Tensor:
-        """Return the logits of each row's domain, (B, C)."""
-        domains = self._domains(learner, view)
-        features = self._features(learner, view, domains)
-        heads = [learner.head if t == learner.tasks_learned else head for t, head in enumerate(self.heads)]
-        logits = torch.stack([head(features) for head in heads], dim=1)[
-            torch.arange(len(view), device=view.device), domains
-        ]
-        own = learner.membership[domains]
-        return torch.where(own, logits, logits.masked_fill(~own, torch.inf).amin(1, keepdim=True) - 1)

@@ -719,7 +719,7 @@ def test_s_prompts_predicts_by_the_nearest_domains_prompts_and_head(make):
             tokens = torch.cat([embedded[:, :1], strategy.prompts[t][None], embedded[:, 1:]], dim=1)
             expected.append(strategy.heads[t](learner.backbone.encode(tokens)[:, 0])[0])
             chosen.append(t)
-        ours = strategy.predict(learner, view)
+        ours = learner(view)
     assert set(chosen) == {0, 1, 2}
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=1e-5)
     assert_rows_are_independent(learner, stream)
@@ -735,7 +735,7 @@ def test_s_prompts_on_one_batch_by_hand_and_replay_teaches_nothing():
         learner.backbone.encode(torch.cat([learner.backbone.embed(row[None]), strategy.prompts[1][None]], dim=1))[0, 0]
         for row in batch.view
     ]
-    torch.testing.assert_close(logits, learner.head(torch.stack(features)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, strategy.heads[1](torch.stack(features)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, F.cross_entropy(logits, batch.y))
     x, y, label = (column[5:8] for column in stream[0].train.tensors())
     both = batch.append(Batch(x, y, label))
@@ -776,23 +776,34 @@ def test_in_the_midst_of_a_domain_its_rows_are_predicted_by_the_head_in_training
     learn(learner, stream, [0])
     learner.before_task(stream[1])
     learner.eval()
-    nn.init.constant_(learner.head.bias, 7.0)
-    nn.init.zeros_(learner.head.weight)
-    strategy, view = learner.strategies["method"], learner.prepare(stream[1].test.x)
-    assert bool((strategy.predict(learner, view) == 7).all())
-    assert not bool((strategy.predict(learner, learner.prepare(stream[0].test.x)) == 7).any())
+    head = learner.strategies["method"].heads[1]
+    nn.init.constant_(head.bias, 7.0)
+    nn.init.zeros_(head.weight)
+    assert bool((learner(learner.prepare(stream[1].test.x)) == 7).all())
+    assert not bool((learner(learner.prepare(stream[0].test.x)) == 7).any())
 
 
 def test_classes_of_other_tasks_stand_below_those_of_the_one_told():
     learner, stream = prompted(SPrompts(length=2, num_centres=2), "class")
     learn(learner, stream)
-    out = learner.eval().strategies["method"].predict(learner, all_rows(learner, stream)).detach()
+    out = learner.eval()(all_rows(learner, stream)).detach()
     assert bool(torch.isfinite(out).all())
     task = out.argmax(1) // 2
     for row, t in zip(out, task.tolist(), strict=True):
         others = [c for c in range(6) if c // 2 != t]
         own = row[2 * t : 2 * t + 2]
         torch.testing.assert_close(row[others], (own.min() - 1).expand(4))
+
+
+def test_where_task_labels_are_given_no_domain_is_told_from_centres():
+    learner, stream = prompted(SPrompts(length=2), "task")
+    learn(learner, stream)
+    learner.strategies["method"].centres.zero_()
+    batch = Batch(*TaskData.concat([task.test for task in stream]).tensors())
+    out = learner.eval().predict(batch).detach()
+    assert bool((out.argmax(1) // 2 == batch.task).all())
+    untold = learner(learner.prepare(batch.x)).detach()
+    assert bool((untold.argmax(1) // 2 == 0).all()), "all centres are as far"
 
 
 def test_s_prompts_leaves_the_transformer_and_refuses_other_backbones():

@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import folder, forecasts, many_tasks, memory, processes, strategies
+from benchmarks import folder, forecasts, many_tasks, memory, processes, published, strategies
 from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import take_turns
 from benchmarks.workloads import WORKLOADS
 
 OTHERS = {"memory": memory, "strategies": strategies, "many_tasks": many_tasks, "folder": folder}
-STUDIES = {"forecasts": forecasts, "processes": processes}  # no timings, so no part of `all`
+STUDIES = {"forecasts": forecasts, "processes": processes, "published": published}  # no timings, so no part of `all`
 
 
 def race(name: str, against: list[str], args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, help="a folder with MNIST and CIFAR-100 as torchvision lays them out")
     parser.add_argument("--json", type=Path, help="where to write every measurement")
+    parser.add_argument("--only", default="*", help="published: a pattern of experiments")
+    parser.add_argument("--out", type=Path, default=Path("runs/published"), help="published: where the runs are kept")
     args = parser.parse_args()
     args.data = str(args.data.resolve()) if args.data else ""
     against = list(dict.fromkeys(["bare", "clsim", *filter(None, args.against.split(","))]))

@@ -1,4 +1,8 @@
-"""What each strategy costs: processor time of a short job as a multiple of fine-tuning's."""
+"""What each strategy costs: processor time of a short job as a multiple of fine-tuning's.
+
+Beside it stands the multiple of the operations (torch's counter, over the whole job: training, what is computed between
+tasks, evaluations), which is what the extra forward and backward passes explain, and the quotient of the two.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +25,28 @@ NAMES = ("finetune", "er", "derpp", "ewc", "lwf", "agem", "gpm", "ncm", "cumulat
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure every strategy, and print multiples of the first."""
-    times = take_turns("strategies", NAMES, lambda name, _: ["benchmarks.strategies", name, args.data], args, console)
+
+    def command(name: str, *more: str) -> list[str]:
+        return ["benchmarks.strategies", name, args.data, *more]
+
+    times = take_turns("strategies", NAMES, lambda name, _: command(name), args, console)
+    once = argparse.Namespace(**{**vars(args), "repeat": 1})
+    counts = take_turns("operations", NAMES, lambda name, _: command(name, "count"), once, console)
     table = Table(title="online_mlp's stream under each strategy with its defaults")
-    for column in ("strategy", "processor, s", "/ finetune", "us a step"):
+    for column in ("strategy", "processor, s", "/ finetune", "operations / finetune", "quotient", "us a step"):
         table.add_column(column, justify="right" if column != "strategy" else "left")
     for name, turns in times.items():
         middle = median(turn["processor"] for turn in turns)
-        base = median(t["processor"] / f["processor"] for t, f in zip(turns, times["finetune"], strict=True))
-        steps = turns[0]["steps"]
-        table.add_row(name, f"{middle:.2f}", f"{base:.2f}", f"{1e6 * middle / steps:.0f}" if steps else "-")
+        ratio = median(t["processor"] / f["processor"] for t, f in zip(turns, times["finetune"], strict=True))
+        explained = counts[name][0]["operations"] / counts["finetune"][0]["operations"]
+        each = f"{1e6 * middle / turns[0]['steps']:.0f}" if turns[0]["steps"] else "-"
+        table.add_row(name, f"{middle:.2f}", f"{ratio:.2f}", f"{explained:.2f}", f"{ratio / explained:.2f}", each)
     console.print(table)
-    return {"workload": "strategies", "runs": times}
+    return {"workload": "strategies", "runs": times, "operations": counts}
 
 
-def main(name: str, data: str) -> None:
-    """Time one strategy, made from its configuration."""
+def main(name: str, data: str, count: str = "") -> None:
+    """Time one strategy, made from its configuration, or count its operations."""
     import pytorch_lightning as pl
     from hydra import compose, initialize_config_module
     from hydra.utils import instantiate
@@ -49,10 +60,17 @@ def main(name: str, data: str) -> None:
     with initialize_config_module("cl.conf", version_base="1.3"):
         config = compose("config", overrides=[f"strategy={name}"]).strategy
     learner = clsim.learner(workload, stream, {key: instantiate(value) for key, value in (config or {}).items()})
+    experiment = Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1)
+    if count:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            experiment.run()
+        hand_over({"operations": counter.get_total_flops()})
+        return
     start = time.process_time()
-    Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1).run()
-    result = {"processor": time.process_time() - start, "steps": learner.total_steps}
-    hand_over(result)
+    experiment.run()
+    hand_over({"processor": time.process_time() - start, "steps": learner.total_steps})
 
 
 if __name__ == "__main__":

@@ -71,13 +71,14 @@ def run(cfg: Any) -> float | str:
     from cl.make import make
     from cl.processes import run as run_in_processes
     from cl.report import changed_since, percent, read_result
-    from cl.settle import settle
+    from cl.settle import keep, settle
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
-        settle(cfg, directory)
+        config = settle(cfg, directory)
         finished = read_result(directory)
         if finished is not None:
+            keep(config, directory)  # mends what was damaged
             for name in changed_since(directory):
                 print(
                     f"{directory / name} has changed since the run finished: remove result.json there, and running "

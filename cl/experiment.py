@@ -43,6 +43,7 @@ _NOISE = (
     ".*total length of `?DataLoader.* is zero.*",
     ".*grad attribute of a Tensor that is not a leaf.*",  # torch.compile, of features that enter the head
     ".*isinstance.treespec, LeafSpec.*",
+    ".*torch.jit.script. is deprecated.*",  # torch, of its own forward derivatives
 )
 
 
@@ -74,7 +75,7 @@ class Experiment:
         logger: Lightning loggers for the training curves.
         callbacks: Lightning callbacks, the same objects in every task.
         config: Resolved configuration, for reports.
-        notes: Sentences that belong beside the numbers.
+        notes: Sentences that belong beside the numbers; those of the strategies come behind them.
         columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
             the k newest of these. The first and the last row are measured on all.
         keep: The newest checkpoints of ends of tasks that stay; None keeps all.
@@ -142,7 +143,7 @@ class Experiment:
             calibration=dict(learner.calibration.items()),  # type: ignore[arg-type]
             instruments=dict(self.instruments.items()),
             tuning=dict(tuning or {}),
-            notes=list(notes),
+            notes=[*notes, *learner.strategies.remarks(learner)],
             order=stream.order,
             boundaries=stream.boundaries,
         )

@@ -10,6 +10,9 @@ Computation of the Fisher Information in Continual Learning") compares them as E
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -17,14 +20,54 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.errors import InputError, unknown
 from cl.random import Random
+from cl.weights import flat
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
 
 FISHERS = ("true", "sampled", "empirical")
 _HELD_AT_ONCE = 2**24  # numbers of gradients of single examples
 
 
-def flat(tensors: list[Tensor]) -> Tensor:
-    """Return tensors as one vector."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
+def gradient_sum(
+    module: nn.Module,
+    of: Callable[..., Tensor],
+    shape: Callable[[Tensor], Tensor],
+    x: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    *columns: Tensor,
+) -> Tensor:
+    r"""Return :math:`\sum_k w_k \, h(g_k)` over the gradients of a scalar at single examples, as one vector.
+
+    Args:
+        module: Inputs (B, ...) to outputs; its trainable parameters are what is derived by.
+        of: The scalar of the outputs (b, ...) and of a row of each column.
+        shape: h, element by element.
+        x: Inputs (n, ...).
+        rows: Which b inputs each gradient is of, (m, b); b is 1 for single examples.
+        weights: w, (m,).
+        columns: What `of` knows beside the outputs, (m, ...) each.
+
+    Example:
+        >>> w, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, -2.0], [-3.0, 4.0]])
+        >>> gradient_sum(w, torch.sum, torch.abs, x, torch.tensor([[1], [0]]), torch.tensor([1.0, 10.0]))
+        tensor([13., 24.])
+    """
+    theta = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+    def scalar(theta: dict[str, Tensor], some: Tensor, *column: Tensor) -> Tensor:
+        return of(functional_call(module, theta, (some,)), *column)
+
+    size = sum(p.numel() for p in theta.values())
+    total = torch.zeros(size, device=x.device)
+    chunk = max(1, _HELD_AT_ONCE // size)
+    for some, w, *parts in zip(*(column.split(chunk) for column in (rows, weights, *columns)), strict=True):
+        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap can batch
+            gradients = vmap(grad(scalar), in_dims=(None, 0, *(0 for _ in parts)))(theta, x[some], *parts)
+        total += flat([w @ shape(g.reshape(len(w), -1).float()) for g in gradients.values()])
+    return total
 
 
 def diagonal_fisher(
@@ -54,10 +97,9 @@ def diagonal_fisher(
         >>> [round(float(f), 4) for f in F]  # p = .75, so .75 * .25 * x^2
         [0.75, 0.75]
     """
-    theta = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
-    def log_p(theta: dict[str, Tensor], some: Tensor, y: Tensor) -> Tensor:
-        z = functional_call(module, theta, (some,))[:, classes].float()
+    def log_p(outputs: Tensor, y: Tensor) -> Tensor:
+        z = outputs[:, classes].float()
         mean: Tensor = (z.log_softmax(1) if target == "label" else z).gather(1, y[:, None]).mean()
         return mean
 
@@ -66,15 +108,8 @@ def diagonal_fisher(
             weights = _own_weights(module(x)[:, classes].float(), target)
     batch_size = min(batch_size, len(x))
     whole = len(x) // batch_size * batch_size
-    pairs = [column.view(-1, batch_size) for column in weights[:whole].nonzero(as_tuple=True)]
-    size = sum(p.numel() for p in theta.values())
-    total = torch.zeros(size, device=x.device)
-    chunk = max(1, _HELD_AT_ONCE // size)
-    for e, y in zip(*(column.split(chunk) for column in pairs), strict=True):
-        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap can batch
-            gradients = vmap(grad(log_p), in_dims=(None, 0, 0))(theta, x[e], y)
-        share = weights[e, y].mean(1)
-        total += flat([share @ g.reshape(len(e), -1).float().square() for g in gradients.values()])
+    rows, y = (column.view(-1, batch_size) for column in weights[:whole].nonzero(as_tuple=True))
+    total = gradient_sum(module, log_p, torch.square, x, rows, weights[rows, y].mean(1), y)
     return total / (whole // batch_size)
 
 
@@ -112,6 +147,30 @@ def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: T
     return (y[:, None] == classes).float()
 
 
+def sampled_inputs(learner: Learner, task: Task, num_samples: int | None, random: Random) -> tuple[Tensor, Tensor]:
+    """Return a draw of a task's training examples, prepared and not augmented, with their labels; None: all."""
+    data = task.train
+    if num_samples is not None and num_samples < len(data):
+        rows = random.generator.choice(len(data), num_samples, replace=False)
+        data = data.take(torch.from_numpy(rows))
+    x, y, _ = (column.to(learner.device) for column in data.tensors())
+    return learner.prepare(x), y
+
+
+def task_fisher(
+    learner: Learner, task: Task, kind: str, num_samples: int | None, batch_size: int, random: Random
+) -> Tensor:
+    """Return the diagonal Fisher of backbone and head on a draw of a task's training examples, as one vector.
+
+    The classes are those that compete in training; the network is in evaluation mode. See `diagonal_fisher`.
+    """
+    module, classes = nn.Sequential(learner.backbone, learner.head), learner.competing(task)
+    view, y = sampled_inputs(learner, task, num_samples, random)
+    with learner.evaluating():
+        weights = label_weights(kind, module, view, y, classes, random)
+        return diagonal_fisher(module, view, classes, weights, batch_size, learner.target.name)
+
+
 def check_fisher(kind: str, batch_size: int) -> None:
     """Refuse an estimator that does not exist.
 
@@ -124,3 +183,13 @@ def check_fisher(kind: str, batch_size: int) -> None:
         raise InputError(f"The Fisher's batch_size={batch_size} must be 1 or more.")
     if kind == "true" and batch_size > 1:
         raise InputError(f"The Fisher's batch_size={batch_size} needs one label an example: empirical or sampled.")
+
+
+def check_labels(owner: str, kind: str, stream: Stream) -> None:
+    """Refuse an estimator that draws labels where the stream's targets are others.
+
+    Raises:
+        InputError: Naming both.
+    """
+    if stream.target.name != "label" and kind != "true":
+        raise InputError(f"{owner}.fisher={kind} draws one label, but {stream.name!r} has others: use fisher=true.")

@@ -117,6 +117,8 @@ class Learner(pl.LightningModule):
         self.step = 0  # within the task
         self.last_loss: Tensor | None = None
         self._data: TaskData | None = None
+        self.task_labels: Tensor | None = None  # of the rows in `encode`, (B,); None: of the present task, or not told
+        self.told: Tensor | None = None  # those that a prediction is given
         self._curves = Curves(log_every)
         self.accumulate, self.limit = 1, 1.0
         self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # by the step before which somebody measures
@@ -208,9 +210,10 @@ class Learner(pl.LightningModule):
         for module in (self.backbone, self.head):
             module.compile(mode=mode)
 
-    def forward(self, view: Tensor) -> Tensor:
-        """Map prepared inputs (B, *input) to logits (B, C)."""
-        logits: Tensor = self.head(self._owners["encode"](self, view))
+    def forward(self, view: Tensor, task: Tensor | None = None) -> Tensor:
+        """Map prepared inputs (B, *input) to logits (B, C), with task labels (B,) where rows are of other tasks."""
+        self.task_labels = self.told if task is None else task
+        logits: Tensor = self._owners["classify"](self, self._owners["encode"](self, view))
         return logits
 
     def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:
@@ -304,7 +307,7 @@ class Learner(pl.LightningModule):
         batch.view = self.prepare(batch.x, augment=True)
         if not self._plain:
             self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside other processes'
-        logits = self(batch.view)
+        logits = self(batch.view, batch.task)
         loss: Tensor = self._owners["criterion"](self, batch, logits)
         terms: dict[str, Tensor] = {}
         for name, term in self._chains["loss"]:
@@ -397,10 +400,8 @@ class Learner(pl.LightningModule):
         if self.target.name == "label":
             values["val/accuracy"] = (self.mask(logits, batch.task).argmax(1) == batch.y).float().mean()
         self.log_dict(values, batch_size=len(batch), on_epoch=True, sync_dist=distributed.world_size() > 1)
-        where = {
-            "step": float(self.total_steps),
-            "train/task": self.task.index + 1.0,
-        }  # "step": loggers take it as such
+        # Loggers take "step" as such.
+        where = {"step": float(self.total_steps), "train/task": self.task.index + 1.0}
         self.log_dict(where, batch_size=1, on_epoch=True, reduce_fx="max")
 
     def on_test_epoch_start(self) -> None:
@@ -417,13 +418,17 @@ class Learner(pl.LightningModule):
             for name, row in rows.items():
                 kept[name].record(self.tasks_learned, row)  # type: ignore[operator]
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return the backbone's features of raw inputs, (B, D)."""
+    def features(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        """Return the backbone's features of raw inputs, (B, D), under the task labels (B,) that may be told."""
+        self.task_labels = task if self.scenario == "task" else None
         return self._owners["encode"](self, self.prepare(x))  # type: ignore[no-any-return]
 
     def predict(self, batch: Batch) -> Tensor:
-        """Return the logits of a batch as they are scored, (B, C), unmasked."""
-        return self._owners["predict"](self, self.prepare(batch.x))  # type: ignore[no-any-return]
+        """Return the logits of a batch as they are scored, (B, C), unmasked; task labels are told where they may be."""
+        self.told = batch.task if self.scenario == "task" else None
+        logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
+        self.told = None
+        return logits
 
     # ---- state --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from cl.errors import InputError, unknown
 from cl.random import Random
 from cl.strategy import Batch
 from cl.task import Stream
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 POLICIES = ("reservoir", "class_balanced", "ring")
@@ -248,6 +251,29 @@ class Memory(nn.Module):
         self._held = np.bincount(self._group[self._group >= 0], minlength=self.num_groups)
         for name, column in self._off_device.items():
             column.copy_(state["rows"][name])
+
+
+def remark_without(name: str, learner: Learner) -> str | None:
+    """Return why a method that keeps old weights or outputs fails where no exemplars are kept; None where it may not.
+
+    Args:
+        name: Of the method.
+        learner: Tells the scenario, and whether any strategy has a `Memory` or chooses what is trained on.
+
+    Example:
+        >>> from cl.testing import toy_learner
+        >>> remark_without("EWC", toy_learner()[0])[:46]
+        'EWC keeps no exemplars: it never sees the clas'
+        >>> remark_without("EWC", toy_learner(scenario="task")[0])
+    """
+    remembers = any(isinstance(module, Memory) for module in learner.strategies.modules())
+    if learner.scenario != "class" or learner.num_tasks == 1 or remembers or learner.strategies.owned("training_data"):
+        return None
+    return (
+        f"{name} keeps no exemplars: it never sees the classes of different tasks together, so it cannot learn to tell "
+        "them apart, and in the class-incremental scenario ends near fine-tuning (van de Ven and Tolias 2019, "
+        '"Three scenarios for continual learning"): add er, or use scenario=task.'
+    )
 
 
 def _check(capacity: int, stream: Stream, policy: str, storage: str) -> None:

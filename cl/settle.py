@@ -60,9 +60,10 @@ def protocol_of(cfg: Any) -> Any:
 
 
 def keep(config: dict[str, Any], directory: Path) -> None:
-    """Write `config.yaml`, unless a run has been begun in the directory, whose own it is, and the command."""
-    if not ((directory / "config.yaml").exists() and (directory / "checkpoints").exists()):
-        write_text(directory / "config.yaml", _text(config, directory))
+    """Write `config.yaml` and the command, where they are not the same already; `settle` has compared the values."""
+    path, text = directory / "config.yaml", _text(config, directory)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
     keep_command(directory)
 
 

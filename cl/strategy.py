@@ -13,7 +13,7 @@ A run, with each hook marked where it is called (`cl/experiment.py` and `cl/lear
                 batch = strategy.extend_batch(learner, batch)            # may only append rows: replay
                 batch.view = normalize(augment(batch.x))                 # once, after the replayed rows are in
                 features = strategy.encode(learner, batch.view)          # one owner; default: learner.backbone
-                logits = learner.head(features)                          # (B, C), full width
+                logits = strategy.classify(learner, features)            # one owner; default: learner.head
                 loss = strategy.criterion(learner, batch, logits)        # one owner; default: the target's masked loss
                 loss += strategy.loss(learner, batch, logits)            # every strategy; None adds nothing
                 loss.backward()
@@ -29,7 +29,7 @@ Every hook is optional, and one that no strategy overrides costs nothing in the 
 gradients chain in the order of the configuration; a hook with one owner refuses two and names both. The engine alone
 calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The learner is
 passed in and never stored. All state is a registered buffer, parameter or sub-module of final shape after `setup`, so
-a strategy has no checkpoint code of its own.
+a strategy has no checkpoint code of its own. What should be known beside a run's numbers, `remark` says.
 
 In several processes (`trainer=ddp`) each sees its rows of every minibatch, and `.grad` is that of all rows when it is
 projected. Hooks between tasks see the whole task everywhere, and what they leave is taken from process 0, but for a
@@ -158,6 +158,13 @@ class Strategy(nn.Module):
                 f"{type(self).__name__} cannot learn in {world_size()} processes: use trainer=default, with one device."
             )
 
+    def remark(self, learner: Learner) -> str | None:
+        """Return a sentence that belongs beside the numbers of a run, such as why the method cannot work there.
+
+        It is asked for once, after every strategy's `setup`, and shown where the run's notes are.
+        """
+        return None
+
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate every tensor at its final shape and refuse what cannot work."""
 
@@ -180,9 +187,18 @@ class Strategy(nn.Module):
         return batch
 
     def encode(self, learner: Learner, view: Tensor) -> Tensor:
-        """Map prepared inputs (B, *input) to features (B, D); one owner."""
+        """Map prepared inputs (B, *input) to features (B, D); one owner.
+
+        `learner.task_labels` has the rows' task labels (B,) in training, and at test where the scenario gives them;
+        None means rows of the present task, or that nobody may know.
+        """
         features: Tensor = learner.backbone(view)
         return features
+
+    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, C) over all classes; one owner."""
+        logits: Tensor = learner.head(features)
+        return logits
 
     def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
         """Return the classification loss in place of the default; one owner."""
@@ -208,7 +224,7 @@ class Strategy(nn.Module):
 
 
 CHAINED = ("before_task", "after_task", "extend_batch", "loss", "project_gradients", "after_step", "after_epoch")
-ONE_OWNER = ("training_data", "configure_optimizer", "encode", "criterion", "predict")
+ONE_OWNER = ("training_data", "configure_optimizer", "encode", "classify", "criterion", "predict")
 
 
 def overrides(strategy: Strategy, hook: str) -> bool:
@@ -263,6 +279,11 @@ class Composition(nn.ModuleDict):
             for path, module in strategy.named_modules():
                 if isinstance(module, Random):
                     module.seed(derive(learner.seed, name, path))
+
+    def remarks(self, learner: Learner) -> list[str]:
+        """Return the strategies' sentences on a run, each once."""
+        found = (strategy.remark(learner) for strategy in self.values())  # type: ignore[operator]
+        return list(dict.fromkeys(text for text in found if text))
 
     def owned(self, hook: str) -> bool:
         """Say whether a strategy defines a hook with one owner."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.errors import InputError, check_range
+
+Prefixes = Mapping[int, Tensor]  # block to keys and values (B, 2, L, D) that stand before its own
 
 
 def image_shape(what: str, shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
@@ -37,9 +40,79 @@ def _embed(model: Any, x: Tensor) -> Tensor:
     return tokens
 
 
-def _encode(model: Any, tokens: Tensor) -> Tensor:
-    encoded: Tensor = model.norm(model.blocks(tokens))
+def _encode(model: Any, tokens: Tensor, prefixes: Prefixes | None = None) -> Tensor:
+    for i, block in enumerate(model.blocks):
+        tokens = block(tokens) if not prefixes or i not in prefixes else _prefixed(block, tokens, prefixes[i])
+    encoded: Tensor = model.norm(tokens)
     return encoded
+
+
+def _prefixed(block: Any, x: Tensor, prefix: Tensor) -> Tensor:
+    """Run a block of timm's whose tokens attend to a prefix, too."""
+    x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), prefix)))
+    out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return out
+
+
+def _attend(attention: Any, x: Tensor, prefix: Tensor) -> Tensor:
+    heads = attention.num_heads, attention.head_dim
+    q, k, v = attention.qkv(x).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    keys, values = prefix.to(v.dtype).unflatten(3, heads).permute(1, 0, 3, 2, 4)
+    k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+    out: Tensor = attention.proj_drop(attention.proj(x))
+    return out
+
+
+def _num_blocks(model: Any) -> int:
+    """Return the number of blocks, if all are such as `_prefixed` runs."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
+    for block in model.blocks:
+        plain = type(block) is Block and type(block.attn) is Attention
+        extras = [getattr(block.attn, name, None) for name in ("gate", "norm")] if plain else []
+        if not plain or any(extra is not None and not isinstance(extra, nn.Identity) for extra in extras):
+            raise AttributeError("The blocks' attention is of a kind that takes no prefixes.")
+    return len(model.blocks)
+
+
+def freeze_transformer(method: str, backbone: nn.Module, **blocks: Sequence[int]) -> None:
+    """Freeze the backbone of a method with prompts; refuse one that cannot take them.
+
+    Args:
+        method: The name of its configuration.
+        backbone: To be frozen.
+        blocks: The blocks that get prefixes, by the name of the argument that lists them.
+
+    Raises:
+        InputError: If the backbone is no transformer, takes no prefixes, or lacks a block.
+
+    Example:
+        >>> freeze_transformer("coda_prompt", ViT((3, 8, 8), dim=16, depth=2, heads=2), blocks=[0, 2])
+        Traceback (most recent call last):
+        cl.errors.InputError: coda_prompt.blocks=[0, 2], but the blocks of ViT are 0 to 1: choose among these.
+    """
+    kind = type(backbone).__name__
+    if not (hasattr(backbone, "embed") and hasattr(backbone, "encode")):
+        raise InputError(
+            f"{method} puts prompts among a transformer's tokens, but {kind} has no embed and encode: use "
+            "backbone=vit, or a ViT of timm."
+        )
+    if blocks and not hasattr(backbone, "num_blocks"):
+        raise InputError(
+            f"{method} puts prefixes before keys and values, but {kind} has no blocks that take them (num_blocks): use "
+            "backbone=vit, or a plain ViT of timm."
+        )
+    for name, chosen in blocks.items():
+        last = int(backbone.num_blocks) - 1  # type: ignore[arg-type]
+        if any(not 0 <= block <= last for block in chosen) or len({*chosen}) < len(chosen):
+            raise InputError(
+                f"{method}.{name}={list(chosen)}, but the blocks of {kind} are 0 to {last}: choose among these."
+            )
+    backbone.requires_grad_(False).eval()
 
 
 class ViT(nn.Module):
@@ -64,6 +137,8 @@ class ViT(nn.Module):
         >>> prompts = torch.zeros(2, 6, 16)
         >>> tokens.shape, vit.encode(torch.cat([prompts, tokens], dim=1)).shape
         (torch.Size([2, 5, 16]), torch.Size([2, 11, 16]))
+        >>> vit(torch.zeros(2, 3, 8, 8), {0: torch.zeros(2, 2, 7, 16)}).shape  # seven keys and values in block 0
+        torch.Size([2, 16])
     """
 
     def __init__(
@@ -89,7 +164,7 @@ class ViT(nn.Module):
             raise InputError(f"patch_size={patch_size} of ViT does not divide {height}x{width}: choose one that does.")
         if dim % heads:
             raise InputError(f"dim={dim} of ViT is no multiple of heads={heads}: change one of them.")
-        self.num_features = dim
+        self.num_features, self.num_blocks = dim, depth
         self.model = VisionTransformer(
             img_size=(height, width),
             patch_size=patch_size,
@@ -108,17 +183,23 @@ class ViT(nn.Module):
         """Map (B, C, H, W) to the class token and N patches with their positions, (B, 1+N, D)."""
         return _embed(self.model, x)
 
-    def encode(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, prefixes: Prefixes | None = None) -> Tensor:
         """Map tokens (B, L, D), of any number L, through all blocks and the last norm to (B, L, D)."""
-        return _encode(self.model, tokens)
+        return _encode(self.model, tokens, prefixes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the encoded class token (B, D)."""
-        return self.encode(self.embed(x))[:, 0]
+    def forward(self, x: Tensor, prefixes: Prefixes | None = None) -> Tensor:
+        """Map (B, C, H, W) to the encoded class token (B, D).
+
+        Args:
+            x: Images.
+            prefixes: By block, keys and values (B, 2, L, D) that stand before its own and all its tokens attend to
+                (Li and Liang 2021); each head takes its part of D.
+        """
+        return self.encode(self.embed(x), prefixes)[:, 0]
 
 
 class Timm(nn.Module):
-    """Any model of timm by name, without its classifier; a vision transformer offers `embed` and `encode` too.
+    """Any model of timm by name, without its classifier; a vision transformer offers what `ViT` does to prompts.
 
     Args:
         input_shape: (C, H, W); given to models of a fixed size as `img_size`.
@@ -165,9 +246,14 @@ class Timm(nn.Module):
         return partial(_embed, self._transformer("embed"))
 
     @property
-    def encode(self) -> Callable[[Tensor], Tensor]:
+    def encode(self) -> Callable[..., Tensor]:
         """See `ViT.encode`; only a vision transformer has it."""
         return partial(_encode, self._transformer("encode"))
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks that can take a prefix; only a vision transformer of plain attention has it."""
+        return _num_blocks(self._transformer("num_blocks"))
 
     def _transformer(self, wanted: str) -> Any:
         from timm.models.vision_transformer import VisionTransformer
@@ -177,9 +263,13 @@ class Timm(nn.Module):
             raise AttributeError(f"{type(model).__name__} has no {wanted!r}: it is no vision transformer.")
         return model
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to what the model would give its classifier, (B, num_features)."""
-        features: Tensor = self.model(x)
+    def forward(self, x: Tensor, prefixes: Prefixes | None = None) -> Tensor:
+        """Map (B, C, H, W) to what the model would give its classifier, (B, num_features); for prefixes see `ViT`."""
+        features: Tensor = (
+            self.model(x)
+            if prefixes is None
+            else self.model.forward_head(self.encode(self.embed(x), prefixes), pre_logits=True)
+        )
         return features
 
 

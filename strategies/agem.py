@@ -80,7 +80,7 @@ class AGEM(Strategy):
             return
         parameters = [p for p in learner.parameters() if p.grad is not None]
         batch = self.memory.sample(self.batch_size)
-        loss = learner.criterion(learner(learner.prepare(batch.x, True)), batch)
+        loss = learner.criterion(learner(learner.prepare(batch.x, True), batch.task), batch)
         own_part = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         reference = mean_gradients(own_part, len(batch))
         grads = [p.grad for p in parameters if p.grad is not None]

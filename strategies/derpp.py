@@ -86,10 +86,12 @@ class DERpp(Strategy):
         terms = []
         if self.alpha:
             first = self.memory.sample(size)
-            terms.append(self.alpha * dark_knowledge(learner(learner.prepare(first.x, True)), first.extras["logits"]))
+            again = learner(learner.prepare(first.x, True), first.task)
+            terms.append(self.alpha * dark_knowledge(again, first.extras["logits"]))
         if self.beta:
             second = self.memory.sample(size)
-            terms.append(self.beta * learner.criterion(learner(learner.prepare(second.x, True)), second))
+            again = learner(learner.prepare(second.x, True), second.task)
+            terms.append(self.beta * learner.criterion(again, second))
         return torch.stack(terms).sum()
 
     def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:

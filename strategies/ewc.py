@@ -7,8 +7,8 @@ After task k the diagonal Fisher information :math:`F_k` is measured at the opti
 Completing the square turns the sum over tasks into one quadratic of the same gradient, with :math:`F = \sum_k F_k`
 and the anchor :math:`\bar\theta = \sum_k F_k \theta^*_k / F`, so the memory does not grow with the tasks.
 
-Differences from the paper: the constant that this leaves out. `gamma` < 1 fades F, as in online EWC (Schwarz et al.
-2018, section 3.2), and `merge="mean"` averages it over the tasks; both hold the weights near the last optimum.
+Differences from the paper: the constant that this leaves out; `merge="mean"` averages F over the tasks and holds the
+weights near the last optimum. Where F is to fade, see online EWC.
 Differences from reference code: the Fisher is the true one, of single examples: labels y are summed over the model's
 own distribution (or drawn from it, or the data's). HAT's EWC, Avalanche and CLArena square the mean gradient of a batch
 of labelled examples (`fisher="empirical"`, `batch_size=20` in HAT), which is smaller by about its size; HAT averages
@@ -25,12 +25,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cl.errors import InputError, check_range, unknown
-from cl.fisher import check_fisher, diagonal_fisher, flat, label_weights
+from cl.errors import check_range, unknown
+from cl.fisher import check_fisher, check_labels, task_fisher
+from cl.memory import remark_without
 from cl.random import Random
 from cl.strategy import Batch, Strategy
+from cl.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
     from cl.learner import Learner
@@ -48,11 +50,10 @@ class EWC(Strategy):
         num_samples: Training examples that it is measured on; None means all.
         batch_size: Examples whose mean gradient is squared; 1 is the Fisher's definition. See `cl.fisher`.
         merge: The F of several tasks: their "sum", as in the paper, or their "mean".
-        gamma: Factor on the old F at each new task; 1 is EWC, less is online EWC.
 
     Raises:
-        InputError: If a kind of Fisher or merge is unknown, arguments exclude each other, or another strategy owns
-            `encode`, which F would not see.
+        InputError: If a kind of Fisher or merge is unknown, arguments exclude each other, nothing is trainable, or
+            another strategy owns `encode`, which F would not see.
 
     Example:
         >>> from cl.testing import check_strategy
@@ -70,64 +71,47 @@ class EWC(Strategy):
         num_samples: int | None = 1000,
         batch_size: int = 1,
         merge: str = "sum",
-        gamma: float = 1.0,
     ) -> None:
         super().__init__()
         check_range("ewc", 0, weight=weight)
-        check_range("ewc", 0, 1, gamma=gamma)
         check_range("ewc", 1, num_samples=num_samples, batch_size=batch_size)
         check_fisher(fisher, batch_size)
         if merge not in MERGES:
             raise unknown("merge of Fishers", merge, MERGES)
-        if merge == "mean" and gamma != 1:
-            raise InputError(f"EWC: gamma={gamma} fades a sum over tasks: leave it 1 with merge=mean.")
         self.weight, self.fisher, self.num_samples = weight, fisher, num_samples
-        self.batch_size, self.merge, self.gamma = batch_size, merge, gamma
+        self.batch_size, self.merge = batch_size, merge
+
+    def remark(self, learner: Learner) -> str | None:
+        """Say so where the method cannot work."""
+        return remark_without("EWC", learner)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate F and the anchor as vectors."""
-        if learner.strategies.owned("encode"):
-            raise InputError("EWC measures backbone and head, but another strategy owns encode: drop one of the two.")
-        if stream.target.name != "label" and self.fisher != "true":
-            raise InputError(
-                f"ewc.fisher={self.fisher} draws one label, but {stream.name!r} has others: use fisher=true."
-            )
-        size = sum(p.numel() for p in self._theta(learner))
+        check_encode("EWC", learner)
+        check_labels("ewc", self.fisher, stream)
+        size = sum(p.numel() for p in held(learner))
         self.register_buffer("importance", torch.zeros(size))
         self.register_buffer("anchor", torch.zeros(size))
         self.random = Random()
 
-    def _theta(self, learner: Learner) -> list[nn.Parameter]:
-        return [p for p in learner.trunk().parameters() if p.requires_grad]
-
     def before_task(self, learner: Learner, task: Task) -> None:
         """Refuse what would measure nothing."""
-        if len(self._theta(learner)) == 0:
-            raise InputError("EWC holds trainable weights, and all are frozen: drop it, or what freezes them.")
+        check_held("EWC", learner)
 
     def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty, from the second task on."""
         if learner.tasks_learned == 0:
             return None
-        drift = flat(list(self._theta(learner))) - self.anchor
+        drift = flat(held(learner)) - self.anchor
         return self.weight / 2 * (self.importance * drift.square()).sum()
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Measure the Fisher at the new optimum and fold it into F and the anchor."""
-        module = nn.Sequential(learner.backbone, learner.head)
-        data = task.train
-        if self.num_samples is not None and self.num_samples < len(data):
-            rows = self.random.generator.choice(len(data), self.num_samples, replace=False)
-            data = data.take(torch.from_numpy(rows))
-        x, y, _ = (column.to(learner.device) for column in data.tensors())
-        view, classes = learner.prepare(x), learner.competing(task)
-        with learner.evaluating():
-            weights = label_weights(self.fisher, module, view, y, classes, self.random)
-            new = diagonal_fisher(module, view, classes, weights, self.batch_size, learner.target.name)
-        theta = flat([p.detach() for p in self._theta(learner)])
+        new = task_fisher(learner, task, self.fisher, self.num_samples, self.batch_size, self.random)
+        theta = flat([p.detach() for p in held(learner)])
         t = learner.tasks_learned
-        keep, add = (t / (t + 1), 1 / (t + 1)) if self.merge == "mean" else (self.gamma, 1.0)
+        keep, add = (t / (t + 1), 1 / (t + 1)) if self.merge == "mean" else (1.0, 1.0)
         old, new = keep * self.importance, add * new
         mean = (old * self.anchor + new * theta) / (old + new).clamp_min(torch.finfo(new.dtype).tiny)
-        self.anchor.copy_(mean if self.merge == "sum" and self.gamma == 1 else theta)  # where F is 0 it holds nothing
+        self.anchor.copy_(mean if self.merge == "sum" else theta)  # where F is 0 it holds nothing
         self.importance.copy_(old + new)

@@ -25,45 +25,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD
 
-from cl.errors import InputError, check_range
+from cl.errors import check_range
 from cl.random import Random
-from cl.representation import Layer, layer_inputs, trainable_layers
 from cl.strategy import Strategy
+from cl.subspace import (
+    check_plain_sgd,
+    check_statistics,
+    new_directions,
+    one_each,
+    protected_layers,
+    sampled_inputs,
+    silence_others,
+)
 
 if TYPE_CHECKING:
     from cl.learner import Learner
     from cl.task import Stream, Task
-
-
-def new_directions(R: Tensor, projector: Tensor, threshold: float, fewer: int = 0) -> Tensor:
-    """Return orthonormal directions (d, r) that join the basis, by the criterion above.
-
-    Args:
-        R: Representation (d, n).
-        projector: M M^T so far, (d, d).
-        threshold: epsilon, in [0, 1].
-        fewer: Vectors taken off the count, for the released code's rule.
-
-    Example:
-        >>> R = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-        >>> M = torch.diag(torch.tensor([1.0, 0.0, 0.0]))
-        >>> new_directions(R, M, 0.6).shape[1], new_directions(R, M, 0.7).shape[1]  # 4/6 is covered already
-        (0, 1)
-    """
-    R, P = R.double(), projector.double()
-    rest = R - P @ R
-    squares, vectors = torch.linalg.eigh(rest @ rest.T)
-    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    total = R.square().sum()
-    covered = total - rest.square().sum() + torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    enough = covered >= threshold * total - 1e-9 * total
-    rank = int(enough.float().argmax()) if bool(enough.any()) else len(squares)
-    chosen: Tensor = vectors[:, : max(rank - fewer, 0)]
-    return chosen
 
 
 class GPM(Strategy):
@@ -101,63 +79,30 @@ class GPM(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate one projector a layer; refuse what leaves the protected space."""
-        _refuse(learner)
+        check_plain_sgd(learner, "GPM")
+        check_statistics(learner, "GPM")
         self.random = Random()
-        layers = self._layers(learner)
-        if not isinstance(self.threshold, float | int) and len(self.threshold) != len(layers):
-            raise InputError(f"gpm.threshold has {len(self.threshold)} values for {len(layers)} layers: give one each.")
+        layers = protected_layers(learner)
+        self._thresholds = one_each("gpm.threshold", self.threshold, len(layers))
         for i, layer in enumerate(layers):
             self.register_buffer(f"projector_{i}", torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()))
-
-    def _layers(self, learner: Learner) -> list[Layer]:
-        return trainable_layers(_protected(learner))
 
     def project_gradients(self, learner: Learner) -> None:
         """Project each layer's gradient; silence everything else that old tasks rest on."""
         if learner.tasks_learned == 0:
             return
-        protected = set()
-        for i, layer in enumerate(self._layers(learner)):
-            protected.add(layer.weight)
+        layers = protected_layers(learner)
+        for i, layer in enumerate(layers):
             if layer.weight.grad is not None:
                 g = layer.weight.grad
                 g -= (g.flatten(1) @ self.get_buffer(f"projector_{i}")).view_as(g)
-        for parameter in _protected(learner).parameters():
-            if parameter not in protected:
-                parameter.grad = None
+        silence_others(learner, layers)
 
     @torch.no_grad()
     def after_task(self, learner: Learner, task: Task) -> None:
         """Add the main directions of this task's inputs to each layer's basis."""
-        for i, R in enumerate(self._representations(learner, task)):
-            base = self.threshold if isinstance(self.threshold, float | int) else self.threshold[i]
+        for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):
             projector = self.get_buffer(f"projector_{i}")
-            fewer = int(self.released_rule and task.index == 0)
-            M = new_directions(R, projector, min(base + self.increment * task.index, 1.0), fewer)
+            threshold = min(self._thresholds[i] + self.increment * task.index, 1.0)
+            M = new_directions(R, projector, threshold, int(self.released_rule and task.index == 0))
             projector += (M @ M.T).to(projector.dtype)
-
-    def _representations(self, learner: Learner, task: Task) -> list[Tensor]:
-        rows = self.random.generator.choice(len(task.train), min(self.num_samples, len(task.train)), replace=False)
-        x = task.train.take(torch.from_numpy(rows)).tensors()[0].to(learner.device)
-        with learner.evaluating():
-            return layer_inputs(self._layers(learner), lambda: learner(learner.prepare(x)))
-
-
-def _protected(learner: Learner) -> nn.Module:
-    return learner.backbone if learner.scenario == "task" else learner.trunk()
-
-
-def _refuse(learner: Learner) -> None:
-    optimizer = learner.new_optimizer([nn.Parameter(torch.zeros(1))])
-    group = optimizer.param_groups[0]
-    if type(optimizer) is not SGD or group["momentum"] or group["weight_decay"]:
-        raise InputError(
-            "GPM needs plain SGD, whose steps stay where gradients are, but the optimizer is "
-            f"{type(optimizer).__name__} with momentum={group.get('momentum', 0)}, weight_decay="
-            f"{group.get('weight_decay', 0)}: use optimizer=sgd optimizer.momentum=0 optimizer.weight_decay=0."
-        )
-    for name, module in learner.backbone.named_modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            raise InputError(
-                f"GPM cannot protect the running statistics of backbone.{name}: set backbone.norm=batch_no_stats."
-            )

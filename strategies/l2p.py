@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cl.errors import InputError, check_range
 from cl.strategy import Batch, Strategy
+from cl.vit import freeze_transformer
 
 if TYPE_CHECKING:
     from cl.learner import Learner
@@ -57,16 +58,10 @@ class L2P(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the pool; freeze the transformer."""
-        backbone = learner.backbone
-        if not (hasattr(backbone, "embed") and hasattr(backbone, "encode")):
-            raise InputError(
-                f"L2P puts prompts among a transformer's tokens, but {type(backbone).__name__} has no embed and "
-                "encode: use backbone=vit, or a ViT of timm."
-            )
-        dim = int(backbone.num_features)  # type: ignore[arg-type]
+        freeze_transformer("l2p", learner.backbone)
+        dim = int(learner.backbone.num_features)  # type: ignore[arg-type]
         self.prompts = nn.Parameter(torch.empty(self.pool_size, self.length, dim).uniform_(-1, 1))
         self.keys = nn.Parameter(torch.empty(self.pool_size, dim).uniform_(-1, 1))
-        backbone.requires_grad_(False).eval()
 
     def encode(self, learner: Learner, view: Tensor) -> Tensor:
         """Return the mean output at the chosen prompts' positions, (B, D)."""

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.errors import InputError, check_range
+from cl.memory import remark_without
 from cl.strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class LwF(Strategy):
         check_range("lwf", 0, alpha=alpha)
         check_range("lwf", 0, above=True, temperature=temperature)
         self.alpha, self.temperature = alpha, temperature
+
+    def remark(self, learner: Learner) -> str | None:
+        """Say so where the method cannot work."""
+        return remark_without("LwF", learner)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the teacher as a frozen copy."""

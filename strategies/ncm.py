@@ -5,7 +5,11 @@ r"""Nearest class mean on features (Mensink et al. 2013; the "SimpleCIL" of Zhou
 On a frozen backbone (the default) nothing is trained, the means are sums over examples, and so the order of the tasks
 does not matter. With `freeze=false` the backbone learns as in fine-tuning and old means go stale.
 
+SimpleCIL is this with the defaults: it makes the means the weights of a cosine classifier, normalised and with scale 1.
+
 Differences from the papers: none on a frozen backbone. A class without a mean has the lowest cosine, -1.
+Differences from SimpleCIL's code: there the mean of a class that returns replaces the old one; here all its examples
+count, whatever their task.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_a_yaml_gives_every_argument_its_default(path):
     parameters = inspect.signature(get_class(cfg._target_)).parameters
     written = {k: v for k, v in OmegaConf.to_container(cfg).items() if k != "_target_"}
     defaults = {k: p.default for k, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
-    assert written == defaults
+    assert written == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 
 def test_experiments_open_with_the_command_that_runs_them():

@@ -18,23 +18,40 @@ from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, r
 from cl.errors import InputError
 from cl.random import Random
 from cl.sources import digits, synthetic
+from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.coda_prompt import CODAPrompt
+from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
+from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
+from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
+from cl.strategies.hat import HAT
 from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
+from cl.strategies.mas import MAS
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
+from cl.strategies.ogd import OGD
+from cl.strategies.online_ewc import OnlineEWC
+from cl.strategies.packnet import PackNet
+from cl.strategies.ranpac import RanPAC
+from cl.strategies.s_prompts import SPrompts
 from cl.strategies.scr import SCR
+from cl.strategies.sgp import SGP
+from cl.strategies.si import SI
+from cl.strategies.supsup import SupSup
+from cl.strategies.tag import TAG
+from cl.strategies.trgp import TRGP
 from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
@@ -84,7 +101,7 @@ METHODS = [
     Row("gpm", GPM, finetunes_first=True),
     Row("gpm", GPM, {"released_rule": True}, backbone="vit", finetunes_first=True),
     Row("ewc", EWC, finetunes_first=True),
-    Row("ewc", EWC, {"fisher": "sampled", "num_samples": 10, "gamma": 0.9}, finetunes_first=True),
+    Row("ewc", EWC, {"fisher": "sampled", "num_samples": 10}, finetunes_first=True),
     Row(
         "ewc",
         EWC,
@@ -97,6 +114,20 @@ METHODS = [
     Row("ncm", NCM),
     Row("ncm", NCM, {"freeze": False}, finetunes_first=True),
     Row("l2p", L2P, {"pool_size": 4, "length": 2, "top_k": 2}, backbone="vit"),
+    Row("ogd", OGD, {"num_samples": 20}, finetunes_first=True),
+    Row("ogd", OGD, {"num_samples": 5, "logits": "all"}, backbone="vit", finetunes_first=True),
+    Row("gem", GEM, {"memory_size": 30}, finetunes_first=True),
+    Row("sgp", SGP, finetunes_first=True),
+    Row("sgp", SGP, {"scale": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
+    Row("trgp", TRGP, finetunes_first=True, scenarios=("task",)),
+    Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True, scenarios=("task",)),
+    Row("adam_nscl", AdamNSCL, finetunes_first=True),
+    Row("adam_nscl", AdamNSCL, {"num_samples": 20, "released_rule": True}, backbone="vit", finetunes_first=True),
+    Row("tag", TAG),
+    Row("tag", TAG, {"form": "adam", "b": 1.0}, backbone="vit"),
+    Row("tag", TAG, {"form": "adagrad"}),
+    Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
+    Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
     Row("er_ace", ERACE, {"memory_size": 20}),
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
     Row("der", DER, {"memory_size": 20}),
@@ -107,13 +138,50 @@ METHODS = [
     Row("scr", SCR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
+    Row("ranpac", RanPAC, {"num_projections": 20}),
+    Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
+    Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
+    Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
+    Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
+    Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
+    Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
+    Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
+    Row("si", SI, finetunes_first=True),
+    Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
+    Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
+    Row("packnet", PackNet, scenarios=("task",)),
+    Row("hat", HAT, scenarios=("task",)),
+    Row("supsup", SupSup),
+    Row("supsup", SupSup, {"density": 0.1}, backbone="vit", scenarios=("task",)),
+    Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True, scenarios=("task",)),
+    Row("packnet", PackNet, {"share": 0.75}, backbone="vit", scenarios=("task",)),
+    Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),
 ]
 TEAMS = [
     Row("er,gpm,lwf", lambda: {"er": ER(20), "gpm": GPM(), "lwf": LwF()}),
     Row("gpm,ewc,agem", lambda: {"gpm": GPM(), "ewc": EWC(), "agem": AGEM(20)}, finetunes_first=True),
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
+    Row("er,ranpac", lambda: {"er": ER(20), "ranpac": RanPAC(20, adapt=True)}),
+    Row(
+        "er,dualprompt",
+        lambda: {"er": ER(20), "dualprompt": DualPrompt(2, 2, general_blocks=(0,), expert_blocks=(0,))},
+        backbone="vit",
+    ),
+    Row(
+        "er,coda_prompt",
+        lambda: {"er": ER(20), "coda_prompt": CODAPrompt(6, 2, blocks=(0,), penalty=0.1)},
+        backbone="vit",
+    ),
+    Row("er,s_prompts", lambda: {"er": ER(20), "s_prompts": SPrompts(2)}, backbone="vit", scenarios=("domain",)),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
+    Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
+    Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
+    Row("er,sgp", lambda: {"er": ER(20), "sgp": SGP()}),
+    Row("er,adam_nscl", lambda: {"er": ER(20), "adam_nscl": AdamNSCL()}),
+    Row("er,tag", lambda: {"er": ER(20), "tag": TAG()}),
+    Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
+    Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
@@ -121,6 +189,12 @@ TEAMS = [
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
+    Row("er,si", lambda: {"er": ER(20), "si": SI()}),
+    Row("er,supsup", lambda: {"er": ER(20), "supsup": SupSup()}),
+    Row("er,hat", lambda: {"er": ER(20), "hat": HAT()}, scenarios=("task",)),
+    Row("er,packnet", lambda: {"er": ER(20), "packnet": PackNet()}, scenarios=("task",)),
+    Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
+    Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),
 ]
 CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 

@@ -22,7 +22,7 @@ from cl.files import append_text, read_sealed, remove_leftovers, replace_file, w
 from cl.report import changed_since, read_result
 from cl.report.files import FileReport
 from cl.report.training import TrainingReport
-from cl.settle import settle
+from cl.settle import keep, settle
 from cl.strategies.er import ER
 from cl.testing import toy_learner, toy_stream
 
@@ -254,7 +254,7 @@ def test_the_command_survives_what_hydra_left_torn(tmp_path):
     assert again.expand([f"resume={tmp_path}"])[0][0] == "seed=1"
 
 
-def test_a_configuration_that_lost_a_null_is_the_same_and_another_value_is_told(tmp_path):
+def test_a_configuration_that_lost_a_null_is_written_anew_and_another_value_is_told(tmp_path):
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("cl.conf", version_base="1.3"):
@@ -263,7 +263,8 @@ def test_a_configuration_that_lost_a_null_is_the_same_and_another_value_is_told(
     path = tmp_path / "config.yaml"
     whole = OmegaConf.to_yaml(cfg, resolve=True)
     path.write_text(whole.replace("protocol: null\n", ""))
-    settle(cfg, tmp_path)
+    keep(settle(cfg, tmp_path), tmp_path)
+    assert path.read_text() == whole
     path.write_text(whole.replace("seed: 0", "seed: 1"))
     with pytest.raises(InputError, match=r"seed: 1 there, 0 here; see config\.yaml"):
         settle(cfg, tmp_path)

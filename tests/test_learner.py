@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -25,12 +26,13 @@ from cl.head import competing
 from cl.learner import Learner
 from cl.loader import TrainLoader
 from cl.random import derive
+from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
 from cl.strategies.gpm import GPM
 from cl.strategies.lwf import LwF
-from cl.strategy import Strategy
-from cl.task import Stream, Task, TaskData
+from cl.strategy import Batch, Strategy
+from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.vit import ViT
 
@@ -404,6 +406,33 @@ def test_loss_terms_add_and_batches_chain_in_order():
     assert 2.0 < float(learner.last_loss) < 2.0 + 3.0
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_an_encoder_is_told_task_labels_in_training_and_where_the_scenario_gives_them(scenario):
+    class Spy(Strategy):
+        told: ClassVar[list] = []
+
+        def encode(self, learner, view):
+            self.told.append(None if learner.task_labels is None else learner.task_labels.tolist())
+            assert learner.task_labels is None or len(learner.task_labels) == len(view)
+            return learner.backbone(view)
+
+    learner, stream = toy_learner({"spy": Spy(), "er": ER(20), "derpp": DERpp(20)}, scenario=scenario)
+    experiment = Experiment(learner, stream, trainer, epochs=1)
+    for task in list(stream)[:2]:
+        experiment.learn(task)
+    told = learner.strategies["spy"].told
+    assert told[0] == [0] * 8 and told[-3][:8] == [1] * 8 and None not in told
+    assert all(set(told[i][8:]) <= {0, 1} and set(told[i]) <= {0, 1} for i in (-1, -2, -3))
+    x, y, label = stream[0].test.tensors()
+    batch = Batch(x, y, label)
+    learner.predict(batch)
+    assert told[-1] == ([0] * len(y) if scenario == "task" else None)
+    learner(learner.prepare(x))
+    assert told[-1] is None, "rows of the present task"
+    learner.features(x, label)
+    assert told[-1] == ([0] * len(y) if scenario == "task" else None)
+
+
 def test_schedules_step_once_an_epoch_and_start_anew():
     rates = []
 
@@ -519,3 +548,17 @@ def test_a_hook_sees_the_step_it_is_at(chunk_size):
 
     learn({"watch": Watch()}, num_tasks=2, chunk_size=chunk_size)
     assert steps == list(range(1, 13)) * 2
+
+
+def test_an_owner_of_classify_maps_features_to_logits_everywhere():
+    class Doubled(Strategy):
+        def classify(self, learner, features):
+            return 2 * learner.head(features)
+
+    learner, stream = toy_learner({"doubled": Doubled()})
+    x, y, task = stream[0].test.tensors()
+    expected = 2 * learner.head(learner.backbone(learner.prepare(x)))
+    assert torch.equal(learner(learner.prepare(x)), expected)
+    assert torch.equal(learner.predict(Batch(x, y, task)), expected)
+    with pytest.raises(InputError, match="'a' and 'b' both define classify, which has one owner"):
+        toy_learner({"a": Doubled(), "b": Doubled()})

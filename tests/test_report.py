@@ -884,3 +884,16 @@ def test_all_reports_follow_a_real_run(offline: Path) -> None:
     history = [items(r.history.item) for r in records(offline) if r.WhichOneof("record_type") == "history"]
     assert any("train/loss" in point for point in history)
     assert wandb_report.run is None
+
+
+@pytest.mark.parametrize("torn", [b"\xff\xfe", b"", b"../other", b"a" * 200])
+def test_a_torn_identity_begins_another_run_and_says_so(tmp_path: Path, torn: bytes) -> None:
+    from cl.report.wandb import _known
+
+    path = tmp_path / "run_id.txt"
+    assert _known(path) is None
+    path.write_text("a1b2-c3\n")
+    assert _known(path) == "a1b2-c3"
+    path.write_bytes(torn)
+    with pytest.warns(UserWarning, match=r"run_id\.txt is torn or changed"):
+        assert _known(path) is None

@@ -177,5 +177,8 @@ def features(learner: Learner, data: TaskData, size: int = 256) -> Tensor:
     """Return the backbone's features of raw examples, (n, D), as float32 on the device; call it while `watching`."""
     if data.resident:
         data = data.on(learner.device)
-    parts = torch.arange(len(data)).split(size)
-    return torch.cat([learner.features(data.take(rows).tensors()[0].to(learner.device)).float() for rows in parts])
+    found = []
+    for rows in torch.arange(len(data)).split(size):
+        x, _, task = data.take(rows).tensors()
+        found.append(learner.features(x.to(learner.device), task.to(learner.device)).float())
+    return torch.cat(found)

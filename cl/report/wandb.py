@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ class WandbReport(Report):
         """Begin a W&B run, or go on with the one of this directory."""
         self.directory = self.directory or run.directory
         identity = self.directory / "wandb" / "run_id.txt"
-        known = identity.read_text().strip() if after_task >= 0 and identity.exists() else None
+        known = _known(identity) if after_task >= 0 else None
         self.run = self._begin(run, known)
         self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
         if self.run is not None:
@@ -292,6 +293,17 @@ def _name_of(node: object) -> str:
     if isinstance(node, Mapping):
         return str(node.get("name") or str(node.get("_target_", "")).rpartition(".")[2])
     return str(node or "")
+
+
+def _known(identity: Path) -> str | None:
+    """Return the identity of the W&B run that a file names, or None where there is none."""
+    if not identity.exists():
+        return None
+    text = identity.read_text(encoding="utf-8", errors="replace").strip()
+    if re.fullmatch(r"[\w-]{1,128}", text, flags=re.ASCII):
+        return text
+    warnings.warn(f"{identity} is torn or changed: another run is begun in Weights & Biases.", stacklevel=3)
+    return None
 
 
 def _sentence(error: Exception) -> str:

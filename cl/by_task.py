@@ -1,0 +1,37 @@
+"""Rows of several tasks in one batch, each under the weights of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+
+
+def run_by_task(
+    learner: Learner, module: nn.Module, inputs: Tensor, weights: Callable[[int], Mapping[str, Tensor]]
+) -> Tensor:
+    """Return what each row (B, ...) gets from a module with the weights of its task; for `encode` and `classify`.
+
+    Rows without a label are of the present task. So are, in training, those of a strategy that is alone, where nobody
+    replays others: there the device is not waited for.
+
+    Args:
+        learner: Knows the labels.
+        module: Backbone or head.
+        inputs: Its inputs (B, ...).
+        weights: Index of a task to parameters in place of the module's own.
+    """
+    labels = learner.task_labels
+    alone = learner.backbone.training and learner.told is None and len(learner.strategies) == 1
+    if labels is None or alone:
+        return functional_call(module, dict(weights(learner.task_index)), (inputs,))  # type: ignore[no-any-return]
+    tasks = labels.unique().tolist()
+    rows = [(labels == task).nonzero().flatten() for task in tasks]
+    parts = [functional_call(module, dict(weights(t)), (inputs[some],)) for t, some in zip(tasks, rows, strict=True)]
+    return torch.cat(parts)[torch.cat(rows).argsort()]

@@ -1,0 +1,129 @@
+r"""Training in the null space of feature covariance (Adam-NSCL; Wang, Li, Sun and Xu 2021, algorithms 1 and 2).
+
+A change of a layer's weight leaves old outputs as they are if it is zero on the layer's old inputs x. These span what
+the uncentred covariance :math:`\bar X = \sum x x^\top` over all earlier tasks' training examples does not map to zero.
+Its singular vectors with :math:`s_i \le a \, s_{min}` (1) make an approximate null space :math:`U_2`, and the
+optimizer's whole step is put there, not only the gradient (2), so that moments and decay do no harm:
+
+.. math:: \Delta W \leftarrow \Delta W \, U_2 U_2^\top
+
+Differences from the paper: biases and norms get no step after the first task, where the paper holds batch norm by EWC
+(weight 100). The head is projected too unless task labels give each task outputs of its own. :math:`s_{min}` counts as
+at least 1e-10 of the largest, since exact zeros, of pixels that are always black, would leave (1) to rounding.
+Differences from the reference code: it divides the projector by its Frobenius norm, the square root of its rank, which
+is a learning rate of each layer's own (`released_rule=true` does so); it sees inputs averaged over a batch, here each
+one counts; it has learning rates of their own for later tasks (half the first's), heads (ten times) and batch norm.
+State: a layer with d inputs has the covariance, in double precision, and the projector, (d, d) each.
+Scenarios: all. Any optimizer will do; the paper's is Adam. Refused: running statistics of batch norm.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cl.errors import check_range
+from cl.loader import EvalLoader
+from cl.random import Random
+from cl.representation import layer_inputs
+from cl.strategy import OptimizerFactory, Strategy
+from cl.subspace import check_statistics, protected_layers, silence_others
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+
+def null_projector(covariance: Tensor, ratio: float, released_rule: bool = False) -> Tensor:
+    """Return the projector (d, d) on the approximate null space of a covariance, by equation 1.
+
+    Args:
+        covariance: Of inputs, (d, d).
+        ratio: a; 1 keeps the least direction alone.
+        released_rule: Divide it by its Frobenius norm.
+
+    Example:
+        >>> null_projector(torch.diag(torch.tensor([100.0, 1.0, 0.5])), 10).diagonal().tolist()
+        [0.0, 1.0, 1.0]
+    """
+    values, vectors = torch.linalg.eigh(covariance.double())
+    free = vectors[:, values <= ratio * values[0].clamp_min(1e-10 * values[-1])]
+    projector: Tensor = free @ free.T
+    return projector / projector.norm() if released_rule else projector
+
+
+class AdamNSCL(Strategy):
+    """Keeps steps in the null space of earlier tasks' inputs, whatever the optimizer.
+
+    Args:
+        ratio: a, how many times the least singular value one of the null space may be.
+        num_samples: Training examples of each task that the covariance is measured on; None means all.
+        released_rule: Divide each projector by its Frobenius norm, as the released code does.
+
+    Raises:
+        InputError: If batch norm keeps running statistics, which drift anyway.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(AdamNSCL)
+    """
+
+    targets = ("label", "multilabel", "regression")
+
+    def __init__(self, ratio: float = 10.0, num_samples: int | None = None, released_rule: bool = False) -> None:
+        super().__init__()
+        check_range("adam_nscl", 1, ratio=ratio, num_samples=num_samples)
+        self.ratio, self.num_samples, self.released_rule = ratio, num_samples, released_rule
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate a covariance and a projector for each layer; refuse what drifts without a step."""
+        check_statistics(learner, "Adam-NSCL")
+        self.random = Random()
+        for i, layer in enumerate(protected_layers(learner)):
+            size = layer.weight[0].numel()
+            self.register_buffer(f"covariance_{i}", torch.zeros(size, size, dtype=torch.float64))
+            self.register_buffer(f"projector_{i}", torch.eye(size))
+
+    def configure_optimizer(self, learner: Learner, factory: OptimizerFactory) -> Optimizer:
+        """Return the configured optimizer, whose steps of old layers are projected from the second task on."""
+        optimizer = factory(p for p in learner.parameters() if p.requires_grad)
+        if learner.tasks_learned == 0:
+            return optimizer
+        weights = [layer.weight for layer in protected_layers(learner)]
+        before: list[Tensor] = []
+
+        def remember(*_: Any) -> None:
+            before[:] = [weight.detach().clone() for weight in weights]
+
+        @torch.no_grad()
+        def project(*_: Any) -> None:
+            for i, (weight, old) in enumerate(zip(weights, before, strict=True)):
+                step = (weight - old).flatten(1) @ self.get_buffer(f"projector_{i}")
+                weight.copy_(old + step.view_as(old))
+
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(project)
+        return optimizer
+
+    def project_gradients(self, learner: Learner) -> None:
+        """Silence what old tasks rest on and no projector covers."""
+        if learner.tasks_learned > 0:
+            silence_others(learner, protected_layers(learner))
+
+    @torch.no_grad()
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Add this task's inputs to the covariances, and find their null spaces anew."""
+        layers, data = protected_layers(learner), task.train
+        if self.num_samples is not None and self.num_samples < len(data):
+            data = data.take(torch.from_numpy(self.random.generator.choice(len(data), self.num_samples, replace=False)))
+        with learner.evaluating():
+            for batch in EvalLoader([data], learner.device, batch_size=64):  # a row may have a thousand patches
+                for i, R in enumerate(layer_inputs(layers, partial(learner, learner.prepare(batch.x)))):
+                    self.get_buffer(f"covariance_{i}").add_(R.double() @ R.double().T)
+        for i in range(len(layers)):
+            projector = null_projector(self.get_buffer(f"covariance_{i}"), self.ratio, self.released_rule)
+            self.get_buffer(f"projector_{i}").copy_(projector)

@@ -1,0 +1,152 @@
+r"""CODA-Prompt: continual decomposed attention-based prompting (Smith et al. 2023, section 4).
+
+In each of some blocks of a frozen transformer the prefix of an example is a weighted sum of M components, by how much
+its query q(x), the prompt-free class token, agrees with their keys K under their attention A:
+
+.. math:: p = \sum_m \alpha_m P_m, \qquad \alpha_m = \cos(q(x) \odot A_m, K_m)
+
+M / T components with their keys and attentions belong to each task. Only they learn, beside those of earlier tasks,
+and a penalty keeps all of them apart, with B each of P, K and A of a block, one row a component:
+
+.. math:: \min \; \mathrm{CE}(f(x; p), y) \; + \; \lambda \sum_B \lVert B B^\top - I \rVert^2
+
+over the classes of the example's own task. Components of tasks to come are 0, and so are their weights.
+
+Differences from the paper, both as in the authors' later code: a task's components are drawn when it begins,
+orthonormal and orthogonal to all earlier ones, where the paper draws them all at the start; and lambda is 0, which they
+found to be enough then (0.1 in the paper). The squared norm is the mean over the entries of a matrix.
+Differences from the reference code: its Gram-Schmidt process takes trained components for orthogonal; here the new ones
+are orthogonal to their span (QR). The M - T floor(M / T) components that no task gets are not there. Replayed rows see
+the components so far, as all others do.
+
+State, for L blocks and each of T tasks: M / T components (L, 2, l / 2, D) of l / 2 keys and l / 2 values, keys (L, D)
+and attentions (L, D). For every scenario; it refuses a backbone that takes no prefixes, and more components than can be
+orthogonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl.errors import InputError, check_range
+from cl.random import Random
+from cl.strategy import Batch, Strategy
+from cl.vit import freeze_transformer
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+EPSILON = 1e-12
+
+
+def agreement(query: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
+    """Return the cosines of attended queries with keys, for queries (B, D) and M rows (..., D) of both: (B, ...).
+
+    Example:
+        >>> q, A, K = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+        >>> round(float(agreement(q, A, K)), 6)
+        0.707107
+    """
+    product = torch.einsum("bd,...d->b...", query, attention * keys)
+    squares = torch.einsum("bd,...d->b...", query.square(), attention.square()) * keys.square().sum(-1)
+    cosine: Tensor = product / squares.clamp_min(EPSILON).sqrt()
+    return cosine
+
+
+def apart(rows: Tensor) -> Tensor:
+    """Return the mean squared entry of B B^T - I, summed over blocks, for n components (n, L, ...).
+
+    Example:
+        >>> float(apart(torch.eye(3)[:2, None])), float(apart(torch.ones(2, 1, 1)))
+        (0.0, 0.5)
+    """
+    B = rows.flatten(2).transpose(0, 1)
+    return (B @ B.mT - torch.eye(len(rows), device=B.device)).square().mean((1, 2)).sum()
+
+
+class CODAPrompt(Strategy):
+    """Learns components of prefixes, and whom each is for, for a frozen transformer.
+
+    Args:
+        num_components: M, in all; each task gets M / T of them, rounded down.
+        length: Keys and values together of a prefix, l; even.
+        blocks: Blocks that get a prefix, from 0.
+        penalty: lambda.
+
+    Raises:
+        InputError: If the length is odd, a task would get no component, there are more than the features have
+            dimensions, the backbone takes no prefixes, or it lacks a block.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(CODAPrompt, num_components=6, blocks=(0,), backbone="vit", scenarios=("class",))
+    """
+
+    def __init__(
+        self,
+        num_components: int = 100,
+        length: int = 8,
+        blocks: Sequence[int] = (0, 1, 2, 3, 4),
+        penalty: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_range("coda_prompt", 1, num_components=num_components)
+        check_range("coda_prompt", 2, length=length)
+        check_range("coda_prompt", 0, penalty=penalty)
+        if length % 2:
+            raise InputError(f"coda_prompt.length={length} has no half for keys and half for values: make it even.")
+        self.num_components, self.length, self.blocks, self.penalty = num_components, length, tuple(blocks), penalty
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate components, keys and attentions; freeze the transformer."""
+        freeze_transformer("coda_prompt", learner.backbone, blocks=self.blocks)
+        T, L, D = len(stream), len(self.blocks), int(learner.backbone.num_features)  # type: ignore[arg-type]
+        if not T <= self.num_components <= D:
+            raise InputError(
+                f"coda_prompt.num_components={self.num_components} must be from {T}, one a task, to {D}, as many as "
+                "can be orthogonal in the features' space."
+            )
+        m = self.num_components // T
+        self.components, self.keys, self.attention = (
+            nn.ParameterList(torch.zeros(m, L, *shape) for _ in stream)
+            for shape in ((2, self.length // 2, D), (D,), (D,))
+        )
+        self.random = Random()
+
+    @torch.no_grad()
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Draw the task's components, orthonormal and orthogonal to the earlier ones; train them alone."""
+        for parts in (self.components, self.keys, self.attention):
+            for t, part in enumerate(parts):
+                part.requires_grad_(t == task.index)
+            new = parts[task.index]
+            draw = torch.from_numpy(self.random.generator.standard_normal(new.shape)).to(new)
+            rows = torch.cat([*parts[: task.index], draw]).flatten(2).transpose(0, 1)  # (L, n, D)
+            basis = torch.linalg.qr(rows.mT)[0].mT[:, -len(new) :]
+            new.copy_(basis.transpose(0, 1).view_as(new))
+
+    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return the features under each row's own prefixes, (B, D)."""
+        backbone = learner.backbone.eval()  # dropout off: the queries must be the same every time
+        with torch.no_grad():
+            query = backbone(view)
+        P, K, A = (torch.cat(tuple(parts)) for parts in (self.components, self.keys, self.attention))
+        weights = agreement(query.to(K.dtype), A, K)  # (B, M, L)
+        prefixes = torch.einsum("bml,ml...->lb...", weights, P)
+        features: Tensor = backbone(view, dict(zip(self.blocks, prefixes, strict=True)))
+        return features
+
+    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+        """Return the cross-entropy over the classes of each row's own task, and the penalty."""
+        loss = F.cross_entropy(learner.mask(logits, batch.task, "task"), batch.y)
+        if not self.penalty:
+            return loss
+        so_far = slice(learner.task_index + 1)
+        terms = [apart(torch.cat(tuple(parts[so_far]))) for parts in (self.components, self.keys, self.attention)]
+        return loss + self.penalty * torch.stack(terms).sum()

@@ -1,0 +1,130 @@
+r"""DualPrompt: complementary prompting (Wang et al. 2022, ECCV, section 4).
+
+A frozen transformer is steered by prefixes, keys and values that stand before its own in some blocks: the general
+prompt g, shared by all tasks, in the first blocks, and the expert prompt :math:`e_t` of task t in later ones. Each task
+has a key :math:`k_t`, drawn to the queries q(x), the prompt-free class tokens of its examples:
+
+.. math:: \min_{g, e_t, k_t, \phi} \; \mathrm{CE}(f_\phi(x; g, e_t), y) \; + \; \lambda \, (1 - \cos(q(x), k_t))
+
+over the classes of the example's own task ("train_mask" in the released code). At test an example gets the expert
+prompt of :math:`\arg\max_t \cos(q(x), k_t)` over the tasks begun so far; in the task-incremental scenario that of its
+own task.
+
+Differences from the paper: a prompt of length L is L / 2 keys and L / 2 values, and the paper's L = 5 for g has no
+half; the defaults, 6 and 20, are those of CODA-Prompt's re-implementation. The released code takes 5 keys and 5 values
+for both kinds, which is 10 and 10 here.
+Differences from the reference code: at test it lets a batch vote for one expert prompt, so that a prediction depends on
+its neighbours and a batch of one task gives the task away (`batch_vote=true` does so); the keys of tasks to come can be
+chosen there; and it starts an expert prompt from the one before. CODA-Prompt's code has a key for each block and sums
+the keys' loss over the batch instead of averaging it. Replayed rows are given the prompt of their own task.
+
+State: g (G, 2, L/2, D) for G blocks, T prompts (E, 2, L/2, D) for E blocks, of which the present task's is trained, and
+T keys (D). For every scenario; it refuses a backbone that takes no prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl.errors import InputError, check_range
+from cl.strategy import Batch, Strategy
+from cl.vit import freeze_transformer
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+
+class DualPrompt(Strategy):
+    """Learns a prefix for all tasks, one for each, and a head for a frozen transformer.
+
+    Args:
+        general_length: Keys and values together of the general prompt in a block; even.
+        expert_length: The same of an expert prompt.
+        general_blocks: Blocks that get the general prompt, from 0.
+        expert_blocks: Blocks that get the expert prompt.
+        pull: lambda.
+        batch_vote: Give all rows of a test batch the prompt that most of them choose.
+
+    Raises:
+        InputError: If a length is odd, the backbone takes no prefixes, or it lacks a block.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(DualPrompt, general_blocks=(0,), expert_blocks=(0,), backbone="vit", scenarios=("class",))
+    """
+
+    known: Tensor
+
+    def __init__(
+        self,
+        general_length: int = 6,
+        expert_length: int = 20,
+        general_blocks: Sequence[int] = (0, 1),
+        expert_blocks: Sequence[int] = (2, 3, 4),
+        pull: float = 1.0,
+        batch_vote: bool = False,
+    ) -> None:
+        super().__init__()
+        check_range("dualprompt", 2, general_length=general_length, expert_length=expert_length)
+        check_range("dualprompt", 0, pull=pull)
+        for name, length in (("general_length", general_length), ("expert_length", expert_length)):
+            if length % 2:
+                raise InputError(f"dualprompt.{name}={length} has no half for keys and half for values: make it even.")
+        self.general_length, self.expert_length = general_length, expert_length
+        self.general_blocks, self.expert_blocks = tuple(general_blocks), tuple(expert_blocks)
+        self.pull, self.batch_vote = pull, batch_vote
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate prompts and keys; freeze the transformer."""
+        blocks = {"general_blocks": self.general_blocks, "expert_blocks": self.expert_blocks}
+        freeze_transformer("dualprompt", learner.backbone, **blocks)
+        D = int(learner.backbone.num_features)  # type: ignore[arg-type]
+        shape = len(self.expert_blocks), 2, self.expert_length // 2, D
+        self.general = nn.Parameter(_uniform(len(self.general_blocks), 2, self.general_length // 2, D))
+        self.experts = nn.ParameterList(_uniform(*shape) for _ in stream)
+        self.keys = nn.ParameterList(_uniform(D) for _ in stream)
+        self.register_buffer("known", torch.zeros(len(stream), dtype=torch.bool))
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Train the task's own prompt and key, and no other task's."""
+        self.known[task.index] = True
+        for t, (expert, key) in enumerate(zip(self.experts, self.keys, strict=True)):
+            expert.requires_grad_(t == task.index)
+            key.requires_grad_(t == task.index)
+
+    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return the features under the prompts of each row, (B, D)."""
+        backbone = learner.backbone.eval()  # dropout off: the queries must be the same every time
+        with torch.no_grad():
+            query = F.normalize(backbone(view), dim=1)
+        self._cosine = query @ F.normalize(torch.stack(tuple(self.keys)), dim=1).T.to(query.dtype)
+        experts = torch.stack(tuple(self.experts))[self._tasks(learner, view)]  # (B, E, 2, L/2, D)
+        general = self.general.expand(len(view), *self.general.shape)
+        prefixes = {block: general[:, i] for i, block in enumerate(self.general_blocks)}
+        for i, block in enumerate(self.expert_blocks):
+            both = [prefixes[block], experts[:, i]] if block in prefixes else [experts[:, i]]
+            prefixes[block] = torch.cat(both, dim=2)
+        features: Tensor = backbone(view, prefixes)
+        return features
+
+    def _tasks(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return whose expert prompt each row gets, (B,): its own task's where that is told, else the nearest key's."""
+        if learner.task_labels is not None:
+            return learner.task_labels
+        nearest = self._cosine.masked_fill(~self.known, -2.0).argmax(1)
+        return torch.bincount(nearest).argmax().expand_as(nearest) if self.batch_vote else nearest
+
+    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+        """Return the cross-entropy over the classes of each row's own task, and the distance of its key."""
+        distance = 1 - self._cosine.gather(1, batch.task[:, None]).mean()
+        return F.cross_entropy(learner.mask(logits, batch.task, "task"), batch.y) + self.pull * distance
+
+
+def _uniform(*shape: int) -> Tensor:
+    return torch.empty(shape).uniform_(-1, 1)

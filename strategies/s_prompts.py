@@ -1,0 +1,155 @@
+r"""S-Prompts, by images alone: S-iPrompts (Wang, Huang and Hong 2022, section 3).
+
+Each domain t has prompts :math:`P_t` and a head of its own, trained with nothing but its examples:
+
+.. math:: \min_{P_t, h_t} \; \mathrm{CE}(h_t(f(x; P_t)), y)
+
+where the prompts stand among a frozen transformer's tokens and f is its class token. K centres :math:`c_{tk}` tell the
+domains apart, by k-means on the unit-length features of a domain's examples without prompts. At test
+
+.. math:: t(x) = \arg\min_t \min_k \; \lVert f(x) / \lVert f(x) \rVert - c_{tk} \rVert, \qquad \hat y = \arg\max_c
+          h_{t(x)}(f(x; P_{t(x)}))_c
+
+over the classes of that domain; the others stand below the least of them.
+
+Differences from the paper: S-liPrompts, which prompt CLIP's text encoder in place of a head, are not here. The centres
+are found before a domain is trained, not after: features without prompts do not change. All heads begin with the same
+weights. Replayed rows teach nothing, for domains are learned independently.
+Differences from the reference code: it clusters augmented examples, here they are plain. Its distance is the sum of
+absolute differences, as here by default; the Euclidean one that the paper suggests (`norm: 2`) can tell another domain.
+
+State: T prompts (l, D), T heads, and centres (T, K, D). Made for the domain-incremental scenario; in the others a task
+counts as a domain, and its classes are told from its own alone. It refuses a backbone that is no transformer.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl.errors import check_range
+from cl.loader import EvalLoader
+from cl.random import Random
+from cl.strategy import Batch, Strategy
+from cl.vit import freeze_transformer
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+
+def distances(features: Tensor, centres: Tensor, norm: float) -> Tensor:
+    """Return how far features (B, D) are from the nearest of each domain's centres (T, K, D), (B, T).
+
+    Example:
+        >>> f, centres = torch.tensor([[1.2, -0.1]]), torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]])
+        >>> for norm in (1, 2):
+        ...     print([round(float(d), 5) for d in distances(f, centres, norm)[0]])
+        [1.3, 1.3]
+        [1.20416, 1.11803]
+    """
+    exact = "donot_use_mm_for_euclid_dist"  # of a batch's size, too
+    pairs = torch.cdist(features, centres.flatten(0, 1), p=norm, compute_mode=exact)
+    nearest: Tensor = pairs.unflatten(1, centres.shape[:2]).amin(2)
+    return nearest
+
+
+class SPrompts(Strategy):
+    """Learns prompts and a head for each domain of a frozen transformer, and which domain an example is of.
+
+    Args:
+        length: Tokens of a prompt, l.
+        num_centres: Centres of a domain, K.
+        norm: Of the distance to them: 1 sums absolute differences, 2 is Euclidean.
+
+    Raises:
+        InputError: If the backbone has no `embed` and `encode`.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(SPrompts, backbone="vit", scenarios=("domain",))
+    """
+
+    centres: Tensor
+    known: Tensor
+
+    def __init__(self, length: int = 10, num_centres: int = 5, norm: float = 1.0) -> None:
+        super().__init__()
+        check_range("s_prompts", 1, length=length, num_centres=num_centres, norm=norm)
+        self.length, self.num_centres, self.norm = length, num_centres, norm
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate prompts, heads and centres; freeze the transformer."""
+        freeze_transformer("s_prompts", learner.backbone)
+        T, D = len(stream), int(learner.backbone.num_features)  # type: ignore[arg-type]
+        self.prompts = nn.ParameterList(torch.empty(self.length, D).uniform_(-(D**-0.5), D**-0.5) for _ in stream)
+        self.heads = nn.ModuleList(deepcopy(learner.head).requires_grad_(False) for _ in stream)
+        self.register_buffer("centres", torch.zeros(T, self.num_centres, D))
+        self.register_buffer("known", torch.zeros(T, dtype=torch.bool))
+        self.random = Random()
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Find the domain's centres; give it a new head; train its prompts alone."""
+        with torch.no_grad(), learner.evaluating():
+            loader = EvalLoader([task.train], learner.device, learner.eval_batch_size)
+            features = torch.cat([self._query(learner, learner.prepare(batch.x)) for batch in loader])
+        self.centres[task.index] = self._cluster(features)
+        self.known[task.index] = True
+        learner.head.load_state_dict(self.heads[task.index].state_dict())
+        for t, prompt in enumerate(self.prompts):
+            prompt.requires_grad_(t == task.index)
+
+    def _cluster(self, features: Tensor) -> Tensor:
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+
+        found = min(self.num_centres, len(features))
+        seed = int(self.random.generator.integers(2**31))
+        with threadpool_limits(1):  # sums of several threads differ in their last bits
+            centres = KMeans(found, n_init=10, random_state=seed).fit(features.float().cpu().numpy()).cluster_centers_
+        return torch.from_numpy(centres).to(self.centres)[torch.arange(self.num_centres) % found]
+
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Keep the domain's head."""
+        self.heads[task.index].load_state_dict(learner.head.state_dict())
+
+    def _query(self, learner: Learner, view: Tensor) -> Tensor:
+        return F.normalize(learner.backbone(view), dim=1)
+
+    def _domains(self, learner: Learner, view: Tensor) -> Tensor:
+        with torch.no_grad():
+            far = distances(self._query(learner, view).to(self.centres.dtype), self.centres, self.norm)
+        return far.masked_fill(~self.known, torch.inf).argmin(1)
+
+    def _features(self, learner: Learner, view: Tensor, domains: Tensor) -> Tensor:
+        transformer: Any = learner.backbone
+        tokens = transformer.embed(view)
+        prompts = torch.stack(tuple(self.prompts))[domains].to(tokens.dtype)
+        output: Tensor = transformer.encode(torch.cat([tokens, prompts], dim=1))
+        return output[:, 0]
+
+    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return the class token under the prompts of each row's domain, (B, D)."""
+        learner.backbone.eval()
+        told = learner.task_labels
+        return self._features(learner, view, self._domains(learner, view) if told is None else told)
+
+    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+        """Return the cross-entropy of the incoming rows over the classes of their domain."""
+        n = batch.num_incoming
+        return F.cross_entropy(learner.mask(logits, batch.task, "task")[:n], batch.y[:n])
+
+    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return the logits of each row's domain, (B, C)."""
+        domains = self._domains(learner, view)
+        features = self._features(learner, view, domains)
+        heads = [learner.head if t == learner.tasks_learned else head for t, head in enumerate(self.heads)]
+        logits = torch.stack([head(features) for head in heads], dim=1)[
+            torch.arange(len(view), device=view.device), domains
+        ]
+        own = learner.membership[domains]
+        return torch.where(own, logits, logits.masked_fill(~own, torch.inf).amin(1, keepdim=True) - 1)

@@ -1,0 +1,169 @@
+r"""Task-based Accumulated Gradients, an optimizer (TAG; Malviya, Ravindran and Chandar 2022, algorithm 1).
+
+Adaptive optimizers divide a step by a mean of squared gradients; here each task has one of its own, :math:`V_\tau`, and
+those of earlier tasks count by how the present direction of descent agrees with theirs. For each tensor of weights,
+with the running mean of gradients m and the unit vectors :math:`\hat m_\tau` that it ended as in the earlier tasks,
+
+.. math:: \alpha_\tau = \exp\big(-b \langle m / \lVert m \rVert, \hat m_\tau \rangle\big), \qquad \alpha_t = \exp(-b)
+
+.. math:: \theta \leftarrow \theta - \eta \, N \Big/
+          \Big(\sqrt{\textstyle\sum_{\tau < t} \alpha_\tau V_\tau + \alpha_t V_t} + 10^{-8}\Big)
+
+(:math:`\alpha_t` = 1 in the first task): where an earlier task pulls the other way, steps are shorter. The forms are
+"rmsprop" (N = g, V a running mean with :math:`\beta_2` = 0.99), "adagrad" (N = g, V a sum) and "adam" (N = m, and V a
+running mean with :math:`\beta_2` = 0.999, both freed of their bias).
+
+Differences from the paper: none known. Differences from the reference code: Adam's bias counts the steps of the task,
+there those of the epoch; a direction of zero, as of another task's outputs, agrees with none, where it divides by 0.
+The learning rate is that of the configured optimizer, and follows its schedule; nothing else of it is used. The paper's
+is .00025 for "rmsprop" on CIFAR-100, a twentieth of its plain RMSProp's: compare each at its own.
+State: V and the directions of all tasks, and m: (2 T + 1) |theta| numbers.
+Scenarios: all. Refused: momentum and weight decay of the configured optimizer, strategies with weights of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl.errors import InputError, check_range, unknown
+from cl.strategy import OptimizerFactory, Strategy
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream, Task
+
+FORMS = ("rmsprop", "adam", "adagrad")
+
+
+def unit(vector: Tensor) -> Tensor:
+    """Return a vector of length 1, or 0 as it is."""
+    shrunk: Tensor = vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
+    return shrunk
+
+
+def denominator(squares: Tensor, m: Tensor, directions: Tensor, b: float) -> Tensor:
+    """Return the root of the tasks' squared gradients, weighted by how their directions agree, (n,).
+
+    Args:
+        squares: V of the earlier tasks and the present one, (t + 1, n).
+        m: Running mean of gradients, (n,).
+        directions: Unit vectors of the earlier tasks, (t, n).
+        b: How much agreement counts.
+
+    Example:
+        >>> squares, same = torch.ones(2, 1), torch.ones(1)
+        >>> [round(float(denominator(squares, sign * same, same[None], 5.0)), 4) for sign in (1, -1)]
+        [0.1161, 12.1828]
+    """
+    if len(directions) == 0:
+        return squares[0].sqrt()
+    agreement = torch.cat([directions @ unit(m), m.new_ones(1)])
+    mixed: Tensor = torch.exp(-b * agreement) @ squares
+    return mixed.sqrt()
+
+
+class Steps(Optimizer):
+    """An optimizer that counts its steps and leaves them to a function of the parameter group."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, update: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(parameters, {"lr": lr, "num_steps": 0})
+        self._update = update
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            group["num_steps"] += 1
+            self._update(group)
+        return loss
+
+
+class TAG(Strategy):
+    """Divides steps by what the tasks' squared gradients add up to, each by its agreement with the present one.
+
+    Args:
+        form: "rmsprop", "adam" or "adagrad".
+        b: How much agreement counts.
+        beta1: Of the running mean m.
+        beta2: Of the running mean V; None means 0.99 for "rmsprop" and 0.999 for "adam".
+
+    Raises:
+        InputError: If there is no such form, the configured optimizer has a momentum or weight decay, which nobody
+            would heed, or another strategy trains weights of its own.
+
+    Example:
+        >>> from cl.testing import check_strategy
+        >>> check_strategy(TAG)
+    """
+
+    targets = ("label", "multilabel", "regression")
+    momentum: Tensor
+    squares: Tensor
+    directions: Tensor
+
+    def __init__(self, form: str = "rmsprop", b: float = 5.0, beta1: float = 0.9, beta2: float | None = None) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise unknown("form of TAG", form, FORMS)
+        check_range("tag", 0, b=b)
+        check_range("tag", 0, 1, beta1=beta1, beta2=beta2)
+        self.form, self.b, self.beta1 = form, b, beta1
+        self.beta2 = (0.999 if form == "adam" else 0.99) if beta2 is None else beta2
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate m, and V and a direction for each task."""
+        group = learner.new_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
+        for name in ("momentum", "weight_decay"):
+            if group.get(name):
+                raise InputError(
+                    f"TAG takes only the learning rate of an optimizer, but this one has {name}={group[name]}: set "
+                    f"optimizer.{name}=0."
+                )
+        size = sum(p.numel() for p in learner.trunk().parameters())
+        self.register_buffer("momentum", torch.zeros(size))
+        for name in ("squares", "directions"):
+            self.register_buffer(name, torch.zeros(len(stream), size))
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Forget the running mean; refuse weights that nobody would step."""
+        self.momentum.zero_()
+        own = {id(p) for p in learner.trunk().parameters()}
+        if any(p.requires_grad and id(p) not in own for p in learner.parameters()):
+            raise InputError("TAG steps backbone and head, but another strategy trains weights of its own: drop it.")
+
+    def _parts(self, learner: Learner) -> list[tuple[nn.Parameter, slice]]:
+        """Return each tensor of weights with its place in the state."""
+        ends = torch.tensor([p.numel() for p in learner.trunk().parameters()]).cumsum(0).tolist()
+        return [(p, slice(end - p.numel(), end)) for p, end in zip(learner.trunk().parameters(), ends, strict=True)]
+
+    def configure_optimizer(self, learner: Learner, factory: OptimizerFactory) -> Optimizer:
+        """Return an optimizer of the configured learning rate whose steps are this task's."""
+        parts = self._parts(learner)
+        lr = float(factory(p for p, _ in parts).param_groups[0]["lr"])
+        return Steps((p for p, _ in parts), lr, partial(self._update, learner.task_index, parts))
+
+    @torch.no_grad()
+    def _update(self, task: int, parts: list[tuple[nn.Parameter, slice]], group: dict[str, Any]) -> None:
+        adam = self.form == "adam"
+        bias1, bias2 = ((1 - beta ** group["num_steps"]) if adam else 1.0 for beta in (self.beta1, self.beta2))
+        for p, part in parts:
+            if p.grad is None:
+                continue
+            g, V = p.grad.flatten(), self.squares[: task + 1, part]
+            m = self.momentum[part].lerp_(g, 1 - self.beta1)
+            V[task].mul_(1 if self.form == "adagrad" else self.beta2)
+            V[task].addcmul_(g, g, value=1 if self.form == "adagrad" else 1 - self.beta2)
+            D = denominator(V, m, self.directions[:task, part], self.b) / bias2**0.5 + 1e-8
+            p.sub_(group["lr"] * ((m / bias1 if adam else g) / D).view_as(p))
+
+    @torch.no_grad()
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Keep the direction of this task, tensor by tensor."""
+        for _, part in self._parts(learner):
+            self.directions[task.index, part] = unit(self.momentum[part])

@@ -1,0 +1,66 @@
+"""`cl-list` says of each option what its file says, without importing it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from cl import listing
+from cl.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_strategys_line_is_the_first_paragraph_of_its_docstring() -> None:
+    listed = listing.options("strategy")
+    assert set(listed) == {path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml")}
+    for name, said in listed.items():
+        doc = importlib.import_module(f"cl.strategies.{name}").__doc__
+        assert doc is not None and said == " ".join(doc.partition("\n\n")[0].split())
+
+
+@pytest.mark.parametrize("group", listing.groups())
+def test_every_option_has_a_line_of_its_own(group: str) -> None:
+    listed = listing.options(group)
+    assert set(listed) == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+    assert all(said[:1].isalpha() for said in listed.values()), listed
+    assert len(set(listed.values())) == len(listed)
+
+
+def test_installed_packages_are_listed_and_replace_nothing(tmp_path, monkeypatch) -> None:
+    for name, text in {
+        "mine/__init__.py": "",
+        "mine/stream.py": '"""Mine."""\n\ndef a(): pass\n\ndef b():\n    """Blobs that\n    move."""\n',
+        "mine/conf/__init__.py": "",
+        "mine/conf/stream/blobs.yaml": "_target_: mine.stream.b\n",
+        "mine/conf/stream/split.yaml": "# Not ours.\n_target_: mine.stream.a\n",
+        "mine/conf/stream/lost.yaml": "_target_: nobodys.stream.a\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(listing, "entry_points", lambda group: [EntryPoint("mine", "mine.conf", group)])
+    before = listing.options("strategy")
+    listed = listing.options("stream")
+    assert listed["blobs"] == "Blobs that move." and listed["lost"] == ""
+    assert "Not ours." not in listed.values() and "split" in listed
+    assert listing.options("strategy") == before
+    assert "mine.stream" not in sys.modules
+
+
+def test_the_command(capsys) -> None:
+    listing.main(["scenario", "dataset"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "scenario=class Class-incremental" in said and "'clsim[huggingface]'" in said
+    listing.main([])
+    said = capsys.readouterr().out
+    assert "strategy=gpm" in said and "stream=permuted" in said and "scenario=" not in said
+    with pytest.raises(SystemExit):
+        listing.main(["strategies"])
+    assert "no group called 'strategies': did you mean 'strategy'" in capsys.readouterr().err
+    with pytest.raises(InputError, match="Known: backbone"):
+        listing.options("strategies")

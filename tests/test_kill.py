@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,3 +269,10 @@ def test_a_configuration_that_lost_a_null_is_written_anew_and_another_value_is_t
     path.write_text(whole.replace("seed: 0", "seed: 1"))
     with pytest.raises(InputError, match=r"seed: 1 there, 0 here; see config\.yaml"):
         settle(cfg, tmp_path)
+
+
+def test_the_harness_kills_every_strategy():
+    text = (HARNESS / "kill.py").read_text()
+    killed = {name for found in re.findall(r"strategy=\[?([\w,]+)", text) for name in found.split(",")}
+    known = {path.stem for path in (HARNESS.parents[1] / "conf" / "strategy").glob("*.yaml")}
+    assert killed == known - {"avalanche"}, "which cannot be continued, and refuses to be"

@@ -35,6 +35,8 @@ _CROP = "dataset.augment={_target_:cl.augment.RandomCropFlip,padding:2}"
 _IMAGES = ["dataset.image=true", "dataset.input_shape=[3,8,8]", _CROP]
 MLP = ["backbone.hidden=[16]"]
 _VIT = ["backbone=vit", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"]
+_DUAL = ["strategy.dualprompt.general_blocks=[0]", "strategy.dualprompt.expert_blocks=[0]"]
+_CODA = "strategy.coda_prompt.blocks=[0]"
 _WATCHED = ["report.points=3", "report.subset=20", "report.flops=true", "probes=[ridge,knn,cka]"]
 
 CASES: dict[str, list[str]] = {
@@ -61,6 +63,29 @@ CASES: dict[str, list[str]] = {
     "er and gpm": ["strategy=[er,gpm]", "report.points=2", *_STEPS],
     "ewc, lwf and derpp": ["strategy=[ewc,lwf,derpp]", "optimizer.momentum=0.5", *_STEPS],
     "drawn": ["strategy=finetune", "report=quiet", "checkpoint.every=null"],
+    "er_ace": ["strategy=er_ace", "strategy.er_ace.memory_size=20", *_STEPS],
+    "der": ["strategy=der", "optimizer=adam", *_IMAGES, *_STEPS],
+    "mir": ["strategy=mir", "strategy.mir.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
+    "gdumb": ["strategy=gdumb", "strategy.gdumb.cutmix=0.5", *_IMAGES, *_STEPS],
+    "icarl": ["strategy=icarl", "strategy.icarl.memory_size=20", *_STEPS],
+    "scr": ["strategy=scr", "strategy.scr.batch_size=10", *_IMAGES, *_STEPS],
+    "gem": ["strategy=gem", "strategy.gem.memory_size=30", *_STEPS],
+    "ogd": ["strategy=ogd", "strategy.ogd.num_samples=10", *_STEPS],
+    "sgp": ["strategy=sgp", *_STEPS],
+    "trgp": ["strategy=trgp", "strategy.trgp.trust=0.1", "scenario=task", *_STEPS],
+    "cuber": ["strategy=cuber", "strategy.cuber.sufficient=0.1", "scenario=task", *_STEPS],
+    "adam_nscl": ["strategy=adam_nscl", *_STEPS],
+    "tag": ["strategy=tag", *_STEPS],
+    "online_ewc": ["strategy=online_ewc", "strategy.online_ewc.fisher=sampled", *_STEPS],
+    "si": ["strategy=si", "optimizer.momentum=0.9", *_STEPS],
+    "mas": ["strategy=mas", "optimizer=adam", *_STEPS],
+    "packnet": ["strategy=packnet", "scenario=task", "optimizer.momentum=0.9", *_STEPS],
+    "hat": ["strategy=hat", "scenario=task", *_STEPS],
+    "supsup": ["strategy=supsup", "strategy.supsup.density=0.3", *_STEPS],
+    "dualprompt": ["strategy=dualprompt", *_IMAGES, *_VIT, *_DUAL, *_STEPS],
+    "coda_prompt": ["strategy=coda_prompt", "strategy.coda_prompt.num_components=6", _CODA, *_IMAGES, *_VIT, *_STEPS],
+    "s_prompts": ["strategy=s_prompts", "scenario=domain", *_IMAGES, *_VIT, *_STEPS],
+    "ranpac": ["strategy=ranpac", "strategy.ranpac.num_projections=20", "strategy.ranpac.adapt=true", *_STEPS],
 }
 _KINDS = ("SIGKILL", "SIGKILL", "write", "write", "write", "SIGTERM", "SIGUSR1", "SIGINT", "full disk")
 

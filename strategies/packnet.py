@@ -9,7 +9,7 @@ remaining epochs the others are trained on. A task is answered with
 and later tasks never change these: the logits of old tasks stay as they are, to the bit. Weights given back start from
 0. After t tasks :math:`p^t` of a layer is left.
 
-State: the owner of each weight, four bytes. Biases and norms belong to the first task and are frozen after it, as in the
+State: the owner of each weight, 4 bytes. Biases and norms belong to the first task and are frozen after it, as in the
 paper; outputs belong to the task of their classes. Scenario: task-incremental. Refused: batch norm with running
 statistics, which drift (`backbone.norm=batch_no_stats` or `group`), weight decay, classes in several tasks.
 

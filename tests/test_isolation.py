@@ -452,6 +452,17 @@ def test_gates_are_soft_in_training_and_hard_at_test():
         assert strategy._steepness(learner, 0) == 400
 
 
+def test_embeddings_are_kept_within_6():
+    learner, stream = build(HAT())
+    with torch.no_grad():
+        learner.strategies["method"].embedding[:, :3] = torch.tensor([9.0, -9.0, 5.0])
+    with learner.evaluating():
+        learner(learner.prepare(stream[0].test.x))
+    assert float(learner.strategies["method"].embedding.detach().max()) == 9
+    learner(learner.prepare(stream[0].test.x))
+    assert learner.strategies["method"].embedding.detach()[0, :3].tolist() == [6, -6, 5]
+
+
 class Skip(MLP):
     def forward(self, x):
         x = x.flatten(1)
@@ -522,6 +533,19 @@ def test_worked_example_31():
     with learner.evaluating():
         got = strategy.predict(learner, torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     assert got.tolist() == [[2, 0], [0, 2]], "each row in the subnetwork that it chose"
+
+
+@torch_own
+def test_classes_of_other_tasks_than_the_inferred_one_come_last():
+    stream = vectors(2, 4, num_tasks=2)
+    data = [task.train for task in stream]
+    tasks = [Task(t, *(TaskData(d.x, torch.arange(8) % 2 + 2 * t, t) for _ in (0, 1))) for t, d in enumerate(data)]
+    learner, _ = build(SupSup(), partial(Inputs, 2), stream=Stream(tasks, scenario="class", num_classes=4))
+    learner.head.weight.data = torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3]])
+    strategy = with_masks(learner, torch.ones(4, 2).bool(), torch.ones(4, 2).bool())  # alike: the first is inferred
+    with learner.evaluating():
+        (got,) = strategy.predict(learner, torch.tensor([[2.0, 1.0]])).tolist()
+    assert got == pytest.approx([2, 1, 4 - 1e4, 3 - 1e4])
 
 
 @torch_own

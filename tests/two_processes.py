@@ -51,18 +51,40 @@ EXACT: dict[str, Callable[[], Strategy]] = {  # what draws nothing of its own fr
     "joint": Joint,
     "ncm": NCM,
     "l2p": L2P,
+    "si": SI,
+    "mas": partial(MAS, num_samples=20),
+    "online_ewc": partial(OnlineEWC, num_samples=20),
+    "ogd": partial(OGD, num_samples=20),
+    "sgp": partial(SGP, num_samples=20),
+    "trgp": partial(TRGP, trust=0.1, num_samples=20),
+    "cuber": partial(CUBER, sufficient=0.1, num_samples=20),
+    "adam_nscl": partial(AdamNSCL, num_samples=20),
+    "tag": TAG,
+    "packnet": PackNet,
+    "hat": HAT,
+    "supsup": SupSup,
+    "ranpac": partial(RanPAC, 30, ridge=1.0),
+    "dualprompt": partial(DualPrompt, general_blocks=(0,), expert_blocks=(0,)),
+    "coda_prompt": partial(CODAPrompt, num_components=6, blocks=(0,)),
+    "s_prompts": SPrompts,
 }
+PROMPTED = (L2P, DualPrompt, CODAPrompt, SPrompts)
+TOLD = (TRGP, CUBER, PackNet, HAT)  # the task, at test
 REPLAYED: dict[str, Callable[[], Strategy]] = {
     **{policy: partial(ER, memory_size=CAPACITY, policy=policy) for policy in POLICIES},
     "few": partial(ER, memory_size=CAPACITY, batch_size=3),
     "derpp": partial(DERpp, memory_size=CAPACITY),
     "agem": partial(AGEM, memory_size=CAPACITY, batch_size=9),
+    "er_ace": partial(ERACE, memory_size=CAPACITY),
+    "der": partial(DER, memory_size=CAPACITY),
+    "mir": partial(MIR, memory_size=CAPACITY),
+    "gdumb": partial(GDumb, memory_size=CAPACITY),
 }
 TARGETS = ("multilabel", "regression")
-RESUMED = ("class_balanced", "few", "derpp", "agem")
+RESUMED = ("class_balanced", "few", "derpp", "agem", "er_ace", "der", "mir", "gdumb")
 
 
-def stream(rows: int = ROWS, seed: int = 0) -> Stream:
+def stream(rows: int = ROWS, seed: int = 0, scenario: str = "class") -> Stream:
     draw = torch.Generator().manual_seed(seed)
     tasks = []
     for t in range(3):
@@ -73,7 +95,7 @@ def stream(rows: int = ROWS, seed: int = 0) -> Stream:
             noise = torch.randn(n, 1, 4, 4, generator=draw) * 40
             parts.append(TaskData((centres[y] + noise).clamp(0, 255).to(torch.uint8), y + 2 * t, t))
         tasks.append(Task(t, train=parts[0], test=parts[1], val=parts[1] if t == 0 else None))
-    return Stream(tasks, scenario="class", num_classes=6)
+    return Stream(tasks, scenario=scenario, num_classes=6)
 
 
 def numbers(target: str) -> Stream:
@@ -103,19 +125,16 @@ class Normed(nn.Module):
         return self.layers(x).relu()  # type: ignore[no-any-return]
 
 
-def _stream(target: str) -> Stream:
-    return stream() if target == "label" else numbers(target)
-
-
 def learner(
     strategy: Strategy, body: Callable[[], nn.Module] = ToyBackbone, target: str = "label", **options: Any
 ) -> Learner:
     torch.manual_seed(3)
-    if isinstance(strategy, L2P):
+    if isinstance(strategy, PROMPTED):
         body = partial(ViT, (1, 4, 4), patch_size=2, dim=16, depth=1, heads=2)
     optimizer = partial(torch.optim.SGD, lr=0.1)
     options = {"batch_size": BATCH, "chunk_size": 4, **options}
-    return Learner(_stream(target), body(), {"it": strategy}, optimizer, **options)
+    data = stream(scenario="task" if isinstance(strategy, TOLD) else "class") if target == "label" else numbers(target)
+    return Learner(data, body(), {"it": strategy}, optimizer, **options)
 
 
 class Keep(pl.Callback):

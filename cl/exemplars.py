@@ -50,7 +50,7 @@ def unit_features(learner: Learner, data: TaskData) -> Tensor:
     """Return the features of examples, never augmented, in evaluation mode and of length 1, (n, D)."""
     with learner.evaluating():
         batches = EvalLoader([data], learner.device, learner.eval_batch_size)
-        return torch.cat([F.normalize(learner.features(batch.x).float(), dim=1) for batch in batches])
+        return torch.cat([F.normalize(learner.features(batch.x, batch.task).float(), dim=1) for batch in batches])
 
 
 def class_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:

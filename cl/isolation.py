@@ -106,9 +106,8 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
     """Refuse what would let a later task change an earlier one's answers, whatever its own weights do.
 
     Raises:
-        InputError: If task labels are not given at test, tasks share outputs or have no boundaries, batch norm keeps
-            running statistics, the head has more than one row of weights a class, or the optimizer decays weights
-            that get no gradient.
+        InputError: If task labels are not given at test, tasks share outputs or have no boundaries, the head has
+            weights that are no class's own, batch norm keeps running statistics, or the optimizer decays weights.
     """
     name = type(strategy).__name__
     if learner.scenario != "task":
@@ -117,6 +116,11 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
         raise InputError(
             f"{name} gives each task outputs of its own, but in {stream.name!r} tasks share classes or have no "
             "boundaries: choose another stream."
+        )
+    if any(parameter.shape[:1] != (learner.num_classes,) for parameter in learner.head.parameters()):
+        raise InputError(
+            f"{name} gives each task outputs of its own, but {type(learner.head).__name__} has weights that are no "
+            "class's own: use head=linear."
         )
     check_optimizer(name, learner)
     check_statistics(learner, name)

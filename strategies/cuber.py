@@ -23,7 +23,8 @@ off each projection, which counts twice what two subspaces share. Biases and nor
 Differences from the reference code: there is none in public; subspaces are those of TRGP's.
 State: that of TRGP, and for each layer the gradients of all tasks (T, out, d), W at the beginning of the task and the
 mean gradient (out, d), and the regimes (T,).
-Scenarios: task-incremental. Refused: the others, optimizers but plain SGD, running statistics of batch norm.
+Scenarios: task-incremental; R under the mask of all classes is measured with each task's own weights, too, and is no
+class-incremental figure. Refused: the others, optimizers but plain SGD, running statistics of batch norm.
 """
 
 from __future__ import annotations
@@ -177,9 +178,8 @@ class CUBER(Strategy):
             mean = self.get_buffer(f"mean_{i}").lerp_(g.flatten(1), 1 - self.smoothing)
             cosine = correlation(self.get_buffer(f"gradients_{i}"), mean)
             regime.sub_(((regime == 3) & (cosine < self.positive)).long())
-            g += self._pull(
-                own, layer.weight.detach().flatten(1) - self.get_buffer(f"anchor_{i}"), regime == 3
-            ).view_as(g)
+            change = layer.weight.detach().flatten(1) - self.get_buffer(f"anchor_{i}")
+            g += self._pull(own, change, regime == 3).view_as(g)
             own.project(g, ((regime < 3)[:, None] & own.member).any(0))
         silence_others(learner, layers)
 

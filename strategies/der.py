@@ -67,7 +67,8 @@ class DER(Strategy):
         if len(self.memory) == 0 or self.alpha == 0:
             return None
         old = self.memory.sample(self.batch_size or batch.num_incoming)
-        return self.alpha * F.mse_loss(learner(learner.prepare(old.x, True)), old.extras["logits"])
+        again = learner(learner.prepare(old.x, True), old.task)
+        return self.alpha * F.mse_loss(again, old.extras["logits"])
 
     def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows with the logits that they had before the step."""

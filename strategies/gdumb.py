@@ -122,5 +122,5 @@ class GDumb(Strategy):
             return learner.criterion(logits, batch)
         assert batch.view is not None
         mixed, partner, share = mix(batch.view, self.alpha, self.random.generator)
-        logits = learner(mixed)
+        logits = learner(mixed, batch.task)
         return share * learner.criterion(logits, batch) + (1 - share) * learner.criterion(logits, batch.take(partner))

@@ -103,7 +103,7 @@ class MIR(Strategy):
         virtual = _after_a_step(learner, learner.criterion(logits[:n], batch.take(slice(n))), n)
         before, after = _losses(learner, candidates, {}), _losses(learner, candidates, virtual)
         chosen = candidates.take(most_raised(before, after, self.batch_size or n))
-        return learner.criterion(learner(learner.prepare(chosen.x, True)), chosen)
+        return learner.criterion(learner(learner.prepare(chosen.x, True), chosen.task), chosen)
 
     def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
@@ -126,5 +126,5 @@ def _losses(learner: Learner, batch: Batch, parameters: dict[str, Tensor]) -> Te
     """Return each row's loss (n,) with some parameters in place of the learner's; its buffers stay as they are."""
     apart = {name: buffer.clone() for name, buffer in learner.trunk().named_buffers()}
     with torch.compiler.set_stance("force_eager"):
-        logits = functional_call(learner, {**apart, **parameters}, (learner.prepare(batch.x),))
+        logits = functional_call(learner, {**apart, **parameters}, (learner.prepare(batch.x), batch.task))
     return F.cross_entropy(learner.mask(logits, batch.task, learner.train_mask), batch.y, reduction="none")

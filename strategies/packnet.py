@@ -9,8 +9,8 @@ remaining epochs the others are trained on. A task is answered with
 and later tasks never change these: the logits of old tasks stay as they are, to the bit. Weights given back start from
 0. After t tasks :math:`p^t` of a layer is left.
 
-State: the owner of each weight, two bytes. Biases and norms belong to the first task and are frozen after it, as in the
-paper; outputs belong to the task of their classes. Scenario: task-incremental. Refused: batch norm with running
+State: the owner of each weight, four bytes. Biases and norms belong to the first task and are frozen after it, as in
+the paper; outputs belong to the task of their classes. Scenario: task-incremental. Refused: batch norm with running
 statistics, which drift (`backbone.norm=batch_no_stats` or `group`), weight decay, classes in several tasks.
 
 Differences from the paper: the fully connected layers that it prunes are those of the backbone; the network starts from
@@ -83,7 +83,7 @@ class PackNet(Strategy):
         """Give all weights to the first task; refuse what would change old answers."""
         check_isolation(self, learner, stream)
         for i, weight in enumerate(layer_weights(learner.backbone).values()):
-            self.register_buffer(f"owner_{i}", torch.ones(weight.shape, dtype=torch.int16))
+            self.register_buffer(f"owner_{i}", torch.ones(weight.shape, dtype=torch.int32))
         self.register_buffer("pruned", torch.zeros((), dtype=torch.bool))
 
     def _owned(self, learner: Learner) -> list[tuple[str, Tensor, Tensor]]:

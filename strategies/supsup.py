@@ -7,8 +7,8 @@ learns a score for each weight instead, and its subnetwork keeps, in each layer,
 
 where the gradient passes to S as if the mask were S itself. Old masks are kept, so old logits stay to the bit.
 
-Where the task is not given at test, the loss is over all outputs, other tasks' too, and the task is inferred: of all
-masks in superposition, with :math:`\alpha_i = 1/T` each, the one that lowers the entropy H of the outputs fastest:
+Where the task is not given at test, it is inferred: of all masks in superposition, with :math:`\alpha_i = 1/T` each,
+the one that lowers the entropy H of the outputs fastest:
 
 .. math:: \hat t = \arg\min_i \frac{\partial H}{\partial \alpha_i}, \qquad
           H = H\big(f(x, W \odot \textstyle\sum_i \alpha_i M^i)\big) \tag{2}
@@ -17,7 +17,11 @@ State: masks, a byte a weight and task; the present task's scores. Scenarios: al
 classes of other tasks than the inferred one are put last. Refused: batch norm with running statistics
 (`backbone.norm=batch_no_stats` or `group`; scale and shift stay as they are), streams without boundaries.
 
-Differences from the paper: each example's task is inferred from it alone; the slopes are directional derivatives, one
+Inference wants wide layers and sparse masks: of five permutations of scikit-learn's digits, domain-incremental, two
+layers of 512 and k = 0.1 found that of 89 % of the test examples, layers of 256 and k = 0.5 that of 51 % (one seed).
+
+Differences from the paper: where classes differ by task, the loss is over the classes seen, there over all outputs
+(`train_mask=domain`). Each example's task is inferred from it alone; the slopes are directional derivatives, one
 forward pass a task. The binary search for many tasks, and Hopfield networks in place of masks, are left out.
 Differences from the reference code: it infers from the first examples of a batch of one task. It can spread k over the
 layers as in an Erdos-Renyi graph, and keeps batch norm's statistics for each task; its threshold variant, for MNIST,
@@ -31,7 +35,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
@@ -39,7 +42,7 @@ from cl.by_task import run_by_task
 from cl.errors import InputError, check_range
 from cl.isolation import layer_weights
 from cl.random import Random
-from cl.strategy import Batch, Strategy
+from cl.strategy import Strategy
 from cl.subspace import check_statistics
 
 if TYPE_CHECKING:
@@ -154,12 +157,6 @@ class SupSup(Strategy):
         """Return the logits under the head's masks."""
         return run_by_task(learner, learner.head, features, partial(self._subnetwork, learner, "1."))
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the cross-entropy, over all outputs where tasks are inferred: a mask closes those of others."""
-        if learner.scenario == "task":
-            return learner.criterion(logits, batch)
-        return F.cross_entropy(logits, batch.y)
-
     def predict(self, learner: Learner, view: Tensor) -> Tensor:
         """Return the logits of the task that is given, or else inferred, in front of those of other tasks' classes."""
         if learner.scenario == "task" or self._known(learner) < 2:
@@ -175,8 +172,10 @@ class SupSup(Strategy):
         masked = [self._subnetwork(learner, "", task) for task in range(self._known(learner))]
         mean = {name: torch.stack([weights[name] for weights in masked]).mean(0) for name in masked[0]}
 
+        seen = learner.seen.nonzero().flatten()
+
         def outputs(weights: dict[str, Tensor]) -> Tensor:
-            return functional_call(network, weights, (view,)).float()  # type: ignore[no-any-return]
+            return functional_call(network, weights, (view,))[:, seen].float()  # type: ignore[no-any-return]
 
         pairs = [jvp(outputs, (mean,), (weights,))[:2] for weights in masked]
         return entropy_slopes(pairs[0][0], torch.stack([change for _, change in pairs])).argmin(1)

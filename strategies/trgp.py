@@ -19,8 +19,9 @@ Differences from the reference code: a new direction is never lost to an index o
 parameters do not move, the gradient is measured in evaluation mode, and the second and third task select as the others
 do. Its Permuted-MNIST has :math:`\epsilon_1` = 0.2.
 State: a layer with d inputs has O and A (d, d), A of each task (T, d, d), and T rows of d that say whose a column is.
-Scenarios: task-incremental. Refused: the others, optimizers but plain SGD, running statistics of batch norm. Rows of
-several tasks are told apart on the host, once a step.
+Scenarios: task-incremental; R under the mask of all classes is measured with each task's own weights, too, and is no
+class-incremental figure. Refused: the others, optimizers but plain SGD, running statistics of batch norm.
+Rows of several tasks are told apart on the host, once a step.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_the_same_configuration_continues_and_another_is_refused(cl_run, done, p
     ("arguments", "sentence"),
     [
         (["strategy=dep"], "no strategy called 'dep': did you mean"),
-        (["strategy=[er,gmp]"], "no strategy called 'gmp': did you mean 'gpm'"),
+        (["strategy=[er,gpmm]"], "no strategy called 'gpmm': did you mean 'gpm'"),
         (["stream=splitt"], "no stream called 'splitt': did you mean 'split'"),
         (["epocs=3"], "no key 'epocs' in the configuration: did you mean epochs"),
         (["strategy.er.memory_sise=3"], "did you mean strategy.er.memory_size"),

@@ -127,7 +127,7 @@ METHODS = [
     Row("tag", TAG, {"form": "adam", "b": 1.0}, backbone="vit"),
     Row("tag", TAG, {"form": "adagrad"}),
     Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
-    Row("cuber", CUBER, {"sufficient": 0.0, "smoothing": 0.0}, backbone="vit", scenarios=("task",)),
+    Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True, scenarios=("task",)),
     Row("er_ace", ERACE, {"memory_size": 20}),
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
     Row("der", DER, {"memory_size": 20}),

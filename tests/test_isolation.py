@@ -125,6 +125,9 @@ def test_what_would_change_old_answers_is_refused(method):
             build(method(), stream=toy_stream(3, scenario))
     with pytest.raises(InputError, match=f"{name} keeps the weights .* weight_decay=0.01 .*weight_decay=0"):
         build(method(), optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=0.01))
+    deep = nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 6))
+    with pytest.raises(InputError, match=f"{name} .* Sequential has weights that are no class's own: use head=linear"):
+        build(method(), head=deep)
     again = repeat(toy_stream(2, "task"), visits=[0, 1, 0])
     with pytest.raises(InputError, match=f"{name} gives each task outputs of its own, .* tasks share classes"):
         build(method(), stream=again)
@@ -489,6 +492,7 @@ def with_masks(learner: Learner, *masks: torch.Tensor) -> SupSup:
     strategy = learner.strategies["method"]
     strategy.masks_0[: len(masks)] = torch.stack(masks)
     learner.tasks_learned = len(masks)
+    learner.seen.fill_(True)
     return strategy
 
 

@@ -857,3 +857,26 @@ def test_scr_refuses_what_is_no_image():
     with pytest.raises(InputError, match=r"SCR crops images, but the inputs of 'flat' are \(3,\): use er"):
         Learner(stream, backbone, {"method": SCR()}, partial(torch.optim.SGD, lr=0.1))
     assert not SCR.distributed
+
+
+# ------------------------------------------------------------------ beside encoders that know a row's task
+
+
+class Watches(Strategy):
+    """Owns `encode`, and notes of which tasks the rows are said to be."""
+
+    def encode(self, learner, view):
+        if learner.backbone.training:
+            assert learner.task_labels is not None and len(learner.task_labels) == len(view)
+            self.tasks = {*getattr(self, "tasks", set()), *learner.task_labels.tolist()}
+        return learner.backbone(view)
+
+
+@pytest.mark.parametrize("make", [DER, MIR, partial(GDumb, cutmix=1.0), ERACE])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_replayed_rows_are_encoded_under_their_own_task(make, scenario):
+    watch = Watches()
+    learner, stream = toy({"watch": watch, "method": make(memory_size=20)}, [0, 1], scenario=scenario)
+    watch.tasks = set()
+    learn(learner, stream, [2])
+    assert watch.tasks == {0, 1, 2}

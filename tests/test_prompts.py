@@ -744,10 +744,11 @@ def test_s_prompts_on_one_batch_by_hand_and_replay_teaches_nothing():
     torch.testing.assert_close(strategy.criterion(learner, both, logits), loss, rtol=1e-4, atol=1e-5)
 
 
-def test_domains_are_learned_independently():
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_domains_are_learned_independently(decay):
     """Prompts and head of a domain are those of learning it alone; the others stay as they are, to the bit."""
-    stream = domains()
-    learner = s_prompts_learner(stream, SPrompts(length=3))
+    stream, optimizer = domains(), partial(torch.optim.SGD, lr=0.01, weight_decay=decay)
+    learner = s_prompts_learner(stream, SPrompts(length=3), optimizer=optimizer)
     strategy = learner.strategies["method"]
     for task in stream:
         before = weights(strategy)
@@ -755,7 +756,7 @@ def test_domains_are_learned_independently():
         for name, value in weights(strategy).items():
             if isinstance(value, torch.Tensor) and name.startswith(("prompts", "heads")):
                 assert torch.equal(value, before[name]) == (f".{task.index}" not in name.replace("weight", "")), name
-    alone = s_prompts_learner(stream, SPrompts(length=3))
+    alone = s_prompts_learner(stream, SPrompts(length=3), optimizer=optimizer)
     learn(alone, stream, [2])
     assert torch.equal(alone.strategies["method"].prompts[2], strategy.prompts[2])
     assert same(weights(alone.strategies["method"].heads[2]), weights(strategy.heads[2]))
@@ -781,6 +782,9 @@ def test_in_the_midst_of_a_domain_its_rows_are_predicted_by_the_head_in_training
     nn.init.zeros_(head.weight)
     assert bool((learner(learner.prepare(stream[1].test.x)) == 7).all())
     assert not bool((learner(learner.prepare(stream[0].test.x)) == 7).any())
+    learner.strategies["method"].centres[0] += 9.0  # farther than the centres of the domain to come, which are 0
+    learner.strategies["method"].centres[1] += 8.0
+    assert bool((learner(learner.prepare(stream[0].test.x)) == 7).all())
 
 
 def test_classes_of_other_tasks_stand_below_those_of_the_one_told():

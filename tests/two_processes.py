@@ -21,18 +21,38 @@ from cl.instruments.curves import LearningCurves
 from cl.instruments.probes import Probes
 from cl.learner import Learner
 from cl.memory import POLICIES, Memory
+from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.avalanche import Avalanche
+from cl.strategies.coda_prompt import CODAPrompt
+from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
+from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
+from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.er import ER
+from cl.strategies.er_ace import ERACE
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
+from cl.strategies.gdumb import GDumb
 from cl.strategies.gpm import GPM
+from cl.strategies.hat import HAT
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
+from cl.strategies.mas import MAS
+from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
+from cl.strategies.ogd import OGD
+from cl.strategies.online_ewc import OnlineEWC
+from cl.strategies.packnet import PackNet
+from cl.strategies.ranpac import RanPAC
+from cl.strategies.s_prompts import SPrompts
+from cl.strategies.sgp import SGP
+from cl.strategies.si import SI
+from cl.strategies.supsup import SupSup
+from cl.strategies.tag import TAG
+from cl.strategies.trgp import TRGP
 from cl.strategy import Batch, Strategy
 from cl.task import Stream, Task, TaskData
 from cl.testing import ToyBackbone
@@ -125,6 +145,10 @@ class Normed(nn.Module):
         return self.layers(x).relu()  # type: ignore[no-any-return]
 
 
+def _stream(target: str, scenario: str) -> Stream:
+    return stream(scenario=scenario) if target == "label" else numbers(target)
+
+
 def learner(
     strategy: Strategy, body: Callable[[], nn.Module] = ToyBackbone, target: str = "label", **options: Any
 ) -> Learner:
@@ -133,8 +157,8 @@ def learner(
         body = partial(ViT, (1, 4, 4), patch_size=2, dim=16, depth=1, heads=2)
     optimizer = partial(torch.optim.SGD, lr=0.1)
     options = {"batch_size": BATCH, "chunk_size": 4, **options}
-    data = stream(scenario="task" if isinstance(strategy, TOLD) else "class") if target == "label" else numbers(target)
-    return Learner(data, body(), {"it": strategy}, optimizer, **options)
+    scenario = "task" if isinstance(strategy, TOLD) else "class"
+    return Learner(_stream(target, scenario), body(), {"it": strategy}, optimizer, **options)
 
 
 class Keep(pl.Callback):
@@ -152,7 +176,7 @@ def learn(made: Learner, folder: Path | None = None, trainer: Any = None, **opti
     trainer = trainer or (TWO if distributed.world_size() > 1 else ONE)
     keep = Keep()
     options = {"epochs": 2, "directory": folder, "callbacks": [keep], **options}
-    experiment = Experiment(made, _stream(made.target.name), trainer, **options)
+    experiment = Experiment(made, _stream(made.target.name, made.scenario), trainer, **options)
     experiment.run()
     memories = [m for m in made.strategies.modules() if isinstance(m, Memory)]
     mine = {

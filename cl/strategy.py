@@ -134,6 +134,7 @@ class Strategy(nn.Module):
 
     targets: tuple[str, ...] = ("label",)  # what it can learn, of cl.target
     distributed = True  # whether it can learn in several processes
+    uses_task = False  # whether its features or outputs use the task labels that a scenario gives at test
 
     def check_target(self, stream: Stream) -> None:
         """Refuse a stream whose targets the method does not know.
@@ -282,7 +283,13 @@ class Composition(nn.ModuleDict):
 
     def remarks(self, learner: Learner) -> list[str]:
         """Return the strategies' sentences on a run, each once."""
-        found = (strategy.remark(learner) for strategy in self.values())  # type: ignore[operator]
+        found = [strategy.remark(learner) for strategy in self.values()]  # type: ignore[operator]
+        told = [type(strategy).__name__ for strategy in self.values() if strategy.uses_task]
+        if told and learner.scenario == "task":
+            found.append(
+                f"{' and '.join(told)} has weights for each task and is told the task: R under the mask of all classes "
+                "is no class-incremental accuracy."
+            )
         return list(dict.fromkeys(text for text in found if text))
 
     def owned(self, hook: str) -> bool:

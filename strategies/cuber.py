@@ -111,6 +111,7 @@ class CUBER(Strategy):
         >>> check_strategy(CUBER, scenarios=("task",))
     """
 
+    uses_task = True
     targets = ("label", "multilabel", "regression")
     subspaces: Sequence[Subspaces]
 

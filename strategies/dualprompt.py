@@ -59,6 +59,7 @@ class DualPrompt(Strategy):
         >>> check_strategy(DualPrompt, general_blocks=(0,), expert_blocks=(0,), backbone="vit", scenarios=("class",))
     """
 
+    uses_task = True
     known: Tensor
 
     def __init__(

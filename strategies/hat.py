@@ -96,6 +96,7 @@ class HAT(Strategy):
         >>> check_strategy(HAT, scenarios=("task",))
     """
 
+    uses_task = True
     used: Tensor
 
     def __init__(self, weight: float = 0.75, s_max: float = 400.0) -> None:

@@ -13,8 +13,9 @@ and later tasks are held near the weights :math:`\theta^*` that the last one end
 State: two vectors of the weights' size. Scenarios: all, but without exemplars see the remark in the class-incremental
 one. F are the outputs that compete in training: those of the task, of all classes seen, or all.
 
-Differences from the paper: its local version, by the correlation of the units of each layer (equation 5), is left out;
-it could measure on any unlabelled data, and here measures on the task's own.
+Differences from the paper: lambda is 0.1 by default, not 1, at which learning rates above about 0.02 diverge; its local
+version, by the correlation of the units of each layer (equation 5), is left out; it could measure on any unlabelled
+data, and here measures on the task's own.
 Differences from the reference code: it takes the absolute value of the summed gradient of a batch, in which the signs
 of examples cancel; here each example counts by itself, as in equation 3. Avalanche does as the code does, and averages
 Omega over tasks by a moving mean.
@@ -80,7 +81,7 @@ class MAS(Strategy):
     importance: Tensor
     anchor: Tensor
 
-    def __init__(self, weight: float = 1.0, num_samples: int | None = 1000) -> None:
+    def __init__(self, weight: float = 0.1, num_samples: int | None = 1000) -> None:
         super().__init__()
         check_range("mas", 0, weight=weight)
         check_range("mas", 1, num_samples=num_samples)

@@ -71,6 +71,7 @@ class PackNet(Strategy):
         >>> check_strategy(PackNet, scenarios=("task",))
     """
 
+    uses_task = True
     pruned: Tensor
 
     def __init__(self, share: float = 0.5, prune_after: int | None = None) -> None:

@@ -74,6 +74,7 @@ class SPrompts(Strategy):
         >>> check_strategy(SPrompts, backbone="vit", scenarios=("domain",))
     """
 
+    uses_task = True
     centres: Tensor
     known: Tensor
 

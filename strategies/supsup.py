@@ -93,6 +93,8 @@ class SupSup(Strategy):
         >>> check_strategy(SupSup)
     """
 
+    uses_task = True
+
     def __init__(self, density: float = 0.1) -> None:
         super().__init__()
         check_range("supsup", 0, 1, above=True, density=density)

@@ -91,6 +91,7 @@ class TRGP(Strategy):
         >>> check_strategy(TRGP, scenarios=("task",))
     """
 
+    uses_task = True
     targets = ("label", "multilabel", "regression")
     subspaces: Sequence[Subspaces]
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from cl.augment import Normalize, RandomCropFlip
 from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, relabel, repeat, subsample
 from cl.errors import InputError
+from cl.experiment import Experiment
 from cl.random import Random
 from cl.sources import digits, synthetic
 from cl.strategies.adam_nscl import AdamNSCL
@@ -63,7 +65,7 @@ from cl.streams.repetition import repetition
 from cl.streams.rotated import rotated
 from cl.streams.split import split
 from cl.task import SCENARIOS, Stream, Task, TaskData
-from cl.testing import check_strategy, check_stream, toy_stream
+from cl.testing import check_strategy, check_stream, toy_learner, toy_stream
 
 ROOT = Path(__file__).parent.parent
 
@@ -212,6 +214,22 @@ def test_strategy_keeps_the_contract(row, scenario):
         first_task_is_finetuning=row.finetunes_first,
         **row.options,
     )
+
+
+@pytest.mark.parametrize("row", [row for row in METHODS if "task" in row.scenarios], ids=name_of)
+def test_predictions_use_task_labels_where_a_strategy_says_so_and_a_remark_tells(row):
+    learner, stream = toy_learner({"it": row.make(**row.options)}, 2, "task", row.backbone)
+    experiment = Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu", devices=1, logger=False), epochs=1)
+    experiment.run()
+    learner.eval()
+    x, y, label = stream[0].test.tensors()
+    with torch.no_grad():
+        one, other = (learner.predict(Batch(x, y, task)) for task in (label, label + 1))
+    uses = not torch.equal(one, other)
+    assert uses <= row.make.uses_task, "a prediction changes with the label that is given"
+    assert uses or not row.make.uses_task or row.options, "and by its defaults it does where the strategy says so"
+    told = [text for text in experiment.run_view.notes if "no class-incremental accuracy" in text]
+    assert len(told) == row.make.uses_task
 
 
 def test_every_strategy_has_a_row_under_its_own_name():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _run(row: Row, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Run an experiment for every seed; return each one's scalars by mask."""
-    place = args.out / row.name.replace(" ", ",")
+    place = args.out / re.sub(r"[^\w.-]+", "-", row.name)
     more = row.options
     if row in VIT:
         more = *more, f"weights={_pretrained(args, console).resolve()}"

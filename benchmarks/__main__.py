@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, help="a folder with MNIST and CIFAR-100 as torchvision lays them out")
     parser.add_argument("--json", type=Path, help="where to write every measurement")
-    parser.add_argument("--only", default="*", help="published: a pattern of experiments")
+    parser.add_argument("--only", default="*", help="published, processes, strategies: patterns of names, 'er*,gpm'")
     parser.add_argument("--out", type=Path, default=Path("runs/published"), help="published: where the runs are kept")
     args = parser.parse_args()
     args.data = str(args.data.resolve()) if args.data else ""

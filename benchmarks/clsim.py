@@ -25,12 +25,12 @@ from cl.task import Stream, Task, TaskData
 Watch = Callable[[Stream], Instrument]
 
 
-def stream(workload: Workload, tasks: list[Arrays]) -> Stream:
-    """Return a workload's tasks as a stream."""
+def stream(workload: Workload, tasks: list[Arrays], scenario: str | None = None) -> Stream:
+    """Return a workload's tasks as a stream, under its own scenario or another one."""
     return Stream(
         [Task(t, TaskData(x, y, t), TaskData(v, w, t)) for t, (x, y, v, w) in enumerate(tasks)],
         num_classes=workload.num_classes,
-        scenario="class" if workload.split else "domain",
+        scenario=scenario or ("class" if workload.split else "domain"),
         augment=RandomCropFlip(padding=4) if workload.augment else None,
         normalize=Normalize(MEAN[workload.dataset], STD[workload.dataset]),
     )

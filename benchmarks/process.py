@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +44,16 @@ def measure(arguments: list[str], threads: int) -> dict[str, Any]:
 def hand_over(result: dict[str, Any]) -> None:
     """Give a result to the process that measures this one."""
     os.write(int(os.environ["RESULT_FD"]), json.dumps(result).encode())
+
+
+def matches(name: str, patterns: str) -> bool:
+    """Say whether a name fits one of several patterns with commas between them.
+
+    Example:
+        >>> matches("er_ace", "gpm,er*"), matches("der", "gpm,er*")
+        (True, False)
+    """
+    return any(fnmatch(name, pattern) for pattern in patterns.split(","))
 
 
 def take_turns(

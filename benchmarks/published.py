@@ -13,13 +13,14 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.process import matches
 
 SEEDS = (0, 1, 2)
 
@@ -122,7 +123,7 @@ ROWS = [*DER_PAPER, *GDUMB_PAPER, *THREE_SCENARIOS, *GPM_PAPER, *VIT]
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run the rows that are chosen, and print each beside what is published."""
-    rows = [row for row in ROWS if fnmatch(row.name, args.only)]
+    rows = [row for row in ROWS if matches(row.name, args.only)]
     if not rows or not args.data:
         raise SystemExit(f"published needs --data, and --only of: {', '.join(row.name for row in ROWS)}")
     table = Table()

@@ -17,10 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.process import hand_over, take_turns
+from benchmarks.process import hand_over, matches, take_turns
 from benchmarks.workloads import WORKLOADS, load
 
-NAMES = ("finetune", "er", "derpp", "ewc", "lwf", "agem", "gpm", "ncm", "cumulative", "joint")
+NAMES = (
+    *("finetune", "joint", "cumulative", "er", "er_ace", "der", "derpp", "mir", "scr", "icarl", "gdumb"),
+    *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
+    *("packnet", "hat", "supsup", "ncm", "ranpac"),
+)
+TOLD = ("trgp", "cuber", "packnet", "hat")  # the task, at test
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -29,9 +34,10 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     def command(name: str, *more: str) -> list[str]:
         return ["benchmarks.strategies", name, args.data, *more]
 
-    times = take_turns("strategies", NAMES, lambda name, _: command(name), args, console)
+    names = [name for name in NAMES if name == "finetune" or matches(name, args.only)]
+    times = take_turns("strategies", names, lambda name, _: command(name), args, console)
     once = argparse.Namespace(**{**vars(args), "repeat": 1})
-    counts = take_turns("operations", NAMES, lambda name, _: command(name, "count"), once, console)
+    counts = take_turns("operations", names, lambda name, _: command(name, "count"), once, console)
     table = Table(title="online_mlp's stream under each strategy with its defaults")
     for column in ("strategy", "processor, s", "/ finetune", "operations / finetune", "quotient", "us a step"):
         table.add_column(column, justify="right" if column != "strategy" else "left")
@@ -56,7 +62,7 @@ def main(name: str, data: str, count: str = "") -> None:
 
     workload = WORKLOADS["online_mlp"]
     tasks, _ = load(workload, Path(data) if data else None)
-    stream = clsim.stream(workload, tasks)
+    stream = clsim.stream(workload, tasks, "task" if name in TOLD else None)
     with initialize_config_module("cl.conf", version_base="1.3"):
         config = compose("config", overrides=[f"strategy={name}"]).strategy
     learner = clsim.learner(workload, stream, {key: instantiate(value) for key, value in (config or {}).items()})

@@ -176,6 +176,11 @@ TEAMS = [
         backbone="vit",
     ),
     Row("er,s_prompts", lambda: {"er": ER(20), "s_prompts": SPrompts(2)}, backbone="vit", scenarios=("domain",)),
+    Row("er,finetune,ewc", lambda: {"er": ER(20), "finetune": Finetune(), "ewc": EWC(num_samples=20)}),
+    Row("er,joint", lambda: {"er": ER(20), "joint": Joint()}),
+    Row("er,cumulative", lambda: {"er": ER(20), "cumulative": Cumulative()}),
+    Row("er,agem", lambda: {"er": ER(20), "agem": AGEM(20, 10)}),
+    Row("er,ncm", lambda: {"er": ER(20), "ncm": NCM(freeze=False)}),
     Row("derpp,ncm", lambda: {"derpp": DERpp(20), "ncm": NCM(freeze=False)}),
     Row("er,ogd", lambda: {"er": ER(20), "ogd": OGD(20)}),
     Row("er,gem", lambda: {"er": ER(20), "gem": GEM(30)}),
@@ -230,6 +235,11 @@ def test_predictions_use_task_labels_where_a_strategy_says_so_and_a_remark_tells
     assert uses or not row.make.uses_task or row.options, "and by its defaults it does where the strategy says so"
     told = [text for text in experiment.run_view.notes if "no class-incremental accuracy" in text]
     assert len(told) == row.make.uses_task
+
+
+def test_every_strategy_stands_in_a_team_with_er():
+    teams = [set(row.name.split(",")) for row in TEAMS]
+    assert set.union(*(team for team in teams if "er" in team)) >= {row.name for row in METHODS}
 
 
 def test_every_strategy_has_a_row_under_its_own_name():

@@ -15,6 +15,7 @@ import torch
 Done = subprocess.CompletedProcess[str]
 
 torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).parent))  # for what tests share, toys.py
 
 collect_ignore = ["clusters", "harness"]  # scripts
 

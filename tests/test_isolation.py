@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import toys
 from cl.backbones import MLP, ResNet18, SimpleCNN
 from cl.by_task import run_by_task
 from cl.compose import repeat
@@ -29,17 +29,11 @@ from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_stream
+from toys import trainer
 
 quick = settings(deadline=None, max_examples=50)
-trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
+learn = partial(toys.learn, epochs=2)
 SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-def learn(learner: Learner, stream: Stream, tasks=None, epochs: int = 2) -> Learner:
-    experiment = Experiment(learner, stream, trainer, epochs=epochs)
-    for index in range(len(stream)) if tasks is None else tasks:
-        experiment.learn(stream[index])
-    return learner
 
 
 def build(strategy, backbone=None, optimizer=SGD, stream=None, **options) -> tuple[Learner, Stream]:
@@ -70,7 +64,7 @@ def drift(learner: Learner, stream: Stream, epochs: int = 2) -> list[float]:
     """Learn the tasks; return for each how far its answers moved after it was learned."""
     first = []
     for task in stream:
-        learn(learner, stream, [task.index], epochs)
+        learn(learner, stream, [task.index], epochs=epochs)
         first.append(answers(learner, task))
     return [float((answers(learner, task) - old).abs().max()) for task, old in zip(stream, first, strict=True)]
 
@@ -213,7 +207,7 @@ def test_the_epochs_before_pruning_are_as_many_as_asked(prune_after, epochs, exp
 
     watch = Watch()
     learner, stream = build({"packnet": PackNet(prune_after=prune_after), "watch": watch})
-    learn(learner, stream, [0], epochs)
+    learn(learner, stream, [0], epochs=epochs)
     assert watch.pruned == [epoch + 1 >= expected for epoch in range(epochs)]
 
 

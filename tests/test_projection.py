@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -31,17 +30,10 @@ from cl.strategy import Batch, Strategy
 from cl.subspace import Subspaces, protected_layers
 from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
+from toys import learn, trainer
 
 quick = settings(deadline=None, max_examples=50)
-trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 seeds = st.integers(0, 2**31)
-
-
-def learn(learner: Learner, stream: Stream, tasks=None, epochs: int = 1) -> Learner:
-    experiment = Experiment(learner, stream, trainer, epochs=epochs)
-    for index in range(len(stream)) if tasks is None else tasks:
-        experiment.learn(stream[index])
-    return learner
 
 
 def build(stream: Stream, backbone: nn.Module, strategy: Strategy, lr: float = 0.05, optimizer=None, **options):

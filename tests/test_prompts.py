@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_module
@@ -33,30 +32,10 @@ from cl.strategy import Batch, Strategy
 from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.vit import Timm, ViT
+from toys import learn, same, toy, trainer, weights
 
 quick = settings(deadline=None, max_examples=50)
-trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 seeds = st.integers(0, 2**31)
-
-
-def learn(learner: Learner, stream: Stream, tasks=None, epochs: int = 1) -> Learner:
-    experiment = Experiment(learner, stream, trainer, epochs=epochs)
-    for index in range(len(stream)) if tasks is None else tasks:
-        experiment.learn(stream[index])
-    return learner
-
-
-def toy(strategy: Strategy, tasks=(), epochs: int = 1, **options) -> tuple[Learner, Stream]:
-    learner, stream = toy_learner({"method": strategy}, **options)
-    return learn(learner, stream, tasks, epochs), stream
-
-
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def all_rows(learner: Learner, stream: Stream) -> torch.Tensor:

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -34,22 +33,10 @@ from cl.strategy import Strategy
 from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.weights import flat
+from toys import learn, toy, trainer
 
 quick = settings(deadline=None, max_examples=50)
-trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 seeds = st.integers(0, 2**31)
-
-
-def learn(learner: Learner, stream: Stream, tasks=None, epochs: int = 1) -> Learner:
-    experiment = Experiment(learner, stream, trainer, epochs=epochs)
-    for index in range(len(stream)) if tasks is None else tasks:
-        experiment.learn(stream[index])
-    return learner
-
-
-def toy(strategy: Strategy | None = None, tasks=(), epochs: int = 1, **options) -> tuple[Learner, Stream]:
-    learner, stream = toy_learner({"method": strategy} if strategy else {}, **options)
-    return learn(learner, stream, tasks, epochs), stream
 
 
 def vector(learner: Learner) -> torch.Tensor:

@@ -8,7 +8,6 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -38,32 +37,11 @@ from cl.strategy import Batch, Strategy
 from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.vit import ViT
+from toys import learn, same, toy, trainer, trunk
 
 ALPHA = 1e-4  # error of a statistical test; seeds are fixed
 quick = settings(deadline=None, max_examples=50)
-trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 seeds = st.integers(0, 2**31)
-
-
-def learn(learner: Learner, stream: Stream, tasks=None, epochs: int = 1) -> Learner:
-    experiment = Experiment(learner, stream, trainer, epochs=epochs)
-    for index in range(len(stream)) if tasks is None else tasks:
-        experiment.learn(stream[index])
-    return learner
-
-
-def toy(strategy: Strategy | dict[str, Strategy] | None = None, tasks=(), epochs: int = 1, **options):
-    strategies = strategy if isinstance(strategy, dict) else {"method": strategy} if strategy else {}
-    learner, stream = toy_learner(strategies, **options)
-    return learn(learner, stream, tasks, epochs), stream
-
-
-def trunk(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.trunk().state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def build(

@@ -1,0 +1,42 @@
+"""What the tests of strategies share: learners that learn a toy stream, and weights to compare."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from cl.experiment import Experiment
+from cl.learner import Learner
+from cl.strategy import Strategy
+from cl.task import Stream
+from cl.testing import toy_learner
+
+trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
+
+
+def learn(learner: Learner, stream: Stream, tasks=None, epochs: int = 1) -> Learner:
+    experiment = Experiment(learner, stream, trainer, epochs=epochs)
+    for index in range(len(stream)) if tasks is None else tasks:
+        experiment.learn(stream[index])
+    return learner
+
+
+def toy(strategy: Strategy | dict[str, Strategy] | None = None, tasks=(), epochs: int = 1, **options):
+    strategies = strategy if isinstance(strategy, dict) else {"method": strategy} if strategy else {}
+    learner, stream = toy_learner(strategies, **options)
+    return learn(learner, stream, tasks, epochs), stream
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def trunk(learner: Learner) -> dict[str, torch.Tensor]:
+    return weights(learner.trunk())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -57,7 +57,7 @@ def sampled_inputs(learner: Learner, task: Task, num_samples: int, random: Rando
 
     They are measured in evaluation mode; see `cl.representation.layer_inputs`.
     """
-    batch = _sample(learner, task, num_samples, random)
+    batch = sampled(learner, task, num_samples, random)
     with learner.evaluating():
         return layer_inputs(protected_layers(learner), lambda: learner(learner.prepare(batch.x)))
 
@@ -67,14 +67,15 @@ def sampled_gradients(learner: Learner, task: Task, num_samples: int, random: Ra
 
     They are measured in evaluation mode, of the loss that the scenario has.
     """
-    batch = _sample(learner, task, num_samples, random)
+    batch = sampled(learner, task, num_samples, random)
     weights = [layer.weight for layer in protected_layers(learner)]
     with learner.evaluating():
         loss = learner.criterion(learner(learner.prepare(batch.x)), batch)
     return [g.flatten(1) for g in torch.autograd.grad(loss, weights)]
 
 
-def _sample(learner: Learner, task: Task, num_samples: int, random: Random) -> Batch:
+def sampled(learner: Learner, task: Task, num_samples: int, random: Random) -> Batch:
+    """Return a draw of a task's training examples as stored, on the learner's device; all where there are no more."""
     rows = random.generator.choice(len(task.train), min(num_samples, len(task.train)), replace=False)
     x, y, label = (column.to(learner.device) for column in task.train.take(torch.from_numpy(rows)).tensors())
     return Batch(x, y, label)

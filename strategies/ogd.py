@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cl.errors import InputError, check_range, unknown
 from cl.random import Random
 from cl.strategy import Strategy
-from cl.subspace import check_plain_sgd, check_statistics, protected
+from cl.subspace import check_plain_sgd, check_statistics, protected, sampled
 from cl.weights import flat
 
 if TYPE_CHECKING:
@@ -129,14 +129,12 @@ class OGD(Strategy):
         """Add the gradients of this task's logits to S, unless nobody comes after it."""
         if task.index + 1 == learner.num_tasks:
             return
-        count = min(self.num_samples, len(task.train))
-        rows = self.random.generator.choice(len(task.train), count, replace=False)
-        x, y, _ = (column.to(learner.device) for column in task.train.take(torch.from_numpy(rows)).tensors())
+        batch = sampled(learner, task, self.num_samples, self.random)
         one_hot = torch.eye(learner.num_classes, device=learner.device)
-        each = one_hot[learner.competing(task)].expand(count, -1, -1)  # (n, K, C)
-        weights = {"truth": one_hot[y][:, None], "mean": each.mean(1, keepdim=True), "all": each}[self.logits]
+        each = one_hot[learner.competing(task)].expand(len(batch), -1, -1)  # (n, K, C)
+        weights = {"truth": one_hot[batch.y][:, None], "mean": each.mean(1, keepdim=True), "all": each}[self.logits]
         with learner.evaluating():
-            gradients = self._gradients(learner, learner.prepare(x), weights)
+            gradients = self._gradients(learner, learner.prepare(batch.x), weights)
         start = task.index * self.rows
         new = orthonormal(gradients, self.basis[:start])
         self.basis[start : start + len(new)] = new

@@ -97,9 +97,13 @@ THREE_SCENARIOS = [
     *_three("icarl", (None, None, 92.49), _MEMORY.format("icarl")),
     *_three("joint", (99.67, 98.59, 98.17)),
 ]
-# Saha et al. 2021, table 1, and Lin et al. 2022, table 1.
+# Saha et al. 2021, table 1; TRGP and CUBER, which are told the task at test: Lin et al. 2022a and 2022b, tables 1. Of
+# SGP there is no figure.
 GPM_PAPER = [
     Row("permuted_mnist_gpm", {"domain": 93.91}, -3.0),
+    Row("permuted_mnist_sgp", {"domain": None}),
+    Row("permuted_mnist_trgp", {"task": 96.34}, -0.8),
+    Row("permuted_mnist_cuber", {"task": 97.25}, -0.02),
     Row("permuted_mnist_ewc", {"domain": 89.97}, -4.0),
     Row("permuted_mnist_agem", {"domain": 83.56}, -14.0),
     Row("permuted_mnist_er", {"domain": 87.24}, -11.0),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,15 @@ from cl.by_task import run_by_task
 from cl.errors import InputError
 from cl.random import Random
 from cl.representation import Layer, layer_inputs, trainable_layers
-from cl.strategy import Batch
+from cl.strategy import Batch, Strategy
 
 if TYPE_CHECKING:
     from cl.learner import Learner
-    from cl.task import Task
+    from cl.task import Stream, Task
 
 
 def protected(learner: Learner) -> nn.Module:
-    """Return what old tasks rest on: the backbone; the head too, unless task labels give each task outputs of its own.
+    """Return what old tasks rest on: the backbone; the head too, unless each task is told and has outputs of its own.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -30,7 +30,8 @@ def protected(learner: Learner) -> nn.Module:
         >>> protected(learner) is learner.backbone
         True
     """
-    return learner.backbone if learner.scenario == "task" else learner.trunk()
+    shared = learner.scenario != "task" or bool((learner.membership.sum(0) > 1).any())
+    return learner.trunk() if shared else learner.backbone
 
 
 def protected_layers(learner: Learner) -> list[Layer]:
@@ -160,6 +161,29 @@ def task_directions(R: Tensor, basis: Tensor, threshold: float) -> tuple[Tensor,
     return taken[: len(R)], vectors.flip(1)[:, taken[len(R) :]]
 
 
+class _Block(torch.autograd.Function):
+    """A block of A; its gradient, weighted, is scattered into one new matrix, where indexing twice would make two."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(A: Tensor, columns: Tensor, counts: Tensor) -> Tensor:
+        return A[columns[:, None], columns]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        A, columns, counts = inputs
+        ctx.save_for_backward(columns, counts)
+        ctx.size = A.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        columns, counts = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.size)
+        whole[columns[:, None], columns] = gradient * counts
+        return whole, None, None
+
+
 class Subspaces(nn.Module):
     r"""What is kept of every task's inputs to one layer, and how each task scales those of earlier ones.
 
@@ -169,7 +193,7 @@ class Subspaces(nn.Module):
     .. math:: \tilde W = W + \sum_j W B_j (Q_j - I) B_j^\top = W + W O A O^\top
 
     and one matrix A in the coordinates of O is all that has to be kept. Where :math:`B_j` have columns in common, A is
-    the sum of what their Q are there, and so are its steps: `weigh` multiplies its gradient by their number.
+    the sum of what their Q are there, and so are its steps: the gradient of A is multiplied by their number.
 
     Args:
         size: Inputs of the layer, d.
@@ -180,6 +204,8 @@ class Subspaces(nn.Module):
         member: Which columns are each task's, bool (T, d).
         scaling: A of each task, once it is learned, (T, d, d).
         shift: A of the task in training, (d, d).
+        directions: The columns of O that there are since the task in training began, (d, r).
+        columns: `member` of these as numbers, (T, r).
     """
 
     basis: Tensor
@@ -192,7 +218,12 @@ class Subspaces(nn.Module):
         self.register_buffer("member", torch.zeros(num_tasks, size, dtype=torch.bool))
         self.register_buffer("scaling", torch.zeros(num_tasks, size, size))
         self.shift = nn.Parameter(torch.zeros(size, size))
-        self._columns: Tensor | None = None  # of the selected tasks, while one is in training
+        self._selected: tuple[Tensor, Tensor, Tensor] | None = None  # columns, O there and counts, while one trains
+
+    @property
+    def used(self) -> int:
+        """How many columns of the basis there are."""
+        return int(self.member.any(0).sum())
 
     def energies(self, gradient: Tensor) -> Tensor:
         r"""Return :math:`\lVert G B_j \rVert_F^2` of a weight's gradient (out, d) for each task j, (T,)."""
@@ -201,61 +232,88 @@ class Subspaces(nn.Module):
     def begin(self, selected: Tensor) -> None:
         """Begin a task that scales the subspaces of some tasks, bool (T,)."""
         blocks = self.member[selected].to(self.shift.dtype)
-        self._counts = blocks.T @ blocks
-        self._columns = self._counts.diagonal().nonzero().flatten()
+        columns = blocks.any(0).nonzero().flatten()
+        self._selected = columns, self.basis[:, columns], blocks[:, columns].T @ blocks[:, columns]
+        self.directions, self.columns = self.basis[:, : self.used], self.member[:, : self.used].to(self.shift.dtype)
 
     def weight(self, weight: Tensor, task: int, present: bool) -> Tensor:
         """Return the weight of a layer as a task has it, which is the present one or not."""
-        A: Tensor = self.shift
-        columns = self._columns
-        if columns is None or not present:
-            A = self.scaling[task]
-            columns = (A.any(0) | A.any(1)).nonzero().flatten()
+        if present and self._selected is not None:
+            columns, B, counts = self._selected
+            A = _Block.apply(self.shift, columns, counts)
+        else:
+            whole = self.scaling[task]
+            columns = (whole.any(0) | whole.any(1)).nonzero().flatten()
+            B, A = self.basis[:, columns], whole[columns[:, None], columns]
         if len(columns) == 0:
             return weight
-        W, B = weight.flatten(1), self.basis[:, columns]
-        return (W + W @ B @ A[columns][:, columns] @ B.T).view_as(weight)
+        W = weight.flatten(1)
+        scaled: Tensor = W + W @ B @ A @ B.T
+        return scaled.view_as(weight)
 
-    def project(self, gradient: Tensor, columns: Tensor | None = None) -> None:
-        """Take off a weight's gradient, in place, what lies in O, or in some of its columns, bool (d,)."""
-        inside = gradient.flatten(1) @ self.basis
-        inside = inside if columns is None else inside * columns
-        gradient -= (inside @ self.basis.T).view_as(gradient)
-
-    def weigh(self) -> None:
-        """Leave the gradient of A what steps of each Q would add up to."""
-        if self.shift.grad is not None:
-            self.shift.grad *= self._counts
+    def project(self, gradient: Tensor) -> None:
+        """Take off a weight's gradient, in place, what lies in the span of O."""
+        basis = self.directions
+        gradient -= (gradient.flatten(1) @ basis @ basis.T).view_as(gradient)
 
     @torch.no_grad()
     def end(self, task: int, R: Tensor, threshold: float) -> None:
         """Keep a task's scaling, and the main directions of its inputs R (d, n)."""
         self.scaling[task] = self.shift
         self.shift.zero_()
-        self._columns = None
+        self._selected = None
         taken, new = task_directions(R, self.basis, threshold)
-        used = int(self.member.any(0).sum())
+        used = self.used
         join_basis(self.basis, new)
         self.member[task] = taken
         self.member[task, used : used + new.shape[1]] = True
 
 
-def encode_by_task(learner: Learner, view: Tensor, subspaces: Iterable[Subspaces]) -> Tensor:
-    """Return the features of rows (B, *input), each under the weights that its own task has, (B, D).
+class ScaledByTask(Strategy):
+    r"""What methods share that scale weights in the subspaces of old tasks: rows pass under the weights of their task.
 
-    Args:
-        learner: Tells whose the rows are.
-        view: Prepared inputs.
-        subspaces: Those of each protected layer of the backbone.
+    Attributes:
+        threshold: The share of the inputs' energy that a task's subspace holds; one for all layers or one a layer.
+        thresholds: The same, one a layer.
+        subspaces: Those of each protected layer.
     """
-    names = {layer: f"{name}.weight" for name, layer in learner.backbone.named_modules()}
-    pairs = list(zip(protected_layers(learner), subspaces, strict=True))
 
-    def of(task: int) -> dict[str, Tensor]:
-        present = task == learner.task_index
-        return {names[layer]: own.weight(layer.weight, task, present) for layer, own in pairs}
+    uses_task = True
+    targets = ("label", "multilabel", "regression")
+    threshold: float | Sequence[float]
+    subspaces: Sequence[Subspaces]
 
-    return run_by_task(learner, learner.backbone, view, of)
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate the subspaces of each layer; refuse what leaves the protected space."""
+        name = type(self).__name__
+        check_task_labels(learner, name)
+        check_plain_sgd(learner, name)
+        check_statistics(learner, name)
+        self.random = Random()
+        sizes = [layer.weight[0].numel() for layer in protected_layers(learner)]
+        self.thresholds = one_each(f"{name.lower()}.threshold", self.threshold, len(sizes))
+        self.subspaces = nn.ModuleList(Subspaces(size, len(stream)) for size in sizes)  # type: ignore[assignment]
+
+    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+        """Return features under the weights of each row's task."""
+        return self._run(learner, learner.backbone, view)
+
+    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+        """Return logits under the weights of each row's task, where tasks share outputs."""
+        return self._run(learner, learner.head, features)
+
+    def _run(self, learner: Learner, module: nn.Module, inputs: Tensor) -> Tensor:
+        names = {layer: f"{name}.weight".lstrip(".") for name, layer in module.named_modules()}
+        pairs = zip(protected_layers(learner), self.subspaces, strict=True)
+        own = [(names[layer], layer.weight, part) for layer, part in pairs if layer in names]
+        if not own:
+            return module(inputs)  # type: ignore[no-any-return]
+
+        def of(task: int) -> dict[str, Tensor]:
+            present = task == learner.task_index
+            return {name: part.weight(weight, task, present) for name, weight, part in own}
+
+        return run_by_task(learner, module, inputs, of)
 
 
 def check_task_labels(learner: Learner, name: str) -> None:

@@ -19,10 +19,10 @@ Differences from the paper: (2) is asked in training of a running mean of gradie
 mostly noise (`smoothing=0` asks the minibatch); the penalty enters by its gradient, so that (2) sees the loss alone and
 the curves do not show it; steps are orthogonal to the span of the subspaces in regimes 1 and 2, where the paper takes
 off each projection, which counts twice what two subspaces share. Biases and norms get no gradient after the first task.
-:math:`\lambda` is not in the paper's text: 1 is a guess. Its Permuted-MNIST has one head, and yet task labels at test.
+:math:`\lambda` is not in the paper's text: 1 is a guess. Where tasks share outputs the head is a layer like the others.
 Differences from the reference code: there is none in public; subspaces are those of TRGP's.
-State: that of TRGP, and for each layer the gradients of all tasks (T, out, d), W at the beginning of the task and the
-mean gradient (out, d), and the regimes (T,).
+State: that of TRGP, and for each layer the gradients of all tasks, at length 1, (T, out, d), W at the beginning of the
+task and the mean gradient (out, d), and the regimes (T,).
 Scenarios: task-incremental; R under the mask of all classes is measured with each task's own weights, too, and is no
 class-incremental figure. Refused: the others, optimizers but plain SGD, running statistics of batch norm.
 """
@@ -34,23 +34,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl.errors import check_range
-from cl.random import Random
-from cl.strategy import Strategy
-from cl.subspace import (
-    Subspaces,
-    check_plain_sgd,
-    check_statistics,
-    check_task_labels,
-    encode_by_task,
-    one_each,
-    protected_layers,
-    sampled_gradients,
-    sampled_inputs,
-    silence_others,
-)
+from cl.subspace import ScaledByTask, Subspaces, protected_layers, sampled_gradients, sampled_inputs, silence_others
 
 if TYPE_CHECKING:
     from cl.learner import Learner
@@ -58,13 +45,14 @@ if TYPE_CHECKING:
 
 
 def correlation(old: Tensor, g: Tensor) -> Tensor:
-    """Return the cosine of a gradient (out, d) with each of several (T, out, d), 0 where one is 0, (T,).
+    """Return the cosine (T,) of a gradient (out, d) with each of several of length 1 or 0 (T, out, d).
 
     Example:
-        >>> round(float(correlation(torch.tensor([[[1.0, -1.0]]]), torch.tensor([[0.8, 0.6]]))), 4)
+        >>> old = torch.tensor([[[1.0, -1.0]]]) / 2**0.5
+        >>> round(float(correlation(old, torch.tensor([[0.8, 0.6]]))), 4)
         0.1414
     """
-    return F.cosine_similarity(old.flatten(1), g.flatten()[None], dim=1)
+    return old.flatten(1) @ F.normalize(g.flatten(), dim=0)
 
 
 def regimes(energies: Tensor, total: Tensor, cosine: Tensor, sufficient: float, positive: float, most: int) -> Tensor:
@@ -88,7 +76,7 @@ def regimes(energies: Tensor, total: Tensor, cosine: Tensor, sufficient: float, 
     return 1 + enough.long() + (enough & (cosine >= positive)).long()
 
 
-class CUBER(Strategy):
+class CUBER(ScaledByTask):
     """Keeps gradients orthogonal to old inputs, except where the old task would gain.
 
     Args:
@@ -110,10 +98,6 @@ class CUBER(Strategy):
         >>> from cl.testing import check_strategy
         >>> check_strategy(CUBER, scenarios=("task",))
     """
-
-    uses_task = True
-    targets = ("label", "multilabel", "regression")
-    subspaces: Sequence[Subspaces]
 
     def __init__(
         self,
@@ -137,13 +121,8 @@ class CUBER(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate subspaces, gradients and regimes of each layer; refuse what leaves the protected space."""
-        check_task_labels(learner, "CUBER")
-        check_plain_sgd(learner, "CUBER")
-        check_statistics(learner, "CUBER")
-        self.random = Random()
+        super().setup(learner, stream)
         shapes = [layer.weight.flatten(1).shape for layer in protected_layers(learner)]
-        self._thresholds = one_each("cuber.threshold", self.threshold, len(shapes))
-        self.subspaces = nn.ModuleList(Subspaces(d, len(stream)) for _, d in shapes)  # type: ignore[assignment]
         for i, shape in enumerate(shapes):
             self.register_buffer(f"gradients_{i}", torch.zeros(len(stream), *shape))
             self.register_buffer(f"anchor_{i}", torch.zeros(shape))
@@ -162,37 +141,34 @@ class CUBER(Strategy):
             for name, value in now.items():
                 self.get_buffer(f"{name}_{i}").copy_(value)
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
-        """Return features under the weights of each row's task."""
-        return encode_by_task(learner, view, self.subspaces)
-
     def project_gradients(self, learner: Learner) -> None:
         """Look whether old tasks still gain; add the penalty's gradient; project; silence everything else."""
         if learner.tasks_learned == 0:
             return
         layers = protected_layers(learner)
         for i, (layer, own) in enumerate(zip(layers, self.subspaces, strict=True)):
-            own.weigh()
             if layer.weight.grad is None:
                 continue
-            g, regime = layer.weight.grad, self.get_buffer(f"regime_{i}")
-            mean = self.get_buffer(f"mean_{i}").lerp_(g.flatten(1), 1 - self.smoothing)
+            g, regime = layer.weight.grad.flatten(1), self.get_buffer(f"regime_{i}")
+            mean = self.get_buffer(f"mean_{i}").lerp_(g, 1 - self.smoothing)
             cosine = correlation(self.get_buffer(f"gradients_{i}"), mean)
             regime.sub_(((regime == 3) & (cosine < self.positive)).long())
             change = layer.weight.detach().flatten(1) - self.get_buffer(f"anchor_{i}")
-            g += self._pull(own, change, regime == 3).view_as(g)
-            own.project(g, ((regime < 3)[:, None] & own.member).any(0))
+            layer.weight.grad += self._change(own, g, change, regime == 3).view_as(layer.weight)
         silence_others(learner, layers)
 
-    def _pull(self, own: Subspaces, change: Tensor, free: Tensor) -> Tensor:
-        """Return the gradient of the penalty (3) for the tasks in regime 3, bool (T,)."""
-        lengths = own.energies(change).sqrt()
-        share = torch.where(free & (lengths > 0), self.penalty / lengths, 0.0)
-        return (change @ own.basis * (share @ own.member.to(share.dtype))) @ own.basis.T
+    def _change(self, own: Subspaces, g: Tensor, change: Tensor, free: Tensor) -> Tensor:
+        """Return what a gradient (out, d) gains by the penalty (3) and loses to tasks not in regime 3, bool (T,)."""
+        basis, member = own.directions, own.columns
+        inside, moved = g @ basis, change @ basis
+        lengths = (member @ moved.square().sum(0)).sqrt()
+        share = torch.where(free & (lengths > 0), self.penalty / lengths, 0.0) @ member
+        held = (~free).to(g.dtype) @ member > 0
+        return torch.where(held, -inside, moved * share) @ basis.T
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Keep this task's scaling, its gradient, and the main directions of its inputs."""
         found = sampled_gradients(learner, task, self.num_samples, self.random)
         for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):
-            self.get_buffer(f"gradients_{i}")[task.index] = found[i]
-            self.subspaces[i].end(task.index, R, min(self._thresholds[i] + self.increment * task.index, 1.0))
+            self.get_buffer(f"gradients_{i}")[task.index] = found[i] / found[i].norm().clamp_min(1e-12)
+            self.subspaces[i].end(task.index, R, min(self.thresholds[i] + self.increment * task.index, 1.0))

@@ -13,8 +13,8 @@ The old tasks' weights are as they were, so nothing is forgotten; their rows pas
 When the task ends its own subspace is chosen among the columns of O and new directions (`cl.subspace.task_directions`).
 
 Differences from the paper: biases and norms get no gradient after the first task. Of all Q of a task one matrix A is
-kept, in the coordinates of O (`cl.subspace.Subspaces`), which under SGD is the same. Its Permuted-MNIST has one head,
-and yet task labels at test; here task labels come with outputs of each task's own.
+kept, in the coordinates of O (`cl.subspace.Subspaces`), which under SGD is the same. Where tasks share outputs, as in
+its Permuted-MNIST (`stream.shared_labels=true`), the head is a layer like the others.
 Differences from the reference code: a new direction is never lost to an index off by one, batch norm's affine
 parameters do not move, the gradient is measured in evaluation mode, and the second and third task select as the others
 do. Its Permuted-MNIST has :math:`\epsilon_1` = 0.2.
@@ -30,27 +30,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl.errors import check_range
-from cl.random import Random
-from cl.strategy import Strategy
-from cl.subspace import (
-    Subspaces,
-    check_plain_sgd,
-    check_statistics,
-    check_task_labels,
-    encode_by_task,
-    one_each,
-    protected_layers,
-    sampled_gradients,
-    sampled_inputs,
-    silence_others,
-)
+from cl.subspace import ScaledByTask, protected_layers, sampled_gradients, sampled_inputs, silence_others
 
 if TYPE_CHECKING:
     from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.task import Task
 
 
 def trusted(energies: Tensor, total: Tensor, trust: float, max_tasks: int) -> Tensor:
@@ -71,7 +58,7 @@ def trusted(energies: Tensor, total: Tensor, trust: float, max_tasks: int) -> Te
     return first & (energies > trust**2 * total)
 
 
-class TRGP(Strategy):
+class TRGP(ScaledByTask):
     """Keeps gradients orthogonal to old inputs, and scales old weights for a new task where its gradient lies in them.
 
     Args:
@@ -91,10 +78,6 @@ class TRGP(Strategy):
         >>> check_strategy(TRGP, scenarios=("task",))
     """
 
-    uses_task = True
-    targets = ("label", "multilabel", "regression")
-    subspaces: Sequence[Subspaces]
-
     def __init__(
         self,
         threshold: float | Sequence[float] = 0.97,
@@ -110,25 +93,11 @@ class TRGP(Strategy):
         self.threshold, self.increment, self.num_samples = threshold, increment, num_samples
         self.trust, self.max_tasks = trust, max_tasks
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
-        """Allocate the subspaces of each layer; refuse what leaves the protected space."""
-        check_task_labels(learner, "TRGP")
-        check_plain_sgd(learner, "TRGP")
-        check_statistics(learner, "TRGP")
-        self.random = Random()
-        sizes = [layer.weight[0].numel() for layer in protected_layers(learner)]
-        self._thresholds = one_each("trgp.threshold", self.threshold, len(sizes))
-        self.subspaces = nn.ModuleList(Subspaces(size, len(stream)) for size in sizes)  # type: ignore[assignment]
-
     def before_task(self, learner: Learner, task: Task) -> None:
         """Select the old tasks whose subspaces this one scales, layer by layer."""
         gradients = sampled_gradients(learner, task, self.num_samples, self.random)
         for subspaces, G in zip(self.subspaces, gradients, strict=True):
             subspaces.begin(trusted(subspaces.energies(G), G.square().sum(), self.trust, self.max_tasks))
-
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
-        """Return features under the weights of each row's task."""
-        return encode_by_task(learner, view, self.subspaces)
 
     def project_gradients(self, learner: Learner) -> None:
         """Project each layer's gradient; silence everything else that old tasks rest on."""
@@ -138,11 +107,10 @@ class TRGP(Strategy):
         for layer, subspaces in zip(layers, self.subspaces, strict=True):
             if layer.weight.grad is not None:
                 subspaces.project(layer.weight.grad)
-            subspaces.weigh()
         silence_others(learner, layers)
 
     @torch.no_grad()
     def after_task(self, learner: Learner, task: Task) -> None:
         """Keep this task's scaling, and the main directions of its inputs."""
         for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):
-            self.subspaces[i].end(task.index, R, min(self._thresholds[i] + self.increment * task.index, 1.0))
+            self.subspaces[i].end(task.index, R, min(self.thresholds[i] + self.increment * task.index, 1.0))

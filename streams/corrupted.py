@@ -17,6 +17,7 @@ def corrupted(
     val_fraction: float = 0.0,
     order: Order = None,
     seed: int = 0,
+    shared_labels: bool | None = None,
 ) -> Stream:
     """Corrupt every image, one kind a task, training and test alike.
 
@@ -24,10 +25,12 @@ def corrupted(
         dataset: uint8 images.
         kinds: Of `cl.corruptions.CORRUPTIONS`, or "clean"; None means the clean images and all fifteen after them.
         severity: 1 to 5.
-        scenario: "domain" (the default) shares the labels; "class" and "task" give each task labels of its own.
+        scenario: "domain" by default.
         val_fraction: Share of the training set that becomes validation.
         order: The order of the kinds, see `Stream`.
         seed: Seed of the noise, of the validation split and of a shuffled order.
+        shared_labels: Whether all tasks have the same labels, also where the task is told; None means where the
+            scenario is "domain".
 
     Raises:
         InputError: If the inputs are no images, or a kind or severity is unknown.
@@ -40,5 +43,5 @@ def corrupted(
     from cl.corruptions import CORRUPTIONS
 
     chosen = ["clean", *CORRUPTIONS] if kinds is None else list(kinds)
-    whole = copies(dataset, len(chosen), scenario, val_fraction, seed=seed)
+    whole = copies(dataset, len(chosen), scenario, val_fraction, seed=seed, shared_labels=shared_labels)
     return reorder(corrupt(whole, chosen, severity, seed), order, seed)

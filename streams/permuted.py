@@ -15,6 +15,7 @@ def permuted(
     val_fraction: float = 0.0,
     order: Order = None,
     seed: int = 0,
+    shared_labels: bool | None = None,
 ) -> Stream:
     """Permute the pixels of every image, one permutation a task.
 
@@ -22,10 +23,12 @@ def permuted(
         dataset: Any dataset; without augmentation, which would act on permuted pixels.
         num_tasks: T.
         identity_first: Whether the first task keeps its pixels where they are.
-        scenario: "domain" (the default) shares the labels; "class" and "task" give each task labels of its own.
+        scenario: "domain" by default.
         val_fraction: Share of the training set that becomes validation.
         order: The order of the permutations, see `Stream`.
         seed: Seed of the permutations, of the validation split and of a shuffled order.
+        shared_labels: Whether all tasks have the same labels, also where the task is told; None means where the
+            scenario is "domain".
 
     Raises:
         InputError: If the dataset comes with augmentation or there are no tasks.
@@ -36,5 +39,5 @@ def permuted(
         >>> len(stream), stream.num_classes
         (4, 3)
     """
-    whole = copies(dataset, num_tasks, scenario, val_fraction, seed=seed)
+    whole = copies(dataset, num_tasks, scenario, val_fraction, seed=seed, shared_labels=shared_labels)
     return reorder(permute(whole, identity_first, seed), order, seed)

@@ -18,6 +18,7 @@ def rotated(
     val_fraction: float = 0.0,
     order: Order = None,
     seed: int = 0,
+    shared_labels: bool | None = None,
 ) -> Stream:
     """Turn every image, one angle a task.
 
@@ -26,10 +27,12 @@ def rotated(
         num_tasks: T.
         max_angle: Angles in degrees are spread evenly over [0, max_angle).
         angles: One angle a task, in place of the even spread.
-        scenario: "domain" (the default) shares the labels; "class" and "task" give each task labels of its own.
+        scenario: "domain" by default.
         val_fraction: Share of the training set that becomes validation.
         order: The order of the angles, see `Stream`.
         seed: Seed of the validation split and of a shuffled order.
+        shared_labels: Whether all tasks have the same labels, also where the task is told; None means where the
+            scenario is "domain".
 
     Raises:
         InputError: If the inputs are no images, or the angles are not one a task.
@@ -39,6 +42,6 @@ def rotated(
         >>> [task.name for task in rotated(digits(), num_tasks=3, max_angle=90)]
         ['0°', '30°', '60°']
     """
-    whole = copies(dataset, num_tasks, scenario, val_fraction, seed=seed)
+    whole = copies(dataset, num_tasks, scenario, val_fraction, seed=seed, shared_labels=shared_labels)
     spread = [t * max_angle / num_tasks for t in range(num_tasks)]
     return reorder(rotate(whole, spread if angles is None else angles), order, seed)

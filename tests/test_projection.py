@@ -41,15 +41,18 @@ def build(stream: Stream, backbone: nn.Module, strategy: Strategy, lr: float = 0
     return Learner(stream, backbone, {"method": strategy}, optimizer, **{"batch_size": 4, **options})
 
 
-def random_stream(shape=(30,), num_rows: int = 4, scenario: str = "class", num_tasks: int = 2) -> Stream:
+def random_stream(
+    shape=(30,), num_rows: int = 4, scenario: str = "class", num_tasks: int = 2, shared: bool | None = None
+) -> Stream:
     """Random inputs, few enough that they do not span a layer."""
+    shared = scenario == "domain" if shared is None else shared
     draw = torch.Generator().manual_seed(3)
     tasks = []
     for t in range(num_tasks):
         x = torch.randn(num_rows, *shape, generator=draw)
-        y = torch.arange(num_rows) % 2 + (0 if scenario == "domain" else 2 * t)
+        y = torch.arange(num_rows) % 2 + (0 if shared else 2 * t)
         tasks.append(Task(t, TaskData(x, y, t), TaskData(x.clone(), y, t)))
-    return Stream(tasks, scenario=scenario, num_classes=2 if scenario == "domain" else 2 * num_tasks)
+    return Stream(tasks, scenario=scenario, num_classes=2 if shared else 2 * num_tasks, repeats=shared)
 
 
 class Identity(nn.Module):
@@ -592,6 +595,28 @@ def test_rows_of_several_tasks_are_each_answered_under_their_own_weights():
     assert changed[0].max() == 0 and changed[1:].min() > 1e-3
 
 
+@pytest.mark.parametrize("make", [TRGP, CUBER])
+def test_one_head_for_all_tasks_is_a_layer_like_the_others(make):
+    stream = random_stream((10,), num_rows=3, scenario="task", num_tasks=3, shared=True)
+    torch.manual_seed(0)
+    never = {"trust": 0.0} if make is TRGP else {"sufficient": 0.0, "positive": 2.0}  # regime 2 alone
+    learner = build(stream, TwoLayers(), make(1.0, num_samples=3, **never), lr=0.2, batch_size=3)
+    assert learner.head.weight.shape == (2, 8) and len(protected_layers(learner)) == 3
+    first = learn(learner, stream, [0], 5).predict(Batch(*stream[0].train.tensors())).detach()
+    kept = {name: p.detach().clone() for name, p in learner.head.named_parameters()}
+    learn(learner, stream, [1, 2], 20)
+    own = [learner.predict(Batch(*task.train.tensors())).detach() for task in stream]
+    torch.testing.assert_close(own[0], first, atol=1e-5, rtol=1e-4)
+    assert torch.equal(learner.head.bias, kept["bias"]) and not torch.equal(learner.head.weight, kept["weight"])
+    head = learner.strategies["method"].subspaces[2]
+    assert not head.scaling[0].any() and head.scaling[1].any() and head.scaling[2].any()
+    mixed = TaskData.concat([task.train for task in stream])
+    torch.testing.assert_close(learner.predict(Batch(*mixed.tensors())).detach(), torch.cat(own), atol=1e-6, rtol=1e-5)
+    features = learner.features(stream[2].train.tensors()[0], torch.full((3,), 2))
+    assert (learner.head(features) - own[2]).abs().max() > 1e-3, "the head is scaled as well"
+    assert max(F.cross_entropy(logits, task.train.labels) for logits, task in zip(own, stream, strict=True)) < 0.69
+
+
 @pytest.mark.parametrize("scenario", ["class", "domain"])
 def test_trgp_refuses_other_scenarios(scenario):
     message = f"TRGP has weights for each task, but the {scenario}-incremental scenario does not tell .* scenario=task"
@@ -622,7 +647,7 @@ def test_trgp_refuses(arguments, optimizer, message):
 def test_worked_example_12(sufficient, positive, regime):
     subspaces, g = Subspaces(2, 2), torch.tensor([[0.8, 0.6]])
     subspaces.basis[0, 0], subspaces.member[0, 0] = 1, True
-    old = torch.tensor([[[1.0, -1.0]], [[0.0, 0.0]]])
+    old = torch.tensor([[[1.0, -1.0]], [[0.0, 0.0]]]) / 2**0.5
     cosine = cuber.correlation(old, g)
     torch.testing.assert_close(cosine, torch.tensor([0.141421, 0.0]), atol=1e-6, rtol=0)
     energies, total = subspaces.energies(g), g.square().sum()

@@ -12,6 +12,7 @@ from cl.compose import permute_pixels, turn
 from cl.compose import resize as to_shape
 from cl.errors import InputError
 from cl.sources import digits, synthetic
+from cl.stream_checks import check_stream
 from cl.streams.domains import domains
 from cl.streams.permuted import permuted
 from cl.streams.rotated import rotated
@@ -136,6 +137,19 @@ def test_permuted_tasks_differ_and_are_functions_of_the_seed():
     assert not torch.equal(images[0][0], DIGITS.train_x[0]), "the first task is permuted too"
     kept = permuted(DIGITS, num_tasks=3, identity_first=True)
     assert torch.equal(kept[0].train.tensors()[0], DIGITS.train_x)
+
+
+@pytest.mark.parametrize("scenario", ["class", "task"])
+def test_tasks_may_share_labels_where_the_task_is_told(scenario):
+    stream = permuted(DIGITS, num_tasks=3, scenario=scenario, shared_labels=True, val_fraction=0.1)
+    stream.check()
+    check_stream(lambda: permuted(DIGITS, num_tasks=3, scenario=scenario, shared_labels=True))
+    assert (stream.scenario, stream.num_classes) == (scenario, 10)
+    assert {task.classes for task in stream} == {tuple(range(10))}
+    assert permuted(DIGITS, num_tasks=3, scenario=scenario).num_classes == 30
+    assert permuted(DIGITS, num_tasks=3, shared_labels=True).num_classes == 10
+    with pytest.raises(InputError, match="shared_labels=false with scenario=domain"):
+        permuted(DIGITS, num_tasks=3, shared_labels=False)
 
 
 def test_train_and_test_share_one_permutation():

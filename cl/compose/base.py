@@ -24,16 +24,22 @@ def copies(
     val_fraction: float = 0.0,
     order: Order = None,
     seed: int = 0,
+    shared_labels: bool | None = None,
 ) -> Stream:
     """Make a stream whose every task is the whole dataset, to be changed task by task.
 
     Args:
         dataset: Any dataset.
         num_tasks: T.
-        scenario: "domain" (the default) shares the labels; "class" and "task" give each task labels of its own.
+        scenario: "domain" by default.
         val_fraction: Share of the training set that becomes validation.
         order: See `Stream`.
         seed: Seed of the validation split and of a shuffled order.
+        shared_labels: Whether all tasks have the same labels, or each its own; None means the same where the scenario
+            is "domain". With "task" and True the task is told, and one output a class serves all tasks.
+
+    Raises:
+        InputError: If there are no tasks, or the scenario is "domain" and labels are each task's own.
 
     Example:
         >>> from cl.sources import synthetic
@@ -42,7 +48,10 @@ def copies(
     """
     if num_tasks < 1:
         raise InputError(f"num_tasks={num_tasks}: a stream needs at least one task.")
-    own = scenario in ("class", "task")
+    scenario = scenario or "domain"
+    own = scenario != "domain" if shared_labels is None else not shared_labels
+    if own and scenario == "domain":
+        raise InputError("shared_labels=false with scenario=domain, whose tasks have the same labels: leave it out.")
     train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
     width = dataset.num_classes * (num_tasks if own else 1)
 
@@ -54,10 +63,11 @@ def copies(
 
     return dataset.stream(
         build,
-        scenario=scenario or "domain",
+        scenario=scenario,
         num_classes=width,
         num_tasks=num_tasks,
         class_names=() if own else dataset.class_names,
+        repeats=not own and scenario != "domain",
         order=order,
         seed=seed,
     )

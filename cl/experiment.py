@@ -22,7 +22,7 @@ from cl.instruments import Instrument, Instruments
 from cl.instruments.probes import Probes
 from cl.instruments.resources import Resources
 from cl.learner import Learner
-from cl.loader import EvalLoader
+from cl.loader import EvalLoader, evaluation
 from cl.pause import Pause
 from cl.processes import replicated
 from cl.report import Report, Run, write_result
@@ -282,12 +282,13 @@ class Experiment:
 
     def _tests(self, device: torch.device) -> EvalLoader:
         """Return the test sets of the columns that the present row is measured on."""
-        learned, size = self.learner.tasks_learned, self.learner.eval_batch_size
+        learned = self.learner.tasks_learned
         if self.columns != "all" and 0 < learned < len(self.stream):
             first = 0 if self.columns == "seen" else max(0, learned + 1 - int(self.columns))
-            return EvalLoader([distributed.shard(t.test) for t in self.stream[first : learned + 1]], device, size)
+            some = self.stream[first : learned + 1]
+            return evaluation(self.learner, [distributed.shard(task.test) for task in some], device)
         if self._all is None:
-            self._all = EvalLoader([distributed.shard(task.test) for task in self.stream], device, size)
+            self._all = evaluation(self.learner, [distributed.shard(task.test) for task in self.stream], device)
         return self._all
 
     # ---- checkpoints --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from cl import distributed
 from cl.curves import Curves
 from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
-from cl.loader import EvalLoader, TrainLoader
+from cl.loader import TrainLoader, evaluation
 from cl.plain import is_plain
 from cl.random import Random, derive
 from cl.score import calibrations, matrices, start
@@ -391,7 +391,7 @@ class Learner(pl.LightningModule):
         """Return the present task's validation examples, never augmented."""
         if self.task.val is None:
             return []
-        return EvalLoader([distributed.shard(self.task.val)], self.device, self.eval_batch_size)
+        return evaluation(self, [distributed.shard(self.task.val)])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss, and for labels the accuracy, on the present task, weighted by rows."""

@@ -5,15 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl.distributed import deal, everywhere
 from cl.random import derive
 from cl.rows import row_bytes
 from cl.strategy import Batch, Labels
 from cl.task import TaskData
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
 
 _LARGEST, _BRISK = 64, 0.1  # steps of a chunk that chooses its size; seconds that it should not take
 _AHEAD = 2**25  # bytes of a chunk that is read ahead
@@ -105,6 +111,8 @@ class EvalLoader:
         parts: Examples, one after the other; those below a gibibyte are gathered on the device once.
         device: Where minibatches go.
         batch_size: Rows of a minibatch; None means 256 on a CPU, whose cache they fit, and 1024 elsewhere.
+        apart: Whether no minibatch has rows of two parts, and the rows of each come in one random order, always the
+            same, in minibatches of nearly one size: for networks whose outputs depend on the other rows.
 
     Example:
         >>> data = TaskData(torch.arange(10.0), torch.arange(10))
@@ -112,9 +120,18 @@ class EvalLoader:
         [8, 2]
     """
 
-    def __init__(self, parts: Sequence[TaskData], device: torch.device, batch_size: int | None = None) -> None:
-        self.parts = [TaskData.concat(parts).on(device)] if TaskData.fit(parts) else list(parts)
-        self.device, self.batch_size = device, batch_size or (256 if device.type == "cpu" else 1024)
+    def __init__(
+        self, parts: Sequence[TaskData], device: torch.device, batch_size: int | None = None, apart: bool = False
+    ) -> None:
+        self.device, self.apart = device, apart
+        self.batch_size = batch_size or (256 if device.type == "cpu" else 1024)
+        held = TaskData.fit(parts)
+        if apart:
+            draw = torch.Generator().manual_seed(0)
+            parts = [part.take(torch.randperm(len(part), generator=draw)) for part in parts]
+        elif held:
+            parts = [TaskData.concat(parts)]
+        self.parts = [part.on(device) if held else part for part in parts]
 
     def __len__(self) -> int:
         return sum(-(-len(part) // self.batch_size) for part in self.parts)
@@ -122,10 +139,28 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         for part in self.parts:
             if part.index is None and part.transform is None and part.resident:
-                columns = (column.split(self.batch_size) for column in part.tensors())
+                columns = (self._split(column) for column in part.tensors())
                 yield from (Batch(*rows) for rows in zip(*columns, strict=True))
                 continue
-            for start in range(0, len(part), self.batch_size):
-                rows = torch.arange(start, min(start + self.batch_size, len(part)))
+            for rows in self._split(torch.arange(len(part))):
                 x, y, task = (column.to(self.device) for column in part.take(rows).tensors())
                 yield Batch(x, y, task)
+
+    def _split(self, column: Tensor) -> Sequence[Tensor]:
+        count = -(-len(column) // self.batch_size)
+        return column.tensor_split(count) if self.apart and count else column.split(self.batch_size)
+
+
+def evaluation(learner: Learner, parts: Sequence[TaskData], device: torch.device | None = None) -> EvalLoader:
+    """Return minibatches of examples that a learner is evaluated on, on its device or another."""
+    return EvalLoader(parts, device or learner.device, learner.eval_batch_size, depends_on_batch(learner.backbone))
+
+
+def depends_on_batch(module: nn.Module) -> bool:
+    """Say whether outputs depend on the other rows in evaluation, too: batch norm without running statistics.
+
+    Example:
+        >>> depends_on_batch(nn.BatchNorm1d(2)), depends_on_batch(nn.BatchNorm1d(2, track_running_stats=False))
+        (False, True)
+    """
+    return any(isinstance(part, _BatchNorm) and part.running_mean is None for part in module.modules())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from cl import rows, task
 from cl.compose import copies, permute
@@ -19,9 +20,9 @@ from cl.data import Dataset
 from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.learner import Learner
-from cl.loader import EvalLoader, TrainLoader
+from cl.loader import EvalLoader, TrainLoader, depends_on_batch
 from cl.rows import Items, Mapped, first_not_finite, let_go, open_array, row_bytes
-from cl.task import TaskData
+from cl.task import Stream, TaskData
 from cl.testing import ToyBackbone, toy_stream
 
 CPU = torch.device("cpu")
@@ -105,6 +106,50 @@ def test_loaders_give_the_same_batches_from_a_file(tmp_path: Path, monkeypatch: 
     for column in ("x", "y", "task"):
         a, b = (torch.cat([getattr(batch, column) for batch in batches]) for batches in evaluated)
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("limit", [2**30, 0])
+def test_parts_apart_come_in_one_random_order_and_even_minibatches(tmp_path: Path, monkeypatch, limit):
+    held, filed = mapped_dataset(tmp_path)
+    monkeypatch.setattr(task, "RESIDENT", limit)
+    parts = [TaskData(filed.train_x, filed.train_y, t, torch.arange(40 * t, 40 * t + 33)) for t in range(2)]
+    batches, again = (list(EvalLoader(parts, CPU, 16, apart=True)) for _ in range(2))
+    assert [len(batch) for batch in batches] == 2 * [11, 11, 11] and len(EvalLoader(parts, CPU, 16, apart=True)) == 6
+    assert [batch.task.unique().tolist() for batch in batches] == 3 * [[0]] + 3 * [[1]]
+    for a, b in zip(batches, again, strict=True):
+        assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+    first = torch.cat([batch.x for batch in batches[:3]]).flatten(1)
+    rows = held.train_x[:33].flatten(1)
+    where = [i for row in first for i in (rows == row).all(1).nonzero().flatten().tolist()]
+    assert sorted(where) == list(range(33)), "every row once"
+    assert where != sorted(where)
+
+
+class BatchNormed(ToyBackbone):
+    """The toy backbone behind batch norm that keeps no statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LazyBatchNorm1d(track_running_stats=False, affine=False)
+
+    def forward(self, x):
+        return super().forward(self.norm(x.flatten(1)).view_as(x))
+
+
+def test_an_accuracy_is_no_matter_of_other_tasks_or_of_how_a_folder_is_sorted():
+    assert depends_on_batch(BatchNormed()) and not depends_on_batch(ToyBackbone())
+    stream, found = toy_stream(num_tasks=3, scenario="task"), []
+    tasks = [t.each(lambda d: d.take(d.labels.argsort(stable=True))) for t in stream]  # class after class
+    for count in (2, 3):
+        some = Stream(tasks[:count], scenario="task", num_classes=6)
+        torch.manual_seed(0)
+        learner = Learner(some, BatchNormed(), {}, partial(torch.optim.SGD, lr=0.1), batch_size=8, eval_batch_size=10)
+        run = Experiment(learner, some, partial(pl.Trainer, accelerator="cpu", logger=False), epochs=5).run()
+        found.append(run.primary.R[:2, :2])
+    assert torch.equal(found[0], found[1])
+    assert run.primary.R[1:].diagonal().min() > 0.9
+    one_class_each = torch.cat([learner.predict(batch) for batch in EvalLoader([tasks[2].test], CPU, 12)])
+    assert (one_class_each[:, 4:].argmax(1) + 4 == tasks[2].test.labels).float().mean() < 0.8, "neighbours tell"
 
 
 def test_an_error_while_reading_ahead_reaches_the_reader():

@@ -12,7 +12,7 @@ from cl.distributed import shard
 from cl.errors import InputError
 from cl.instruments import Instrument, Record, subset, watching
 from cl.learner import Learner
-from cl.loader import EvalLoader
+from cl.loader import EvalLoader, evaluation
 from cl.score import start
 from cl.task import Stream, Task
 
@@ -68,7 +68,7 @@ class LearningCurves(Instrument):
         """Gather the part of the test sets that is looked at in this task."""
         seen = self._stream[: task.index + 1]
         parts = [shard(subset(t.test, self.rows)) for t in seen]
-        self._loader = EvalLoader(parts, learner.device, learner.eval_batch_size)
+        self._loader = evaluation(learner, parts)
 
     def look(self, learner: Learner) -> None:
         """Measure one point of every curve."""

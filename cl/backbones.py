@@ -141,8 +141,9 @@ class AlexNetGPM(nn.Sequential):
     """The five-layer network of the GPM experiments on CIFAR-100 (Saha et al. 2021, appendix C).
 
     Each layer is bias-free and followed by batch normalisation without running statistics, ReLU and dropout, the three
-    convolutions by 2x2 max-pooling too. At test a prediction depends on its batch, and a batch of one row is refused
-    by the normalisation: the paper's code is so, and its numbers belong to test batches of 64.
+    convolutions by 2x2 max-pooling too. At test a prediction depends on its batch (of one task, in a random order that
+    is always the same), and a batch of one row is refused by the normalisation: the paper's code is so, and its numbers
+    belong to test batches of 64.
 
     Args:
         input_shape: (C, H, W) with H and W at least 19.

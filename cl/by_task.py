@@ -18,20 +18,26 @@ def run_by_task(
 ) -> Tensor:
     """Return what each row (B, ...) gets from a module with the weights of its task; for `encode` and `classify`.
 
-    Rows without a label are of the present task. So are, in training, those of a strategy that is alone, where nobody
-    replays others: there the device is not waited for.
-
     Args:
         learner: Knows the labels.
         module: Backbone or head.
         inputs: Its inputs (B, ...).
         weights: Index of a task to parameters in place of the module's own.
     """
+    return rows_by_task(learner, inputs, lambda rows, task: functional_call(module, dict(weights(task)), (rows,)))
+
+
+def rows_by_task(learner: Learner, inputs: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return what each row (B, ...) gets from a function of rows of one task and the task's index.
+
+    Rows without a label are of the present task. So are, in training, those of a strategy that is alone, where nobody
+    replays others: there the device is not waited for.
+    """
     labels = learner.task_labels
     alone = learner.backbone.training and learner.told is None and len(learner.strategies) == 1
     if labels is None or alone:
-        return functional_call(module, dict(weights(learner.task_index)), (inputs,))  # type: ignore[no-any-return]
+        return run(inputs, learner.task_index)
     tasks = labels.unique().tolist()
     rows = [(labels == task).nonzero().flatten() for task in tasks]
-    parts = [functional_call(module, dict(weights(t)), (inputs[some],)) for t, some in zip(tasks, rows, strict=True)]
+    parts = [run(inputs[some], task) for task, some in zip(tasks, rows, strict=True)]
     return torch.cat(parts)[torch.cat(rows).argsort()]

@@ -112,7 +112,7 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
     name = type(strategy).__name__
     if learner.scenario != "task":
         raise InputError(f"{name} has to be given the task at test, but the scenario is {learner.scenario}: use task.")
-    if not stream.boundaries or bool((learner.membership.sum(0) > 1).any()):
+    if not stream.boundaries or learner.shared_outputs:
         raise InputError(
             f"{name} gives each task outputs of its own, but in {stream.name!r} tasks share classes or have no "
             "boundaries: choose another stream."

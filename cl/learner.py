@@ -113,8 +113,7 @@ class Learner(pl.LightningModule):
 
         self.task: Task = stream[0]
         self.tasks_learned = 0
-        self.total_steps = 0  # over the stream
-        self.step = 0  # within the task
+        self.step = self.total_steps = 0  # within the task, and over the stream
         self.last_loss: Tensor | None = None
         self._data: TaskData | None = None
         self.task_labels: Tensor | None = None  # of the rows in `encode`, (B,); None: of the present task, or not told
@@ -134,6 +133,7 @@ class Learner(pl.LightningModule):
         for task in stream:
             membership[task.index, slice(None) if self.target.name == "regression" else list(task.classes)] = True
         self.register_buffer("membership", membership, persistent=False)
+        self.shared_outputs = bool((membership.sum(0) > 1).any())  # whether tasks have classes in common
         self.register_buffer("seen", torch.zeros(self.num_classes, dtype=torch.bool))
         self.masks = nn.ModuleDict({name: Mask(self.num_tasks, self.num_classes) for name in SCENARIOS})
         self.matrices, self.calibration = matrices(stream), calibrations(stream)

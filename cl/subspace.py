@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
-from cl.by_task import run_by_task
+from cl.by_task import rows_by_task
 from cl.errors import InputError
 from cl.random import Random
 from cl.representation import Layer, layer_inputs, trainable_layers
@@ -30,8 +33,7 @@ def protected(learner: Learner) -> nn.Module:
         >>> protected(learner) is learner.backbone
         True
     """
-    shared = learner.scenario != "task" or bool((learner.membership.sum(0) > 1).any())
-    return learner.trunk() if shared else learner.backbone
+    return learner.trunk() if learner.scenario != "task" or learner.shared_outputs else learner.backbone
 
 
 def protected_layers(learner: Learner) -> list[Layer]:
@@ -236,20 +238,28 @@ class Subspaces(nn.Module):
         self._selected = columns, self.basis[:, columns], blocks[:, columns].T @ blocks[:, columns]
         self.directions, self.columns = self.basis[:, : self.used], self.member[:, : self.used].to(self.shift.dtype)
 
+    def _scaling(self, task: int, present: bool) -> tuple[Tensor, Tensor] | None:
+        """Return the columns of O that a task scales, and A there; None where it scales none."""
+        if present and self._selected is not None:
+            columns, basis, counts = self._selected
+            return (basis, _Block.apply(self.shift, columns, counts)) if len(columns) else None
+        A = self.scaling[task]
+        columns = (A.any(0) | A.any(1)).nonzero().flatten()
+        return (self.basis[:, columns], A[columns[:, None], columns]) if len(columns) else None
+
     def weight(self, weight: Tensor, task: int, present: bool) -> Tensor:
         """Return the weight of a layer as a task has it, which is the present one or not."""
-        if present and self._selected is not None:
-            columns, B, counts = self._selected
-            A = _Block.apply(self.shift, columns, counts)
-        else:
-            whole = self.scaling[task]
-            columns = (whole.any(0) | whole.any(1)).nonzero().flatten()
-            B, A = self.basis[:, columns], whole[columns[:, None], columns]
-        if len(columns) == 0:
+        if (scaling := self._scaling(task, present)) is None:
             return weight
-        W = weight.flatten(1)
-        scaled: Tensor = W + W @ B @ A @ B.T
-        return scaled.view_as(weight)
+        (basis, A), W = scaling, weight.flatten(1)
+        return (W + W @ basis @ A @ basis.T).view_as(weight)
+
+    def inputs(self, x: Tensor, task: int, present: bool) -> Tensor:
+        r"""Return what a linear layer's inputs (..., d) become, where it keeps its weight: :math:`x \tilde W^\top`."""
+        if (scaling := self._scaling(task, present)) is None:
+            return x
+        basis, A = scaling
+        return x + x @ basis @ A.T @ basis.T
 
     def project(self, gradient: Tensor) -> None:
         """Take off a weight's gradient, in place, what lies in the span of O."""
@@ -305,15 +315,26 @@ class ScaledByTask(Strategy):
     def _run(self, learner: Learner, module: nn.Module, inputs: Tensor) -> Tensor:
         names = {layer: f"{name}.weight".lstrip(".") for name, layer in module.named_modules()}
         pairs = zip(protected_layers(learner), self.subspaces, strict=True)
-        own = [(names[layer], layer.weight, part) for layer, part in pairs if layer in names]
-        if not own:
-            return module(inputs)  # type: ignore[no-any-return]
+        own = [(layer, part) for layer, part in pairs if layer in names]
 
-        def of(task: int) -> dict[str, Tensor]:
-            present = task == learner.task_index
-            return {name: part.weight(weight, task, present) for name, weight, part in own}
+        def run(rows: Tensor, task: int) -> Tensor:
+            present, weights = task == learner.task_index, {}
+            with ExitStack() as hooks:
+                for layer, part in own:
+                    if isinstance(layer, nn.Linear):  # a minibatch has fewer rows than a layer has outputs
+                        scale = partial(_scaled, part, task, present)
+                        hooks.callback(layer.register_forward_pre_hook(scale).remove)
+                    else:
+                        weights[names[layer]] = part.weight(layer.weight, task, present)
+                return functional_call(module, weights, (rows,))  # type: ignore[no-any-return]
 
-        return run_by_task(learner, module, inputs, of)
+        return rows_by_task(learner, inputs, run) if own else module(inputs)
+
+
+def _scaled(
+    part: Subspaces, task: int, present: bool, layer: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    return part.inputs(inputs[0], task, present), *inputs[1:]
 
 
 def check_task_labels(learner: Learner, name: str) -> None:

@@ -595,6 +595,36 @@ def test_rows_of_several_tasks_are_each_answered_under_their_own_weights():
     assert changed[0].max() == 0 and changed[1:].min() > 1e-3
 
 
+@quick
+@given(seeds)
+def test_a_linear_layers_inputs_may_be_scaled_in_place_of_its_weight(seed):
+    draw = torch.Generator().manual_seed(seed)
+    subspaces, found = Subspaces(6, 3), []
+    for task in range(2):
+        subspaces.end(task, torch.randn(6, 3, generator=draw), 0.9)
+    subspaces.begin(torch.tensor([True, True, False]))
+    subspaces.shift.data[:] = torch.randn(6, 6, generator=draw)
+    W, x = torch.randn(4, 6, generator=draw, requires_grad=True), torch.randn(5, 6, generator=draw)
+    for y in (F.linear(subspaces.inputs(x, 2, True), W), F.linear(x, subspaces.weight(W, 2, True))):
+        found.append((y, *torch.autograd.grad(y.square().sum(), (W, subspaces.shift))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    used = subspaces.member[:2].any(0)
+    assert found[0][2][used][:, used].any() and not found[0][2][~used].any() and not found[0][2][:, ~used].any()
+
+
+def test_convolutions_are_scaled_too():
+    stream = random_stream((16, 5, 5), num_rows=3, scenario="task", num_tasks=3)
+    torch.manual_seed(0)
+    learner = build(stream, ConvNet(), TRGP(1.0, 0.0, trust=0.0, num_samples=3), lr=0.1, batch_size=3)
+    first = learn(learner, stream, [0], 5).predict(Batch(*stream[0].train.tensors())).detach()[:, :2]
+    now = learn(learner, stream, [1, 2], 5).predict(Batch(*stream[0].train.tensors())).detach()[:, :2]
+    torch.testing.assert_close(now, first, atol=1e-5, rtol=1e-4)
+    x, _, label = stream[2].train.tensors()
+    assert all(part.scaling[2].any() for part in learner.strategies["method"].subspaces)
+    assert (learner.features(x, label) - learner.backbone(x)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("make", [TRGP, CUBER])
 def test_one_head_for_all_tasks_is_a_layer_like_the_others(make):
     stream = random_stream((10,), num_rows=3, scenario="task", num_tasks=3, shared=True)

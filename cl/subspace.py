@@ -163,27 +163,28 @@ def task_directions(R: Tensor, basis: Tensor, threshold: float) -> tuple[Tensor,
     return taken[: len(R)], vectors.flip(1)[:, taken[len(R) :]]
 
 
-class _Block(torch.autograd.Function):
-    """A block of A; its gradient, weighted, is scattered into one new matrix, where indexing twice would make two."""
-
-    generate_vmap_rule = True
+class _Scale(torch.autograd.Function):
+    """x + x O M O^T with M = A, or A^T; the gradient of A, weighted by counts, is written once, into one new matrix."""
 
     @staticmethod
-    def forward(A: Tensor, columns: Tensor, counts: Tensor) -> Tensor:
-        return A[columns[:, None], columns]
+    def forward(ctx: Any, x: Tensor, A: Tensor, basis: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+        inside, M = x @ basis, A[: len(counts), : len(counts)]
+        ctx.save_for_backward(inside, A, basis, counts)
+        ctx.transposed = transposed
+        return x + inside @ (M.T if transposed else M) @ basis.T
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        A, columns, counts = inputs
-        ctx.save_for_backward(columns, counts)
-        ctx.size = A.shape
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        columns, counts = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.size)
-        whole[columns[:, None], columns] = gradient * counts
-        return whole, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        inside, A, basis, counts = ctx.saved_tensors
+        M, g = A[: len(counts), : len(counts)], gradient.to(A.dtype)  # under autocast the forward's are others
+        outside, whole = g @ basis, torch.zeros_like(A)
+        pair = inside.to(A.dtype).flatten(0, -2), outside.flatten(0, -2)
+        left, right = reversed(pair) if ctx.transposed else pair
+        torch.mm(left.T, right, out=whole[: len(counts), : len(counts)]).mul_(counts)
+        through = None
+        if ctx.needs_input_grad[0]:
+            through = gradient + (outside @ (M if ctx.transposed else M.T) @ basis.T).to(gradient.dtype)
+        return through, whole, None, None, None
 
 
 class Subspaces(nn.Module):
@@ -220,7 +221,7 @@ class Subspaces(nn.Module):
         self.register_buffer("member", torch.zeros(num_tasks, size, dtype=torch.bool))
         self.register_buffer("scaling", torch.zeros(num_tasks, size, size))
         self.shift = nn.Parameter(torch.zeros(size, size))
-        self._selected: tuple[Tensor, Tensor, Tensor] | None = None  # columns, O there and counts, while one trains
+        self._counts: Tensor | None = None  # tasks in which two columns are, of those selected, while one trains
 
     @property
     def used(self) -> int:
@@ -233,45 +234,39 @@ class Subspaces(nn.Module):
 
     def begin(self, selected: Tensor) -> None:
         """Begin a task that scales the subspaces of some tasks, bool (T,)."""
-        blocks = self.member[selected].to(self.shift.dtype)
-        columns = blocks.any(0).nonzero().flatten()
-        self._selected = columns, self.basis[:, columns], blocks[:, columns].T @ blocks[:, columns]
-        self.directions, self.columns = self.basis[:, : self.used], self.member[:, : self.used].to(self.shift.dtype)
-
-    def _scaling(self, task: int, present: bool) -> tuple[Tensor, Tensor] | None:
-        """Return the columns of O that a task scales, and A there; None where it scales none."""
-        if present and self._selected is not None:
-            columns, basis, counts = self._selected
-            return (basis, _Block.apply(self.shift, columns, counts)) if len(columns) else None
-        A = self.scaling[task]
-        columns = (A.any(0) | A.any(1)).nonzero().flatten()
-        return (self.basis[:, columns], A[columns[:, None], columns]) if len(columns) else None
+        used = self.used
+        self.directions, self.columns = self.basis[:, :used], self.member[:, :used].to(self.shift.dtype)
+        blocks = self.columns[selected]
+        self._counts, self._scales = blocks.T @ blocks, bool(blocks.any())
+        self._projector = self.directions @ self.directions.T if 2 * used > len(self.basis) else None
 
     def weight(self, weight: Tensor, task: int, present: bool) -> Tensor:
         """Return the weight of a layer as a task has it, which is the present one or not."""
-        if (scaling := self._scaling(task, present)) is None:
-            return weight
-        (basis, A), W = scaling, weight.flatten(1)
-        return (W + W @ basis @ A @ basis.T).view_as(weight)
+        return self._scaled(weight.flatten(1), task, present, False).view_as(weight)
 
     def inputs(self, x: Tensor, task: int, present: bool) -> Tensor:
         r"""Return what a linear layer's inputs (..., d) become, where it keeps its weight: :math:`x \tilde W^\top`."""
-        if (scaling := self._scaling(task, present)) is None:
-            return x
-        basis, A = scaling
-        return x + x @ basis @ A.T @ basis.T
+        return self._scaled(x, task, present, True)
+
+    def _scaled(self, x: Tensor, task: int, present: bool, transposed: bool) -> Tensor:
+        if present and self._counts is not None:
+            if not self._scales:
+                return x
+            return _Scale.apply(x, self.shift, self.directions, self._counts, transposed)  # type: ignore[no-any-return]
+        basis, A = self.basis[:, : self.used], self.scaling[task, : self.used, : self.used]
+        return x + x @ basis @ (A.T if transposed else A) @ basis.T if bool(A.any()) else x
 
     def project(self, gradient: Tensor) -> None:
         """Take off a weight's gradient, in place, what lies in the span of O."""
-        basis = self.directions
-        gradient -= (gradient.flatten(1) @ basis @ basis.T).view_as(gradient)
+        g, basis, projector = gradient.flatten(1), self.directions, self._projector
+        gradient -= (g @ basis @ basis.T if projector is None else g @ projector).view_as(gradient)
 
     @torch.no_grad()
     def end(self, task: int, R: Tensor, threshold: float) -> None:
         """Keep a task's scaling, and the main directions of its inputs R (d, n)."""
         self.scaling[task] = self.shift
         self.shift.zero_()
-        self._selected = None
+        self._counts = None
         taken, new = task_directions(R, self.basis, threshold)
         used = self.used
         join_basis(self.basis, new)

@@ -176,11 +176,11 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         inside, A, basis, counts = ctx.saved_tensors
-        M, g = A[: len(counts), : len(counts)], gradient.to(A.dtype)  # under autocast the forward's are others
-        outside, whole = g @ basis, torch.zeros_like(A)
-        pair = inside.to(A.dtype).flatten(0, -2), outside.flatten(0, -2)
+        M, whole = A[: len(counts), : len(counts)], torch.zeros_like(A)
+        outside = gradient.to(A.dtype) @ basis  # autocast has others in the forward pass
+        pair = inside.to(outside.dtype).flatten(0, -2), outside.flatten(0, -2)
         left, right = reversed(pair) if ctx.transposed else pair
-        torch.mm(left.T, right, out=whole[: len(counts), : len(counts)]).mul_(counts)
+        torch.mul(left.T @ right, counts, out=whole[: len(counts), : len(counts)])
         through = None
         if ctx.needs_input_grad[0]:
             through = gradient + (outside @ (M if ctx.transposed else M.T) @ basis.T).to(gradient.dtype)

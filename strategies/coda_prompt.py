@@ -127,7 +127,7 @@ class CODAPrompt(Strategy):
                 part.requires_grad_(t == task.index)
             new = parts[task.index]
             draw = torch.from_numpy(self.random.generator.standard_normal(new.shape)).to(new)
-            rows = torch.cat([*parts[: task.index], draw]).flatten(2).transpose(0, 1)  # (L, n, D)
+            rows = torch.cat([*parts[: task.index], draw]).flatten(2).transpose(0, 1).float()  # (L, n, D)
             basis = torch.linalg.qr(rows.mT)[0].mT[:, -len(new) :]
             new.copy_(basis.transpose(0, 1).view_as(new))
 

@@ -53,7 +53,7 @@ def distances(features: Tensor, centres: Tensor, norm: float) -> Tensor:
         [1.20416, 1.11803]
     """
     exact = "donot_use_mm_for_euclid_dist"  # of a batch's size, too
-    pairs = torch.cdist(features, centres.flatten(0, 1), p=norm, compute_mode=exact)
+    pairs = torch.cdist(features.float(), centres.flatten(0, 1).float(), p=norm, compute_mode=exact)
     nearest: Tensor = pairs.unflatten(1, centres.shape[:2]).amin(2)
     return nearest
 

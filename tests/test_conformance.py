@@ -221,6 +221,15 @@ def test_strategy_keeps_the_contract(row, scenario):
     )
 
 
+@pytest.mark.parametrize("row", METHODS, ids=name_of)
+def test_a_strategy_learns_in_half_precision(row):
+    learner, stream = toy_learner({"it": row.make(**row.options)}, 2, row.scenarios[-1], row.backbone)
+    trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, precision="bf16-true")
+    run = Experiment(learner, stream, trainer, epochs=1).run()
+    assert run.primary.R.dtype == torch.float32 and not run.primary.R.isnan().any()
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in learner.trunk().parameters())
+
+
 @pytest.mark.parametrize("row", [row for row in METHODS if "task" in row.scenarios], ids=name_of)
 def test_predictions_use_task_labels_where_a_strategy_says_so_and_a_remark_tells(row):
     learner, stream = toy_learner({"it": row.make(**row.options)}, 2, "task", row.backbone)

@@ -1,7 +1,8 @@
 """What each strategy costs: processor time of a short job as a multiple of fine-tuning's.
 
 Beside it stands the multiple of the operations (torch's counter, over the whole job: training, what is computed between
-tasks, evaluations), which is what the extra forward and backward passes explain, and the quotient of the two.
+tasks, evaluations), which is what the extra forward and backward passes explain, and the quotient of the two. Counting
+is slow, so they are counted on the first rows of each task, twice, and drawn out to all: they grow in a straight line.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,6 +27,7 @@ NAMES = (
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
     *("packnet", "hat", "supsup", "ncm", "ranpac"),
 )
+FEW = 1000, 2000  # rows a task; no strategy's default samples more for what it computes between tasks
 TOLD = ("trgp", "cuber", "packnet", "hat")  # the task, at test
 
 
@@ -37,22 +40,36 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = [name for name in NAMES if name == "finetune" or matches(name, args.only)]
     times = take_turns("strategies", names, lambda name, _: command(name), args, console)
     once = argparse.Namespace(**{**vars(args), "repeat": 1})
-    counts = take_turns("operations", names, lambda name, _: command(name, "count"), once, console)
+    few, more = (
+        take_turns(f"operations of {rows} rows a task", names, partial(_of, command, rows), once, console)
+        for rows in FEW
+    )
+    counts = {name: _whole(few[name][0], more[name][0]) for name in names}
     table = Table(title="online_mlp's stream under each strategy with its defaults")
     for column in ("strategy", "processor, s", "/ finetune", "operations / finetune", "quotient", "us a step"):
         table.add_column(column, justify="right" if column != "strategy" else "left")
     for name, turns in times.items():
         middle = median(turn["processor"] for turn in turns)
         ratio = median(t["processor"] / f["processor"] for t, f in zip(turns, times["finetune"], strict=True))
-        explained = counts[name][0]["operations"] / counts["finetune"][0]["operations"]
+        explained = counts[name] / counts["finetune"]
         each = f"{1e6 * middle / turns[0]['steps']:.0f}" if turns[0]["steps"] else "-"
         table.add_row(name, f"{middle:.2f}", f"{ratio:.2f}", f"{explained:.2f}", f"{ratio / explained:.2f}", each)
     console.print(table)
     return {"workload": "strategies", "runs": times, "operations": counts}
 
 
-def main(name: str, data: str, count: str = "") -> None:
-    """Time one strategy, made from its configuration, or count its operations."""
+def _of(command: Callable[..., list[str]], rows: int, name: str, turn: int) -> list[str]:
+    return command(name, str(rows))
+
+
+def _whole(few: dict[str, float], more: dict[str, float]) -> float:
+    """Return the operations on all rows of a task from those on a few and on more of them."""
+    slope = (more["operations"] - few["operations"]) / (FEW[1] - FEW[0])
+    return few["operations"] + slope * (few["rows"] - FEW[0])
+
+
+def main(name: str, data: str, rows: str = "") -> None:
+    """Time one strategy, made from its configuration, or count its operations on the first rows of each task."""
     import pytorch_lightning as pl
     from hydra import compose, initialize_config_module
     from hydra.utils import instantiate
@@ -62,17 +79,19 @@ def main(name: str, data: str, count: str = "") -> None:
 
     workload = WORKLOADS["online_mlp"]
     tasks, _ = load(workload, Path(data) if data else None)
+    whole = sum(len(task[0]) for task in tasks) / len(tasks)
+    tasks = [(x[: int(rows)], y[: int(rows)], v, w) for x, y, v, w in tasks] if rows else tasks
     stream = clsim.stream(workload, tasks, "task" if name in TOLD else None)
     with initialize_config_module("cl.conf", version_base="1.3"):
         config = compose("config", overrides=[f"strategy={name}"]).strategy
     learner = clsim.learner(workload, stream, {key: instantiate(value) for key, value in (config or {}).items()})
     experiment = Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1)
-    if count:
+    if rows:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
             experiment.run()
-        hand_over({"operations": counter.get_total_flops()})
+        hand_over({"operations": counter.get_total_flops(), "rows": whole})
         return
     start = time.process_time()
     experiment.run()

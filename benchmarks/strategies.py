@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         take_turns(f"operations of {rows} rows a task", names, partial(_of, command, rows), once, console)
         for rows in FEW
     )
-    counts = {name: _whole(few[name][0], more[name][0]) for name in names}
+    counts = {name: whole(few[name][0], more[name][0]) for name in names}
     table = Table(title="online_mlp's stream under each strategy with its defaults")
     for column in ("strategy", "processor, s", "/ finetune", "operations / finetune", "quotient", "us a step"):
         table.add_column(column, justify="right" if column != "strategy" else "left")
@@ -62,10 +62,10 @@ def _of(command: Callable[..., list[str]], rows: int, name: str, turn: int) -> l
     return command(name, str(rows))
 
 
-def _whole(few: dict[str, float], more: dict[str, float]) -> float:
+def whole(few: dict[str, float], more: dict[str, float], rows: tuple[int, int] = FEW) -> float:
     """Return the operations on all rows of a task from those on a few and on more of them."""
-    slope = (more["operations"] - few["operations"]) / (FEW[1] - FEW[0])
-    return few["operations"] + slope * (few["rows"] - FEW[0])
+    slope = (more["operations"] - few["operations"]) / (rows[1] - rows[0])
+    return few["operations"] + slope * (few["rows"] - rows[0])
 
 
 def main(name: str, data: str, rows: str = "") -> None:
@@ -79,7 +79,7 @@ def main(name: str, data: str, rows: str = "") -> None:
 
     workload = WORKLOADS["online_mlp"]
     tasks, _ = load(workload, Path(data) if data else None)
-    whole = sum(len(task[0]) for task in tasks) / len(tasks)
+    mean = sum(len(task[0]) for task in tasks) / len(tasks)
     tasks = [(x[: int(rows)], y[: int(rows)], v, w) for x, y, v, w in tasks] if rows else tasks
     stream = clsim.stream(workload, tasks, "task" if name in TOLD else None)
     with initialize_config_module("cl.conf", version_base="1.3"):
@@ -91,7 +91,7 @@ def main(name: str, data: str, rows: str = "") -> None:
 
         with FlopCounterMode(display=False) as counter:
             experiment.run()
-        hand_over({"operations": counter.get_total_flops(), "rows": whole})
+        hand_over({"operations": counter.get_total_flops(), "rows": mean})
         return
     start = time.process_time()
     experiment.run()

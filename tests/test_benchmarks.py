@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import json
 from dataclasses import replace
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import clsim
 from benchmarks.__main__ import ratio
 from benchmarks.bare import _crop_and_flip
 from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import measure
+from benchmarks.strategies import whole
 from benchmarks.workloads import WORKLOADS, Arrays, _made, _tasks
+from cl.experiment import Experiment
+from cl.strategies.ewc import EWC
 
 
 @functools.cache
@@ -70,3 +77,15 @@ def test_a_contestant_that_fails_says_so(capfd):
 def test_what_is_measured_comes_back():
     found = measure(["benchmarks.memory", "reservoir", "1000"], threads=1)
     assert json.dumps(found) and found["us"] > 0
+
+
+@pytest.mark.parametrize("strategies", [{}, {"ewc": EWC(num_samples=20)}])
+def test_operations_grow_in_a_straight_line(strategies):
+    workload, tasks, counts = WORKLOADS["online_mlp"], small("online_mlp", 2000), []
+    for rows in (30, 60, 200):
+        stream = clsim.stream(workload, [(x[:rows], y[:rows], v[:50], w[:50]) for x, y, v, w in tasks[:2]])
+        learner = clsim.learner(workload, stream, copy.deepcopy(strategies))
+        with FlopCounterMode(display=False) as counter:
+            Experiment(learner, stream, functools.partial(pl.Trainer, accelerator="cpu"), epochs=1).run()
+        counts.append({"operations": counter.get_total_flops(), "rows": 200})
+    assert whole(*counts[:2], rows=(30, 60)) == counts[2]["operations"]

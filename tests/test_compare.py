@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import cl.compare
 from cl.compare.align import align, method_config, shortest_names, strategies
 from cl.compare.cli import main
 from cl.compare.forecasts import forecasts
@@ -770,6 +771,16 @@ def test_scales_of_differences_are_symmetric_and_shared(made):
                 traces = [panel["figure"]["data"][0] for panel in view["panels"]]
                 limit = max([0.05, *(abs(v) for trace in traces for v in leaves(trace["z"]))])
                 assert {(t["zmin"], t["zmax"]) for t in traces} == {(-limit, limit)}
+
+
+def test_no_button_of_plotly_sends_a_figure_away():
+    import plotly
+
+    bundle = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    script = (Path(cl.compare.__file__).parent / "report.js").read_text(encoding="utf-8")
+    removed = re.search(r"UPLOADS = \[(.*)\]", script).group(1)
+    senders = set(re.findall(r'name:"(send\w+)"', bundle))
+    assert senders <= set(re.findall(r'"(\w+)"', removed)) and "...UPLOADS" in script
 
 
 def test_plotly_knows_every_attribute(made):

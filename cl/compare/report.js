@@ -38,10 +38,14 @@ function layoutOf(panel, theme, size) {
   };
 }
 
+const UPLOADS = ["sendChartToCloud", "sendDataToCloud"]; // nothing leaves the page
+
 const config = {
   responsive: true,
   displaylogo: false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  displayModeBar: matchMedia("(hover: none)").matches ? false : "hover", // else it would stand over the figure
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", ...UPLOADS],
+  plotlyServerURL: "",
   toImageButtonOptions: { format: "svg" },
 };
 

@@ -36,7 +36,7 @@ def script(name: str, *arguments: str) -> str:
     command = [sys.executable, str(HARNESS / name), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-1000:] + done.stdout[-3000:]
     return done.stdout
 
 

@@ -108,12 +108,13 @@ def method_config(run: RunFiles) -> dict[str, Any]:
 
     Example:
         >>> from pathlib import Path
-        >>> method_config(RunFiles(Path("."), {"seed": 1, "epochs": 5, "stream.seed": 1, "dataset.root": "data"}))
+        >>> config = {"seed": 1, "epochs": 5, "stream.seed": 1, "dataset.root": "data", "gradient_clip": None}
+        >>> method_config(RunFiles(Path("."), config))
         {'epochs': 5}
     """
     skip = (*IGNORED, "stream", "dataset", "scenario")
     config = {k: v for k, v in run.config.items() if not under(k, skip) and k.rpartition(".")[2] not in _PLACES}
-    return {k: v for k, v in config.items() if (k, v) != ("protocol", None)}  # without one nothing is said of it
+    return {k: v for k, v in config.items() if v is not None}  # runs of before there was a setting say nothing of it
 
 
 def stream_config(run: RunFiles) -> dict[str, Any]:
@@ -121,8 +122,8 @@ def stream_config(run: RunFiles) -> dict[str, Any]:
 
     Example:
         >>> from pathlib import Path
-        >>> run = RunFiles(Path("."), {"seed": 1, "epochs": 5, "stream.seed": 1, "stream.num_tasks": 5}, "class")
-        >>> stream_config(run)
+        >>> config = {"seed": 1, "epochs": 5, "stream.seed": 1, "stream.num_tasks": 5, "stream.first_task": None}
+        >>> stream_config(RunFiles(Path("."), config, "class"))
         {'num_tasks': 5, 'scenario': 'class', 'tasks': 0}
     """
     config = {k.removeprefix("stream."): v for k, v in run.config.items() if under(k, ["stream"])}
@@ -131,6 +132,7 @@ def stream_config(run: RunFiles) -> dict[str, Any]:
         key: value
         for key, value in config.items()
         if key != "order"
+        and value is not None  # runs of before there was a setting say nothing of it
         and key.rpartition(".")[2] not in _PLACES
         and not (key.rpartition(".")[2] == "seed" and value == seed and not key.startswith("dataset"))
     }

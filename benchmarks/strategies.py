@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,10 +39,13 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = [name for name in NAMES if name == "finetune" or matches(name, args.only)]
     times = take_turns("strategies", names, lambda name, _: command(name), args, console)
     once = argparse.Namespace(**{**vars(args), "repeat": 1})
-    few, more = (
-        take_turns(f"operations of {rows} rows a task", names, partial(_of, command, rows), once, console)
-        for rows in FEW
-    )
+
+    def count(rows: int) -> dict[str, list[dict[str, Any]]]:
+        return take_turns(
+            f"operations of {rows} rows a task", names, lambda name, _: command(name, str(rows)), once, console
+        )
+
+    few, more = map(count, FEW)
     counts = {name: whole(few[name][0], more[name][0]) for name in names}
     table = Table(title="online_mlp's stream under each strategy with its defaults")
     for column in ("strategy", "processor, s", "/ finetune", "operations / finetune", "quotient", "us a step"):
@@ -56,10 +58,6 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         table.add_row(name, f"{middle:.2f}", f"{ratio:.2f}", f"{explained:.2f}", f"{ratio / explained:.2f}", each)
     console.print(table)
     return {"workload": "strategies", "runs": times, "operations": counts}
-
-
-def _of(command: Callable[..., list[str]], rows: int, name: str, turn: int) -> list[str]:
-    return command(name, str(rows))
 
 
 def whole(few: dict[str, float], more: dict[str, float], rows: tuple[int, int] = FEW) -> float:

@@ -253,7 +253,8 @@ class Subspaces(nn.Module):
             if not self._scales:
                 return x
             return _Scale.apply(x, self.shift, self.directions, self._counts, transposed)  # type: ignore[no-any-return]
-        basis, A = self.basis[:, : self.used], self.scaling[task, : self.used, : self.used]
+        used = self.used
+        basis, A = self.basis[:, :used], self.scaling[task, :used, :used]
         return x + x @ basis @ (A.T if transposed else A) @ basis.T if bool(A.any()) else x
 
     def project(self, gradient: Tensor) -> None:
@@ -305,6 +306,8 @@ class ScaledByTask(Strategy):
 
     def classify(self, learner: Learner, features: Tensor) -> Tensor:
         """Return logits under the weights of each row's task, where tasks share outputs."""
+        if not learner.shared_outputs:
+            return learner.head(features)  # type: ignore[no-any-return]
         return self._run(learner, learner.head, features)
 
     def _run(self, learner: Learner, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -323,7 +326,7 @@ class ScaledByTask(Strategy):
                         weights[names[layer]] = part.weight(layer.weight, task, present)
                 return functional_call(module, weights, (rows,))  # type: ignore[no-any-return]
 
-        return rows_by_task(learner, inputs, run) if own else module(inputs)
+        return rows_by_task(learner, inputs, run)
 
 
 def _scaled(

@@ -33,7 +33,7 @@ def corrupted(
             scenario is "domain".
 
     Raises:
-        InputError: If the inputs are no images, or a kind or severity is unknown.
+        InputError: If the inputs are no images, a kind or severity is unknown, or shared_labels is False in "domain".
 
     Example:
         >>> from cl.sources import digits

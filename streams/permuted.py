@@ -31,7 +31,7 @@ def permuted(
             scenario is "domain".
 
     Raises:
-        InputError: If the dataset comes with augmentation or there are no tasks.
+        InputError: If the dataset comes with augmentation, there are no tasks, or shared_labels is False in "domain".
 
     Example:
         >>> from cl.sources import synthetic

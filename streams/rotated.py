@@ -35,7 +35,7 @@ def rotated(
             scenario is "domain".
 
     Raises:
-        InputError: If the inputs are no images, or the angles are not one a task.
+        InputError: If the inputs are no images, the angles are not one a task, or shared_labels is False in "domain".
 
     Example:
         >>> from cl.sources import digits

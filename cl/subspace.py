@@ -387,6 +387,24 @@ def check_plain_sgd(learner: Learner, name: str) -> None:
         )
 
 
+def remark_rescaled(name: str, learner: Learner) -> str | None:
+    """Return that steps do not follow the projected gradient, where the optimizer is not SGD; None where they do.
+
+    Example:
+        >>> from cl.testing import toy_learner
+        >>> remark_rescaled("GEM", toy_learner()[0])
+    """
+    optimizer = type(learner.new_optimizer([nn.Parameter(torch.zeros(1))]))
+    changed = learner.strategies.owned("configure_optimizer")
+    if optimizer is SGD and not changed:
+        return None
+    who = "another strategy" if changed else optimizer.__name__
+    return (
+        f"{name} projects gradients, which {who} then rescales: a step may yet raise the loss on what is remembered. "
+        "Its paper has optimizer=sgd."
+    )
+
+
 def check_statistics(learner: Learner, name: str) -> None:
     """Refuse batch norm that keeps running statistics, which drift whatever the gradients are.
 

@@ -15,7 +15,8 @@ paper. Differences from the reference code: an active-set method in place of qua
 `memory_size` counts all tasks' exemplars, there `n_memories` those of one.
 The k products reach the host once a step, where the problem is solved in double precision.
 State: the memory. Each step costs a forward and a backward pass over it, task by task.
-Scenarios: all; outputs that do not compete are masked, as in the reference code. Refused: optimizers but SGD.
+Scenarios: all; outputs that do not compete are masked, as in the reference code. Other optimizers than SGD rescale what
+is projected, which a remark says.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from cl.distributed import from_first, mean_gradients, own
 from cl.errors import InputError, check_range
 from cl.memory import Memory
 from cl.strategy import Batch, Strategy
+from cl.subspace import remark_rescaled
 from cl.weights import flat
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class GEM(Strategy):
         storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Raises:
-        InputError: If the optimizer is not SGD, or there is less than one exemplar a task.
+        InputError: If there is less than one exemplar a task.
 
     Example:
         >>> from cl.testing import check_strategy
@@ -121,13 +122,12 @@ class GEM(Strategy):
         check_range("gem", 0, above=True, ridge=ridge)
         self.memory_size, self.margin, self.ridge, self.storage = memory_size, margin, ridge, storage
 
+    def remark(self, learner: Learner) -> str | None:
+        """Say so where steps do not follow the projected gradient."""
+        return remark_rescaled("GEM", learner)
+
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Allocate a memory for each task but the last; refuse an optimizer that does not follow the gradient."""
-        optimizer = learner.new_optimizer([nn.Parameter(torch.zeros(1))])
-        if type(optimizer) is not SGD:
-            raise InputError(
-                f"GEM projects gradients, which {type(optimizer).__name__} then rescales: use optimizer=sgd."
-            )
+        """Allocate a memory for each task but the last."""
         if self.memory_size < len(stream):
             raise InputError(
                 f"gem.memory_size={self.memory_size} is less than one exemplar for each of {len(stream)} tasks: set it "

@@ -18,6 +18,7 @@ from cl.learner import Learner
 from cl.memory import Memory
 from cl.strategies import adam_nscl, cuber, gem, ogd, sgp, tag
 from cl.strategies.adam_nscl import AdamNSCL
+from cl.strategies.agem import AGEM
 from cl.strategies.cuber import CUBER
 from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
@@ -305,17 +306,29 @@ def test_gem_projects_the_learners_gradient_against_each_earlier_task(scenario):
 
 
 @pytest.mark.parametrize(
-    ("options", "arguments", "message"),
+    ("arguments", "message"),
     [
-        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, {}, "GEM projects gradients, which Adam then rescales"),
-        ({}, {"memory_size": 2}, r"gem\.memory_size=2 is less than one exemplar for each of 3 tasks: set it to 3"),
-        ({}, {"margin": -0.1}, r"gem\.margin=-0\.1 must be 0 or more"),
-        ({}, {"ridge": 0.0}, r"gem\.ridge=0\.0 must be above 0"),
+        ({"memory_size": 2}, r"gem\.memory_size=2 is less than one exemplar for each of 3 tasks: set it to 3"),
+        ({"margin": -0.1}, r"gem\.margin=-0\.1 must be 0 or more"),
+        ({"ridge": 0.0}, r"gem\.ridge=0\.0 must be above 0"),
     ],
 )
-def test_gem_refuses(options, arguments, message):
+def test_gem_refuses(arguments, message):
     with pytest.raises(InputError, match=message):
-        build(toy_stream(), ToyBackbone(), GEM(**arguments), **options)
+        build(toy_stream(), ToyBackbone(), GEM(**arguments))
+
+
+@pytest.mark.parametrize(("name", "make"), [("GEM", GEM), ("A-GEM", AGEM)])
+def test_where_steps_do_not_follow_the_projected_gradient_a_remark_says_so(name, make):
+    def remark(optimizer, **others):
+        strategies = {"method": make(30), **others}
+        learner = Learner(toy_stream(), ToyBackbone(), strategies, partial(optimizer, lr=0.1), batch_size=4)
+        return strategies["method"].remark(learner)
+
+    start = f"{name} projects gradients, which {{}} then rescales: a step may yet raise the loss"
+    assert remark(torch.optim.SGD) is None
+    assert remark(torch.optim.Adam).startswith(start.format("Adam"))
+    assert remark(torch.optim.SGD, tag=TAG()).startswith(start.format("another strategy"))
 
 
 # ------------------------------------------------------------------ what is promised of a layer's inputs

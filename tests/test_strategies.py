@@ -278,12 +278,6 @@ def test_agem_remembers_the_same_number_of_each_class_drawn_at_random():
         assert stats.chi2.sf(square, 23) > ALPHA
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
-def test_agem_refuses_optimizers_that_rescale(optimizer):
-    with pytest.raises(InputError, match=rf"which {optimizer.__name__} then rescales: use optimizer=sgd"):
-        build(toy_stream(), ToyBackbone(), AGEM(), optimizer=partial(optimizer, lr=0.1))
-
-
 def test_agem_refuses_less_than_one_exemplar_a_class():
     with pytest.raises(InputError, match="memory_size=5 is smaller than the 6 groups"):
         build(toy_stream(), ToyBackbone(), AGEM(memory_size=5))

@@ -169,3 +169,18 @@ def test_experiments_open_with_the_command_that_runs_them():
     for path in (CONF / "experiment").glob("*.yaml"):
         head = [line for line in path.read_text().splitlines() if line.startswith("#")]
         assert any(f"experiment={path.stem}" in line and "cl-run" in line for line in head), path.name
+
+
+def test_experiments_say_how_long_they_train():
+    def settings(path):
+        found, below = OmegaConf.load(path), []
+        for entry in found.get("defaults", []):
+            if isinstance(entry, str):
+                below.append(path.with_stem(entry))
+            else:  # a strategy can bring a protocol, as GDumb's does
+                below += [CONF / "strategy" / f"{name}.yaml" for name in entry.get("override /strategy", [])]
+        return [found, *(entry for other in below for entry in settings(other))]
+
+    for path in (CONF / "experiment").glob("*.yaml"):
+        for key in ("epochs", "batch_size"):  # a default of conf/config.yaml is nobody's protocol
+            assert any(key in found for found in settings(path)), f"{path.name} leaves {key} to the defaults"

@@ -327,7 +327,8 @@ def test_where_steps_do_not_follow_the_projected_gradient_a_remark_says_so(name,
 
     start = f"{name} projects gradients, which {{}} then rescales: a step may yet raise the loss"
     assert remark(torch.optim.SGD) is None
-    assert remark(torch.optim.Adam).startswith(start.format("Adam"))
+    for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop):
+        assert remark(optimizer).startswith(start.format(optimizer.__name__))
     assert remark(torch.optim.SGD, tag=TAG()).startswith(start.format("another strategy"))
 
 

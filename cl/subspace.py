@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from cl.by_task import rows_by_task
 from cl.errors import InputError
@@ -373,11 +373,11 @@ def check_plain_sgd(learner: Learner, name: str) -> None:
     Raises:
         InputError: Naming method and optimizer.
     """
-    if learner.strategies.owned("configure_optimizer"):
+    optimizer = _steps(learner)
+    if optimizer is None:
         raise InputError(
             f"{name} projects gradients, but another strategy owns configure_optimizer and changes steps: drop one."
         )
-    optimizer = learner.new_optimizer([nn.Parameter(torch.zeros(1))])
     group = optimizer.param_groups[0]
     if type(optimizer) is not SGD or group["momentum"] or group["weight_decay"]:
         raise InputError(
@@ -394,15 +394,21 @@ def remark_rescaled(name: str, learner: Learner) -> str | None:
         >>> from cl.testing import toy_learner
         >>> remark_rescaled("GEM", toy_learner()[0])
     """
-    optimizer = type(learner.new_optimizer([nn.Parameter(torch.zeros(1))]))
-    changed = learner.strategies.owned("configure_optimizer")
-    if optimizer is SGD and not changed:
+    optimizer = _steps(learner)
+    if type(optimizer) is SGD:
         return None
-    who = "another strategy" if changed else optimizer.__name__
+    who = "another strategy" if optimizer is None else type(optimizer).__name__
     return (
         f"{name} projects gradients, which {who} then rescales: a step may yet raise the loss on what is remembered. "
         "Its paper has optimizer=sgd."
     )
+
+
+def _steps(learner: Learner) -> Optimizer | None:
+    # a new one like that which makes the steps; none where a strategy makes them
+    if learner.strategies.owned("configure_optimizer"):
+        return None
+    return learner.new_optimizer([nn.Parameter(torch.zeros(1))])
 
 
 def check_statistics(learner: Learner, name: str) -> None:

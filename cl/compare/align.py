@@ -113,8 +113,7 @@ def method_config(run: RunFiles) -> dict[str, Any]:
         {'epochs': 5}
     """
     skip = (*IGNORED, "stream", "dataset", "scenario")
-    config = {k: v for k, v in run.config.items() if not under(k, skip) and k.rpartition(".")[2] not in _PLACES}
-    return {k: v for k, v in config.items() if v is not None}  # runs of before there was a setting say nothing of it
+    return {k: v for k, v in _set(run).items() if not under(k, skip) and k.rpartition(".")[2] not in _PLACES}
 
 
 def stream_config(run: RunFiles) -> dict[str, Any]:
@@ -126,13 +125,12 @@ def stream_config(run: RunFiles) -> dict[str, Any]:
         >>> stream_config(RunFiles(Path("."), config, "class"))
         {'num_tasks': 5, 'scenario': 'class', 'tasks': 0}
     """
-    config = {k.removeprefix("stream."): v for k, v in run.config.items() if under(k, ["stream"])}
+    config = {k.removeprefix("stream."): v for k, v in _set(run).items() if under(k, ["stream"])}
     seed = run.config.get("seed")
     kept = {
         key: value
         for key, value in config.items()
         if key != "order"
-        and value is not None  # runs of before there was a setting say nothing of it
         and key.rpartition(".")[2] not in _PLACES
         and not (key.rpartition(".")[2] == "seed" and value == seed and not key.startswith("dataset"))
     }
@@ -140,6 +138,11 @@ def stream_config(run: RunFiles) -> dict[str, Any]:
     part = {"tune_first": "first", "score_rest": "last"}.get(str(run.config.get("protocol.name")))
     tasks = f"{part} {run.num_tasks}" if part and run.config.get("protocol.num_tasks") else run.num_tasks
     return {**kept, "scenario": run.scenario, "tasks": tasks}
+
+
+def _set(run: RunFiles) -> dict[str, Any]:
+    # runs of before there was a setting say nothing of it
+    return {key: value for key, value in run.config.items() if value is not None}
 
 
 def differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

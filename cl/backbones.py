@@ -138,18 +138,19 @@ class ResNet18(nn.Sequential):
 
 
 class AlexNetGPM(nn.Sequential):
-    """The five-layer network of the GPM experiments on CIFAR-100 (Saha et al. 2021, appendix C).
+    """The five-layer network of the GPM experiments on CIFAR-100 (Saha et al. 2021, appendix C), or of HAT's.
 
     Each layer is bias-free and followed by batch normalisation without running statistics, ReLU and dropout, the three
     convolutions by 2x2 max-pooling too. At test a prediction depends on its batch (of one task, in a random order that
     is always the same), and a batch of one row is refused by the normalisation: the paper's code is so, and its numbers
-    belong to test batches of 64.
+    belong to test batches of 64. HAT's network (Serra et al. 2018) has biases in the place of the normalisation.
 
     Args:
         input_shape: (C, H, W) with H and W at least 19.
         channels: Channels of the convolutions with kernels 4, 3 and 2.
         hidden: Width of the two linear layers, `num_features`.
         dropout: Probability after the first two layers, and after the others.
+        norm: Whether there is batch normalisation, without biases; else there are biases.
 
     Raises:
         InputError: If the inputs are no images of that size.
@@ -165,6 +166,7 @@ class AlexNetGPM(nn.Sequential):
         channels: Sequence[int] = (64, 128, 256),
         hidden: int = 2048,
         dropout: Sequence[float] = (0.2, 0.5),
+        norm: bool = True,
     ) -> None:
         depth, height, width = image_shape("AlexNetGPM", input_shape, 19)
         check_range("backbone", 1, channels=channels, hidden=hidden)
@@ -176,22 +178,17 @@ class AlexNetGPM(nn.Sequential):
         layers: list[nn.Module] = []
         low, high = dropout
         for outside, kernel, rate in zip(channels, (4, 3, 2), (low, low, high), strict=True):
-            norm = nn.BatchNorm2d(outside, track_running_stats=False)
-            conv = nn.Conv2d(depth, outside, kernel, bias=False)
-            layers += [conv, norm, nn.ReLU(), nn.Dropout(rate), nn.MaxPool2d(2)]
+            layers.append(nn.Conv2d(depth, outside, kernel, bias=not norm))
+            layers += [nn.BatchNorm2d(outside, track_running_stats=False)] if norm else []
+            layers += [nn.ReLU(), nn.Dropout(rate), nn.MaxPool2d(2)]
             depth, height, width = outside, (height - kernel + 1) // 2, (width - kernel + 1) // 2
         layers.append(nn.Flatten())
         for inside in (depth * height * width, hidden):
-            norm1d = nn.BatchNorm1d(hidden, track_running_stats=False)
-            layers += [nn.Linear(inside, hidden, bias=False), norm1d, nn.ReLU(), nn.Dropout(high)]
+            layers.append(nn.Linear(inside, hidden, bias=not norm))
+            layers += [nn.BatchNorm1d(hidden, track_running_stats=False)] if norm else []
+            layers += [nn.ReLU(), nn.Dropout(high)]
         super().__init__(*layers)
         self.num_features = hidden
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return features (N, hidden) of images (N, C, H, W)."""
-        # on a CPU a step takes a fifth less: pooling and normalising do
-        channels_last = x.contiguous(memory_format=torch.channels_last)
-        return super().forward(channels_last)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def load_backbone(module: nn.Module, path: str | Path) -> None:

@@ -74,7 +74,7 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     options = {key: cfg[key] for key in _LEARNER}
     optimizer, scheduler = make(cfg.optimizer), None if cfg.get("scheduler") is None else make(cfg.scheduler)
-    _check_optimizer(optimizer, scheduler, stream)
+    _check_optimizer(optimizer, scheduler, stream, cfg.trainer)
     learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
     if cfg.compile is not None:
         learner.compile(cfg.compile)
@@ -196,7 +196,7 @@ def _check_inside(logger: Any) -> None:
             raise InputError(f"A logger of {folder} would write to {inside}, outside of it: give it a plain name.")
 
 
-def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any) -> None:
+def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any, trainer: Any) -> None:
     """Build and step both once, on a parameter of their own, so that what they refuse is known before training."""
     import torch
     from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -205,8 +205,16 @@ def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any) -> None:
     if not isinstance(made_of, torch.optim.Optimizer):
         raise InputError(f"optimizer makes a {type(made_of).__name__}, not an optimizer: correct its _target_.")
     schedule = scheduler(made_of) if scheduler is not None else None
-    if isinstance(schedule, ReduceLROnPlateau) and any(task.val is None for task in stream):
-        raise InputError("ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction.")
+    if isinstance(schedule, ReduceLROnPlateau):
+        if any(task.val is None for task in stream):
+            raise InputError(
+                "ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction."
+            )
+        for key in ("check_val_every_n_epoch", "limit_val_batches"):
+            if trainer.get(key, 1) != 1:
+                raise InputError(
+                    f"ReduceLROnPlateau watches the validation loss of every epoch: drop trainer.{key}={trainer[key]}."
+                )
     try:
         made_of.step()
         if schedule is not None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def run(cfg: Any) -> float | str:
 def learn(cfg: Any, directory: Path) -> float:
     """Build and run the experiment of a composed configuration, in one of its processes; return the final average."""
     from cl.build import build
-    from cl.distributed import from_first
+    from cl.distributed import from_first, rank
+    from cl.files import alone
 
-    done = build(cfg, from_first(lambda: directory)).run()
+    directory = from_first(lambda: directory)
+    with alone(directory) if rank() == 0 else nullcontext():
+        done = build(cfg, directory).run()
     return float(done.scalars(done.primary.mask)["average_accuracy"])

@@ -6,11 +6,13 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import Logger
 
 from cl import checkpoint, distributed
@@ -47,6 +49,17 @@ _NOISE = (
 )
 
 
+# Of a Trainer, what would be overwritten, or end a task at a step that depends on the machine.
+_INSTEAD = {
+    "max_epochs": "epochs",
+    "max_steps": "epochs, or trainer.limit_train_batches (of an epoch)",
+    "max_time": "epochs, or trainer.limit_train_batches (of an epoch)",
+    "callbacks": "report",
+    "logger": "logger",
+    "val_check_interval": "report.every, which looks inside an epoch",
+}
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what Lightning says of every Trainer, of which there are two a task."""
@@ -73,7 +86,7 @@ class Experiment:
         directory: Where checkpoints go; None keeps nothing.
         reports: Told of every row of R.
         logger: Lightning loggers for the training curves.
-        callbacks: Lightning callbacks, the same objects in every task.
+        callbacks: Lightning callbacks, the same objects in every task; but EarlyStopping begins each one anew.
         config: Resolved configuration, for reports.
         notes: Sentences that belong beside the numbers; those of the strategies come behind them.
         columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
@@ -118,6 +131,9 @@ class Experiment:
         tuning: Mapping[str, Any] | None = None,
         branch: Branch | None = None,
     ) -> None:
+        for key, value in getattr(trainer, "keywords", {}).items():
+            if key in _INSTEAD and value not in (None, False, -1):
+                raise InputError(f"trainer.{key}={value} has no place in a stream of tasks: use {_INSTEAD[key]}.")
         if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
             raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
         if keep is not None and keep < 1:
@@ -231,7 +247,9 @@ class Experiment:
 
     def _fit(self, task: Task) -> None:
         without = {} if task.val else {"limit_val_batches": 0}
-        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=[*self._callbacks, self.pause], **without)
+        # what one task has had no gain from says nothing of the next
+        callbacks = [deepcopy(part) if isinstance(part, EarlyStopping) else part for part in self._callbacks]
+        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=[*callbacks, self.pause], **without)
         self._take_over(trainer)
         self.learner.trainer = trainer  # tells the epochs, even where Lightning has nothing to fit
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
@@ -243,7 +261,7 @@ class Experiment:
         if self.learner.has_training:
             self.instruments.schedule(self.learner)
             self.pause.begin(trainer, self.learner, inside)
-            if self.learner.step < self.learner.num_steps:
+            if self.learner.step < self.learner.num_steps and not inside.get("stopped"):
                 trainer.fit(self.learner)
             if trainer.interrupted:
                 raise KeyboardInterrupt

@@ -38,7 +38,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, branch in tree.items() for k, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()}
 
 
-FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on: they move no result
+FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on
 
 
 def changes(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def cause(error: BaseException | None) -> BaseException | None:
     first = error
     while error is not None and not isinstance(error, InputError | DivergenceError):
         error = error.__cause__ or error.__context__
-    return error if error is not None else _exhausted(first) or denied(first) or _wrong_call(first)
+    return error if error is not None else _exhausted(first) or denied(first) or _one_row(first) or _wrong_call(first)
 
 
 _GO_ON = "The checkpoint of the last finished task is kept: run again with the same hydra.run.dir to go on from it"
@@ -106,6 +106,16 @@ def denied(error: BaseException | None) -> InputError | None:
         return None
     what = error.filename or "The disk"
     return InputError(f"{what} cannot be used ({error.strerror}): mend that, and go on from what was saved before.")
+
+
+def _one_row(error: BaseException | None) -> InputError | None:
+    """Return a sentence where batch norm was given one row in training, which has no variance."""
+    if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)):
+        return None
+    return InputError(
+        "The last minibatch of an epoch has a single row, which batch norm cannot take: choose another batch_size, or "
+        f"a backbone without batch norm. {_GO_ON}."
+    )
 
 
 def _wrong_call(error: BaseException | None) -> InputError | None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cl.errors import InputError
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, then rename: a reader sees the old file or the whole new one.
@@ -74,6 +76,35 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         found = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
         if found is not None and name in (None, found.group(1)) and path.is_file():
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while other processes get a sentence; a killed process lets it go.
+
+    Raises:
+        InputError: If another process holds it.
+
+    Example:
+        >>> import tempfile
+        >>> with alone(Path(tempfile.mkdtemp())):
+        ...     pass
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"Another process runs in {folder}: wait until it ends, or choose another hydra.run.dir."
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync(path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.errors import InputError, unknown
+from cl.loader import depends_on_batch
 from cl.random import Random
 from cl.weights import flat
 
@@ -105,12 +106,16 @@ def diagonal_fisher(
 
     if weights is None:
         with torch.no_grad():
-            weights = _own_weights(module(x)[:, classes].float(), target)
+            weights = _own_weights(_logits(module, x)[:, classes].float(), target)
     batch_size = min(batch_size, len(x))
     whole = len(x) // batch_size * batch_size
     rows, y = (column.view(-1, batch_size) for column in weights[:whole].nonzero(as_tuple=True))
     total = gradient_sum(module, log_p, torch.square, x, rows, weights[rows, y].mean(1), y)
     return total / (whole // batch_size)
+
+
+def _logits(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([module(part) for part in x.split(256)])
 
 
 def _own_weights(z: Tensor, target: str) -> Tensor:
@@ -141,7 +146,7 @@ def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: T
         return None
     if kind == "sampled":
         with torch.no_grad():
-            p = module(x)[:, classes].softmax(1).cumsum(1)
+            p = _logits(module, x)[:, classes].softmax(1).cumsum(1)
         draw = torch.from_numpy(random.generator.random((len(x), 1))).to(p)
         y = classes[(p < draw).sum(1).clamp_max(len(classes) - 1)]
     return (y[:, None] == classes).float()
@@ -169,6 +174,19 @@ def task_fisher(
     with learner.evaluating():
         weights = label_weights(kind, module, view, y, classes, random)
         return diagonal_fisher(module, view, classes, weights, batch_size, learner.target.name)
+
+
+def check_single(name: str, learner: Learner, remedy: str) -> None:
+    """Refuse gradients of single examples where each output depends on the rest of its batch.
+
+    Raises:
+        InputError: If the backbone has batch norm without running statistics, which single rows crash or change.
+    """
+    if depends_on_batch(learner.backbone):
+        raise InputError(
+            f"{name} derives outputs of single examples, and {type(learner.backbone).__name__} normalises each by the "
+            f"rest of its batch: {remedy}."
+        )
 
 
 def check_fisher(kind: str, batch_size: int) -> None:

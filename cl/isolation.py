@@ -68,7 +68,7 @@ def chained_layers(backbone: nn.Module, input_shape: tuple[int, ...]) -> dict[st
     if norms or sorted(calls) != sorted(layers) or not fits or not all(_closes(backbone, n, x) for n in calls):
         raise InputError(
             f"{type(backbone).__name__} is no chain of layers without norms, whose units could be gated: use "
-            "backbone=mlp or simple_cnn."
+            "backbone=mlp, simple_cnn, or alexnet_gpm with backbone.norm=false."
         )
     return {name: layers[name] for name in calls}
 

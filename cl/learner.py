@@ -149,9 +149,9 @@ class Learner(pl.LightningModule):
     @property
     def steps_per_epoch(self) -> int:
         """Minibatches of an epoch of the present task."""
-        rows = 0 if self._data is None else len(self._data)
-        steps = -(-rows // self.batch_size)
-        return min(steps, self.limit) if isinstance(self.limit, int) else int(steps * self.limit)
+        steps = 0 if self._data is None else -(-len(self._data) // self.batch_size)
+        share = int(steps * self.limit) or int(self.limit > 0)  # a small one is one step, not none
+        return min(steps, self.limit if isinstance(self.limit, int) else share)
 
     @property
     def num_steps(self) -> int:

@@ -139,7 +139,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         for part in self.parts:
             if part.index is None and part.transform is None and part.resident:
-                columns = (self._split(column) for column in part.tensors())
+                columns = (self._split(column.to(self.device)) for column in part.tensors())
                 yield from (Batch(*rows) for rows in zip(*columns, strict=True))
                 continue
             for rows in self._split(torch.arange(len(part))):

@@ -153,7 +153,8 @@ class Memory(nn.Module):
         for name, values in offered.items():
             column = self.column(name)
             chosen = values.index_select(0, rows.to(values.device, non_blocking=True))
-            column.index_copy_(0, where.to(column.device, non_blocking=True), chosen.to(column, non_blocking=True))
+            late = column.is_cuda  # on its way from a GPU to the host, a row must have arrived before it is copied on
+            column.index_copy_(0, where.to(column.device, non_blocking=True), chosen.to(column, non_blocking=late))
 
     def fill(self, batch: Batch) -> None:
         """Hold these rows and no others, in their order, at most the capacity: what a strategy chose by itself.

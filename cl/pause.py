@@ -147,7 +147,8 @@ class Pause(pl.callbacks.Checkpoint):
         self._step = learner.step
         if found:
             torch.set_rng_state(found["draws"])  # where no step is left, for what comes after them
-            learner._curves.waiting = list(found["waiting"])
+            waiting = found["waiting"]
+            learner._curves.waiting = [{k: v.to(learner.device) for k, v in terms.items()} for terms in waiting]
             epochs = trainer.fit_loop.epoch_progress
             for count in (epochs.current, epochs.total):
                 for name in vars(count):  # ready, started, processed, completed
@@ -192,6 +193,7 @@ def _state(trainer: pl.Trainer, learner: Learner) -> State:
     schedule = learner._schedule
     state = {
         "step": learner.step,
+        "stopped": trainer.should_stop,  # before all epochs were over
         "global_step": trainer.global_step,
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedule": None if schedule is None else schedule.state_dict(),

@@ -97,6 +97,9 @@ class Protocol:
     def __init__(self, name: str, num_tasks: int | None = None, tuned: str | Path | None = None) -> None:
         if name not in PROTOCOLS:
             raise unknown("protocol", name, PROTOCOLS)
+        if (num_tasks is None) != (name == "tune_everything"):
+            wanted = "takes none: drop it" if num_tasks is not None else "needs to know how many tasks are for tuning"
+            raise InputError(f"protocol.num_tasks={num_tasks}: {name} {wanted}.")
         self.name, self.num_tasks = name, num_tasks
         self.remark = _REMARKS[name].format(k=num_tasks)
         self._tuned = None if tuned is None else Path(tuned)
@@ -126,7 +129,7 @@ class Protocol:
         """Return what the search cost: trials, and over all of them seconds, steps and (where counted) FLOPs."""
         if self._tuned is None:
             return {}
-        tables = [list(csv.DictReader(f.read_text().splitlines())) for f in sorted(self._tuned.glob("*/resources.csv"))]
+        tables = [list(csv.DictReader(f.read_text().splitlines())) for f in sorted(self._tuned.rglob("resources.csv"))]
         total = {name: sum(float(row[name] or math.nan) for t in tables for row in t) for name in _COSTS}
         return {"trials": len(tables), **total}
 

@@ -79,7 +79,8 @@ def _compare(config: dict[str, Any], directory: Path) -> None:
     from omegaconf import OmegaConf
 
     path = directory / "config.yaml"
-    if not (path.exists() and (directory / "checkpoints").exists()):
+    begun = any((directory / name).exists() for name in ("checkpoints", "result.json"))
+    if not (begun and path.exists()):
         return
     changed = changes(flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory)))))
     if changed:

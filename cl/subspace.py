@@ -295,6 +295,12 @@ class ScaledByTask(Strategy):
         check_task_labels(learner, name)
         check_plain_sgd(learner, name)
         check_statistics(learner, name)
+        check_trained(learner, name)
+        if learner.train_mask != learner.scenario:
+            raise InputError(
+                f"{name} chooses before a task by the loss of its own classes, not of train_mask={learner.train_mask}: "
+                "drop train_mask."
+            )
         self.random = Random()
         sizes = [layer.weight[0].numel() for layer in protected_layers(learner)]
         self.thresholds = one_each(f"{name.lower()}.threshold", self.threshold, len(sizes))
@@ -385,6 +391,16 @@ def check_plain_sgd(learner: Learner, name: str) -> None:
             f"{type(optimizer).__name__} with momentum={group.get('momentum', 0)}, weight_decay="
             f"{group.get('weight_decay', 0)}: use optimizer=sgd optimizer.momentum=0 optimizer.weight_decay=0."
         )
+
+
+def check_trained(learner: Learner, name: str) -> None:
+    """Refuse where there is nothing to protect.
+
+    Raises:
+        InputError: Naming the method.
+    """
+    if not any(p.requires_grad for p in protected(learner).parameters()):
+        raise InputError(f"{name} protects trained weights of the backbone, which has none: drop it, or what freezes.")
 
 
 def remark_rescaled(name: str, learner: Learner) -> str | None:

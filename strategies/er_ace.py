@@ -6,7 +6,8 @@ drawn from the memory M compete among all classes seen:
 .. math:: L = \frac{1}{|B|} \sum_{(x, y) \in B} \mathrm{CE}(f(x), y; C_B)
           + \frac{1}{|B_M|} \sum_{(x, y) \in B_M} \mathrm{CE}(f(x), y; C_{seen})
 
-Both terms stand from the first step on, in the first task too: no boundary is used.
+Both terms stand from the first step on, in the first task too: no boundary is used, but for the classes that compete on
+remembered rows, which are those of a task from its first step on.
 
 Differences from the paper: the head is linear, where the paper's has a cosine and a scale. With several epochs an
 example is offered to the reservoir in the first one only. Rows of other replays in the batch count as drawn from M.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import check_range, unknown
-from cl.fisher import check_fisher, check_labels, task_fisher
+from cl.fisher import check_fisher, check_labels, check_single, task_fisher
 from cl.memory import remark_without
 from cl.random import Random
 from cl.strategy import Batch, Strategy
@@ -89,6 +89,8 @@ class EWC(Strategy):
         """Allocate F and the anchor as vectors."""
         check_encode("EWC", learner)
         check_labels("ewc", self.fisher, stream)
+        if self.batch_size == 1:
+            check_single("EWC", learner, "set its batch_size=20 and fisher=empirical")
         size = sum(p.numel() for p in held(learner))
         self.register_buffer("importance", torch.zeros(size))
         self.register_buffer("anchor", torch.zeros(size))

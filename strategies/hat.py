@@ -118,8 +118,8 @@ class HAT(Strategy):
     def _steepness(self, learner: Learner, task: int) -> float:
         if not learner.backbone.training or task != learner.task_index:
             return self.s_max
-        steps = max(learner.steps_per_epoch, 1)
-        return annealed(self.s_max, learner.step % steps, steps)
+        steps, group = max(learner.steps_per_epoch, 1), learner.accumulate  # one s for what makes one update
+        return annealed(self.s_max, learner.step % steps // group, -(-steps // group))
 
     def _gates(self, learner: Learner, task: int) -> Tensor:
         return torch.sigmoid(self._steepness(learner, task) * self.embedding[task])

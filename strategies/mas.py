@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.errors import check_range
-from cl.fisher import gradient_sum, sampled_inputs
+from cl.fisher import check_single, gradient_sum, sampled_inputs
 from cl.memory import remark_without
 from cl.random import Random
 from cl.strategy import Batch, Strategy
@@ -94,6 +94,7 @@ class MAS(Strategy):
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate Omega and the anchor as vectors."""
         check_encode("MAS", learner)
+        check_single("MAS", learner, "use a backbone without batch norm, or whose batch norm keeps statistics")
         size = sum(p.numel() for p in held(learner))
         self.register_buffer("importance", torch.zeros(size))
         self.register_buffer("anchor", torch.zeros(size))

@@ -30,9 +30,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.errors import InputError, check_range, unknown
+from cl.fisher import check_single
 from cl.random import Random
 from cl.strategy import Strategy
-from cl.subspace import check_plain_sgd, check_statistics, protected, sampled
+from cl.subspace import check_plain_sgd, check_statistics, check_trained, protected, sampled
 from cl.weights import flat
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class OGD(Strategy):
         """Allocate S, as many rows a task as it can have; refuse what leaves the protected space."""
         check_plain_sgd(learner, "OGD")
         check_statistics(learner, "OGD")
+        check_single("OGD", learner, "use a backbone without batch norm")
+        check_trained(learner, "OGD")
         if learner.strategies.owned("encode"):
             raise InputError(
                 "OGD differentiates backbone and head, but another strategy owns encode: drop one of them."

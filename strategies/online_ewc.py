@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import check_range
-from cl.fisher import check_fisher, check_labels, task_fisher
+from cl.fisher import check_fisher, check_labels, check_single, task_fisher
 from cl.memory import remark_without
 from cl.random import Random
 from cl.strategy import Batch, Strategy
@@ -81,6 +81,8 @@ class OnlineEWC(Strategy):
         """Allocate the Gaussian: F* and the mean as vectors."""
         check_encode("OnlineEWC", learner)
         check_labels("online_ewc", self.fisher, stream)
+        if self.batch_size == 1:
+            check_single("OnlineEWC", learner, "set its batch_size=20 and fisher=empirical")
         size = sum(p.numel() for p in held(learner))
         self.register_buffer("precision", torch.zeros(size))
         self.register_buffer("mean", torch.zeros(size))

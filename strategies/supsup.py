@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.by_task import run_by_task
 from cl.errors import InputError, check_range
@@ -179,5 +180,6 @@ class SupSup(Strategy):
         def outputs(weights: dict[str, Tensor]) -> Tensor:
             return functional_call(network, weights, (view,))[:, seen].float()  # type: ignore[no-any-return]
 
-        pairs = [jvp(outputs, (mean,), (weights,))[:2] for weights in masked]
+        with sdpa_kernel(SDPBackend.MATH):  # the attention that has forward derivatives
+            pairs = [jvp(outputs, (mean,), (weights,))[:2] for weights in masked]
         return entropy_slopes(pairs[0][0], torch.stack([change for _, change in pairs])).argmin(1)

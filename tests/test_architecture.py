@@ -8,9 +8,15 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import get_class, get_method
 from omegaconf import OmegaConf
+
+from cl.build import _learner, _mappings
+from cl.make import made
+from cl.strategy import Strategy
+from cl.task import Stream, Task, TaskData
 
 ROOT = Path(__file__).parent.parent
 ENGINE = sorted((ROOT / "cl").rglob("*.py"))
@@ -184,3 +190,21 @@ def test_experiments_say_how_long_they_train():
     for path in (CONF / "experiment").glob("*.yaml"):
         for key in ("epochs", "batch_size"):  # a default of conf/config.yaml is nobody's protocol
             assert any(key in found for found in settings(path)), f"{path.name} leaves {key} to the defaults"
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_makes_a_learner_of_a_stream_of_its_shape(path):
+    with initialize_config_module("cl.conf", version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment={path.stem}", "weights=null"])
+    cifar = "cifar" in path.stem
+    num_tasks, num_classes = cfg.stream.get("num_tasks", 5), 100 if cifar else 10
+    shared = cfg.scenario == "domain" or bool(cfg.stream.get("shared_labels"))
+    tasks = []
+    for t in range(num_tasks):
+        each = num_classes // num_tasks
+        y = torch.arange(num_classes if shared else each) + (0 if shared else each * t)
+        data = TaskData(torch.zeros(len(y), *((3, 32, 32) if cifar else (1, 28, 28)), dtype=torch.uint8), y, t)
+        tasks.append(Task(t, data, data, data))
+    stream = Stream(tasks, scenario=cfg.scenario or "class", num_classes=num_classes, repeats=shared)
+    strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
+    assert set(_learner(cfg, stream, strategies).strategies) == set(strategies)

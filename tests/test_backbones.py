@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cl.backbones import MLP, AlexNetGPM, ResNet18, SimpleCNN, Timm, ViT, load_backbone
 from cl.errors import InputError
+from cl.isolation import chained_layers
 
 CONF = Path(__file__).parent.parent / "conf"
 BACKBONES: dict[str, tuple[Any, tuple[int, ...], int, dict[str, Any]]] = {
@@ -119,6 +120,15 @@ def test_alexnet_is_the_papers() -> None:
     assert [layer.p for layer in net if isinstance(layer, nn.Dropout)] == [0.2, 0.2, 0.5, 0.5, 0.5]
     assert not list(net.buffers()) and not any(name.endswith("bias") and "." not in name for name in net.state_dict())
     assert all(layer.bias is None for layer in net if isinstance(layer, nn.Conv2d | nn.Linear))
+
+
+def test_alexnet_of_hat_has_biases_for_norms() -> None:
+    net, normed = AlexNetGPM((3, 32, 32), norm=False), AlexNetGPM((3, 32, 32))
+    assert [type(layer) for layer in net] == [t for t in map(type, normed) if t not in (nn.BatchNorm2d, nn.BatchNorm1d)]
+    assert size(net) == size(normed) - (64 + 128 + 256 + 2048 + 2048), "a bias where there were scale and shift"
+    assert len(chained_layers(net.eval(), (3, 32, 32))) == 5, "its units can be gated"
+    with pytest.raises(InputError, match="without norms"):
+        chained_layers(normed.eval(), (3, 32, 32))
 
 
 def test_batch_norm_of_an_mlp_stands_before_each_relu():

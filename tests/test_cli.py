@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from cl import explain
 from cl.cli import main
+from cl.files import alone
 
 SMALL = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu"]
 
@@ -77,6 +78,40 @@ def test_the_same_configuration_continues_and_another_is_refused(cl_run, done, p
     other = cl_run(f"hydra.run.dir={place}", "strategy=[er,gpm,lwf]", *SMALL, "seed=3", cwd=out.parent)
     assert other.returncode != 0
     assert "another configuration" in other.stderr and "seed: 0 there, 3 here" in other.stderr
+
+
+def test_a_finished_run_keeps_its_configuration_without_its_checkpoints(cl_run, done):
+    _, out = done
+    bare = out.parent / "bare"
+    shutil.copytree(out, bare, ignore=shutil.ignore_patterns("checkpoints"))
+    before = {p.name: p.read_bytes() for p in bare.iterdir() if p.is_file()}
+    other = cl_run("hydra.run.dir=bare", "strategy=[er,gpm,lwf]", *SMALL, "seed=3", cwd=out.parent)
+    assert other.returncode != 0 and "seed: 0 there, 3 here" in other.stderr
+    assert {p.name: p.read_bytes() for p in bare.iterdir() if p.is_file()} == before
+
+
+def test_two_processes_do_not_run_in_one_directory(cl_run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with alone(tmp_path / "out"):
+        second = cl_run("hydra.run.dir=out", *SMALL, cwd=tmp_path)
+    assert second.returncode != 0 and "Another process runs in" in second.stderr
+    assert "Traceback" not in second.stderr and not (tmp_path / "out" / "config.yaml").exists()
+    third = cl_run("hydra.run.dir=out", *SMALL, cwd=tmp_path)
+    assert third.returncode == 0, third.stderr
+
+
+def test_a_single_row_for_batch_norm_is_one_sentence():
+    with pytest.raises(ValueError, match="more than 1 value") as raised:
+        torch.nn.BatchNorm1d(2)(torch.zeros(1, 2))
+    assert "choose another batch_size" in str(explain.cause(raised.value))
+    assert explain.cause(ValueError("another")) is None
+
+
+@pytest.mark.parametrize("key", ["trainer.check_val_every_n_epoch=2", "trainer.limit_val_batches=0"])
+def test_a_schedule_of_validation_losses_needs_them_every_epoch(cl_run, tmp_path, key):
+    watched = ["scheduler=plateau", "stream.val_fraction=0.1", f"+{key}"]
+    result = cl_run(*watched, *SMALL, "hydra.run.dir=out", cwd=tmp_path)
+    assert result.returncode != 0 and f"drop {key}" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -505,6 +505,19 @@ def test_groups_are_named_by_the_least_that_parts_them(tmp_path):
     assert not any(key.startswith("group") for key in found.differences)
 
 
+def test_a_cadence_of_its_own_is_named_and_other_reports_are_not(tmp_path):
+    for name, other in {"cadence": {"every": 5}, "picture": {"every": 1, "html": {"_target_": "x"}}}.items():
+        for seed, report in enumerate(({"every": 1}, other)):
+            make_run(tmp_path / name / str(seed), seed=seed, config={"report": report})
+    cadence, picture = (
+        align([read_run(path) for path in find_runs([tmp_path / name])]).notes for name in ("cadence", "picture")
+    )
+    assert any(note.startswith("Runs differ in report.every: what is measured inside tasks") for note in cadence)
+    assert not any("which results do not depend on" in note for note in cadence)
+    assert any("differ in report, which results do not depend on" in note for note in picture)
+    assert not any("report.every" in note for note in picture)
+
+
 values = st.sampled_from([None, 0, 1, 0.5, "a", "cl.x.A"])
 configs = st.fixed_dictionaries(
     {},

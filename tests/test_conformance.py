@@ -154,7 +154,7 @@ METHODS = [
     Row("packnet", PackNet, scenarios=("task",)),
     Row("hat", HAT, scenarios=("task",)),
     Row("supsup", SupSup),
-    Row("supsup", SupSup, {"density": 0.1}, backbone="vit", scenarios=("task",)),
+    Row("supsup", SupSup, {"density": 0.1}, backbone="vit"),
     Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True, scenarios=("task",)),
     Row("packnet", PackNet, {"share": 0.75}, backbone="vit", scenarios=("task",)),
     Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),

@@ -27,8 +27,10 @@ from cl.learner import Learner
 from cl.report.files import FileReport
 from cl.score import Accuracy
 from cl.strategies.er import ER
+from cl.strategies.icarl import ICaRL
 from cl.strategies.ncm import NCM
-from cl.strategy import Batch
+from cl.strategies.supsup import SupSup
+from cl.strategy import Batch, Strategy
 from cl.task import Stream, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 
@@ -137,9 +139,21 @@ def test_a_point_is_what_an_evaluation_by_hand_gives() -> None:
         assert torch.allclose(values[n, : len(expected)], torch.tensor(expected))
 
 
+@pytest.mark.parametrize("strategy", [ER, ICaRL])
+def test_the_last_point_of_a_task_is_the_row_of_R(strategy: type[Strategy]) -> None:
+    learner, stream = toy_learner({"method": strategy(memory_size=20)})
+    curves = LearningCurves(stream, points=2)
+    Experiment(learner, stream, trainer, epochs=2, instruments={"curves": curves}).run()
+    last = {task: n for n, (task, _, _) in enumerate(curves.at)}
+    assert list(last) == [1, 2, 3] and len(curves.at) == 3 * 3
+    for mask, matrix in enumerate(learner.matrices.values()):
+        for task, n in last.items():
+            torch.testing.assert_close(curves.values(mask)[n, :task], matrix.R[task, :task])
+
+
 @pytest.mark.parametrize(
     ("cadence", "steps"),
-    [({"every": 4}, [0, 4, 8, 10]), ({"points": 4}, [0, 2, 5, 8, 10]), ({"points": 50}, list(range(11)))],
+    [({"every": 4}, [0, 4, 8]), ({"points": 4}, [0, 2, 5, 8]), ({"points": 50}, list(range(10)))],
 )
 def test_the_cadence(cadence: dict[str, int], steps: list[int]) -> None:
     stream = toy_stream(3)
@@ -344,3 +358,22 @@ def test_features_come_from_the_owner_of_encode() -> None:
         found = features(learner, stream[0].test, size=5)
     expected, _ = by_hand(learner, stream[0].test)
     assert np.allclose(found.numpy(), expected, atol=1e-6)
+
+
+class NormedByBatch(ToyBackbone):
+    """Refuses a single row, as batch norm does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert len(x) > 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("backbone", [NormedByBatch, ToyBackbone])
+def test_a_row_is_counted_of_a_network_that_takes_two_or_trains_none(backbone: type[nn.Module]) -> None:
+    found = []
+    for strategies in ({}, {"method": SupSup()}):
+        stream, resources = toy_stream(2, "task"), Resources(flops=True)
+        learner = Learner(stream, backbone(), strategies, partial(torch.optim.SGD, lr=0.1), batch_size=8)
+        Experiment(learner, stream, trainer, instruments={"resources": resources}).run()
+        found.append(resources.column("pass_flops"))
+    assert 0 < found[1][0] < found[0][0], "SupSup trains no weight, so there is nothing to derive by"

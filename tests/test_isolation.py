@@ -339,6 +339,19 @@ def test_compensated_gradients_do_not_depend_on_s(e, s):
     torch.testing.assert_close(gradient * compensation(embedding.detach(), s, 400.0), 400 * plain)
 
 
+def test_all_minibatches_of_one_update_have_one_steepness():
+    learner, stream = build(HAT())
+    learner.trainer, learner.accumulate = trainer(max_epochs=1), 4
+    learner.before_task(stream[0])
+    learner.backbone.train()
+    found = []
+    for step in range(learner.steps_per_epoch):
+        learner.step = step
+        found.append(learner.strategies["method"]._steepness(learner, 0))
+    assert learner.steps_per_epoch == 6
+    assert found == [1 / 400] * 4 + [400.0] * 2, "from the first update of an epoch to its last"
+
+
 def test_worked_example_29():
     assert float(new_share(torch.ones(3), torch.tensor([1.0, 0.0, 0.5]))) == 1.0
     assert float(new_share(torch.tensor([1.0, 0.5, 0.0]), torch.zeros(3))) == 0.5
@@ -469,7 +482,7 @@ def test_what_gates_do_not_isolate_is_refused():
         (lambda: ResNet18((3, 8, 8), width=2, norm="batch_no_stats"), images()),
         (lambda: Skip((1, 4, 4), hidden=[16, 12]), None),
     ):
-        with pytest.raises(InputError, match=r"is no chain of layers without norms.*use backbone=mlp or simple_cnn"):
+        with pytest.raises(InputError, match=r"is no chain of layers without norms.*use backbone=mlp, simple_cnn"):
             build(HAT(), backbone, stream=data)
     with pytest.raises(InputError, match=r"HAT needs plain SGD.*Adam"):
         build(HAT(), optimizer=partial(torch.optim.Adam, lr=0.01))

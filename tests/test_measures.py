@@ -173,6 +173,13 @@ def test_the_log_of_l2metrics_holds_R_and_the_curves(tmp_path: Path) -> None:
     assert len(list((tmp_path / "l2log").glob("expert_*"))) == 3
 
 
+def test_an_expert_that_diverged_keeps_no_run_from_its_end(tmp_path: Path) -> None:
+    run = replace(example(), directory=tmp_path)
+    run.references["experts"][1] = {"task": 2, "value": math.nan, "row": [], "curve": [], "reason": "diverged"}
+    L2Log().finish(run)
+    assert sorted(p.name for p in (tmp_path / "l2log").glob("expert_*")) == ["expert_001", "expert_003"]
+
+
 def test_the_picture_of_the_curves_draws_each_number_at_its_step() -> None:
     run = example()
     strips = draw(run).axes
@@ -293,12 +300,19 @@ def test_a_search_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         Protocol("tune_frist", 2)
 
 
+@pytest.mark.parametrize(("name", "num_tasks"), [("tune_first", None), ("score_rest", None), ("tune_everything", 2)])
+def test_a_protocol_that_does_not_say_what_is_for_tuning_is_one_sentence(name: str, num_tasks: int | None) -> None:
+    with pytest.raises(InputError, match=rf"protocol\.num_tasks={num_tasks}: {name}"):
+        Protocol(name, num_tasks)
+
+
 def test_the_budget_of_a_search_is_counted(tmp_path: Path) -> None:
     (tmp_path / "optimization_results.yaml").write_text("best_params:\n  optimizer.lr: 0.3\n")
     for trial in range(3):
-        (tmp_path / str(trial)).mkdir()
+        place = tmp_path / f"{trial}_stream.root=" / "data"  # a value with a slash makes a folder
+        place.mkdir(parents=True)
         table = "task,seconds,steps,flops\n1,2.0,10,\n2,3.0,20,\n"
-        (tmp_path / str(trial) / "resources.csv").write_text(table)
+        (place / "resources.csv").write_text(table)
     protocol = Protocol("score_rest", 2, tmp_path)
     assert protocol.found() == {"optimizer.lr": 0.3}
     budget = protocol.budget()

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from cl import checkpoint
 from cl.errors import InputError, Preempted
 from cl.experiment import Experiment
 from cl.instruments.curves import LearningCurves
+from cl.learner import Learner
 from cl.pause import Pause, cadence
 from cl.report.files import FileReport
 from cl.report.training import TrainingReport
 from cl.report.wandb import WandbReport
 from cl.strategies.er import ER
 from cl.strategies.lwf import LwF
+from cl.strategy import Strategy
+from cl.task import Task
 from cl.testing import toy_learner
 from tests.test_report import items, parse
 
@@ -145,6 +149,70 @@ def test_a_run_that_stops_anywhere_ends_with_the_same_bits(
     assert same(whole.learner.state_dict(), again.learner.state_dict()) == []
     for name in ("transfer.csv", "learning_curves.csv", "training.csv"):
         assert (place / "cut" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+
+
+class Halt(Strategy):
+    """Ends the run when a task has been trained."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self.at = at
+
+    def after_task(self, learner: Learner, task: Task) -> None:
+        if task.index == self.at:
+            raise Stop
+
+
+def test_stopping_early_begins_anew_with_each_task_and_stays_stopped(tmp_path: Path) -> None:
+    def stopping(folder: Path, halt: int | None) -> Experiment:
+        learner, stream = toy_learner({"halt": Halt(halt)})
+        watched = stream.derive(lambda t: replace(stream[t], val=stream[t].test))
+        patient = pl.callbacks.EarlyStopping("val/loss", min_delta=9.0, patience=1)  # nothing is better than the first
+        return Experiment(learner, watched, trainer, epochs=5, directory=folder, every=1, callbacks=[patient])
+
+    whole = stopping(tmp_path / "whole", None)
+    whole.run()
+    assert whole.learner.total_steps == 3 * 2 * STEPS
+    with pytest.raises(Stop):
+        stopping(tmp_path / "cut", 1).run()
+    again = stopping(tmp_path / "cut", None)
+    again.run()
+    assert again.learner.total_steps == 3 * 2 * STEPS
+    assert same(whole.learner.state_dict(), again.learner.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("max_epochs", 7, "epochs"),
+        ("max_steps", 3, "limit_train_batches"),
+        ("max_time", "00:00:01:00", "epochs"),
+        ("callbacks", [pl.Callback()], "report"),
+        ("val_check_interval", 0.5, r"report\.every"),
+    ],
+)
+def test_what_a_trainer_cannot_be_told_in_a_stream_is_named(key: str, value: object, instead: str) -> None:
+    learner, stream = toy_learner()
+    with pytest.raises(InputError, match=rf"trainer\.{key}=.*{instead}"):
+        Experiment(learner, stream, partial(trainer, **{key: value}))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_goes_on_inside_a_task_with_its_curves(tmp_path: Path) -> None:
+    def make(folder: Path, **options: Any) -> Experiment:
+        found = experiment(folder, every=1, **options)
+        found._trainer = partial(pl.Trainer, accelerator="gpu", devices=1)
+        return found
+
+    def stop() -> None:
+        raise Stop
+
+    make(tmp_path / "whole").run()
+    with pytest.raises(Stop):
+        make(tmp_path / "cut", callbacks=[StopAt(25, stop)]).run()
+    make(tmp_path / "cut").run()
+    for name in ("transfer.csv", "learning_curves.csv", "training.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(("at", "steps"), [(5, 4), (8, 8), (25, 24), (18 + 15, 18 + 14)])

@@ -1009,3 +1009,16 @@ def test_tag_refuses_weights_of_others_and_projections_refuse_tag():
         learn(learner, stream, [0])
     with pytest.raises(InputError, match="GPM projects gradients, but another strategy owns configure_optimizer"):
         toy_learner({"gpm": GPM(), "tag": TAG()})
+
+
+@pytest.mark.parametrize("strategy", [TRGP, CUBER, OGD])
+def test_nothing_to_protect_is_one_sentence(strategy: type[Strategy]) -> None:
+    backbone = ToyBackbone().requires_grad_(False)
+    with pytest.raises(InputError, match="protects trained weights of the backbone, which has none"):
+        build(toy_stream(3, "task"), backbone, strategy())
+
+
+@pytest.mark.parametrize("strategy", [TRGP, CUBER])
+def test_what_is_selected_by_another_loss_than_is_trained_is_refused(strategy: type[Strategy]) -> None:
+    with pytest.raises(InputError, match="train_mask=class"):
+        build(toy_stream(3, "task"), ToyBackbone(), strategy(), train_mask="class")

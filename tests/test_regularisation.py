@@ -14,9 +14,9 @@ from torch import nn
 
 from cl.errors import InputError
 from cl.experiment import Experiment
-from cl.fisher import diagonal_fisher
+from cl.fisher import diagonal_fisher, label_weights
 from cl.learner import Learner
-from cl.random import derive
+from cl.random import Random, derive
 from cl.report.terminal import TerminalReport
 from cl.strategies import online_ewc
 from cl.strategies.cumulative import Cumulative
@@ -27,6 +27,7 @@ from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS, sensitivity
 from cl.strategies.ncm import NCM
+from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.si import SI
 from cl.strategy import Strategy
@@ -88,6 +89,23 @@ def steps_by_hand(stream: Stream, task: Task, epochs: int, batch_size: int = 8):
 
 
 # ------------------------------------------------------------------ SI
+
+
+def test_si_takes_the_whole_penalty_off_a_group_of_minibatches_that_is_cut_short() -> None:
+    h, goal, accumulate = torch.tensor([1.0, 3.0]), torch.tensor([2.0, -1.0]), 4
+    found = []
+
+    class Watched(SI):
+        def project_gradients(self, learner: Learner) -> None:
+            super().project_gradients(learner)
+            found.append((self.gradient.clone(), learner.backbone.theta.detach().clone()))
+
+    learner, stream = quadratic(Watched(weight=5.0), [0.0, 0.0], h.tolist(), goal.tolist(), steps=6)
+    Experiment(learner, stream, partial(trainer, accumulate_grad_batches=accumulate)).run()
+    assert len(found) == 3 * 2 and learner.strategies["method"].importance.sum() > 0
+    for n, (gradient, theta) in enumerate(found):
+        share = (4, 2)[n % 2] / accumulate
+        torch.testing.assert_close(gradient[:2], share * h * (theta - goal))  # the head has none
 
 
 def test_worked_example_17():
@@ -408,3 +426,40 @@ def test_the_terminal_shows_a_remark_once(capsys):
     Experiment(learner, stream, trainer, reports=[TerminalReport()]).run()
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("SI keeps no exemplars: it never sees the classes of different tasks together") == 1
+
+
+class BatchNormed(ToyBackbone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.append(nn.BatchNorm1d(self.num_features, track_running_stats=False))
+
+
+@pytest.mark.parametrize("strategy", [EWC, OnlineEWC, MAS, OGD])
+def test_gradients_of_single_examples_of_a_network_that_sees_batches_are_refused(strategy: type[Strategy]) -> None:
+    with pytest.raises(InputError, match="by the rest of its batch: "):
+        Learner(toy_stream(), BatchNormed(), {"method": strategy()}, partial(torch.optim.SGD, lr=0.1))
+
+
+@pytest.mark.parametrize("strategy", [EWC, OnlineEWC])
+def test_the_fisher_of_batches_takes_such_a_network(strategy: type[Strategy]) -> None:
+    method = strategy(batch_size=8, fisher="empirical")
+    learner = Learner(toy_stream(), BatchNormed(), {"method": method}, partial(torch.optim.SGD, lr=0.1), batch_size=8)
+    learn(learner, toy_stream(), [0])
+    assert (
+        sum(float(buffer.sum()) for name, buffer in method.named_buffers() if name in ("importance", "precision")) > 0
+    )
+
+
+@pytest.mark.parametrize("kind", ["true", "sampled"])
+def test_the_models_own_labels_do_not_depend_on_how_many_rows_pass_at_once(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x, classes = nn.Linear(3, 4), torch.randn(600, 3), torch.tensor([0, 2, 3])
+    found = label_weights(kind, net, x, torch.zeros(600, dtype=torch.long), classes, Random())
+    p = net(x)[:, classes].softmax(1).detach()
+    if found is None:
+        whole = diagonal_fisher(net, x, classes)
+        parts = [diagonal_fisher(net, part, classes) * len(part) / 600 for part in x.split(100)]
+        torch.testing.assert_close(whole, torch.stack(parts).sum(0))
+    else:
+        counts = found.sum(0) / 600
+        assert (counts - p.mean(0)).abs().max() < 4 * (0.25 / 600) ** 0.5, "four standard errors"

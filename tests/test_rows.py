@@ -212,3 +212,9 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path):
     total, grown = map(int, done.stdout.split())
     assert total == 7 * 4000 * 100
     assert grown < 200_000, f"{grown} kB for a file of 400,000"
+
+
+def test_every_part_comes_to_the_device_where_one_is_read_piece_by_piece() -> None:
+    lazy = TaskData.from_dataset([(torch.zeros(2), 0)] * 3, lazy=True)
+    held = TaskData(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
+    assert {batch.x.device.type for batch in EvalLoader([lazy, held], torch.device("meta"))} == {"meta"}

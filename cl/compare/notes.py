@@ -8,6 +8,7 @@ from cl.compare.align import IGNORED, Comparison, differing, under
 from cl.compare.read import RunFiles
 from cl.compare.tuning import chosen
 
+_CADENCE = {"report.every", "report.points", "report.subset"}
 MAX_NAMED = 4  # items that a sentence names before "and 3 more"
 
 
@@ -53,7 +54,13 @@ def sentences(
         str(i): {key: value for key, value in run.config.items() if under(key, IGNORED) and key != "seed"}
         for i, run in enumerate(comparison.runs)
     }
-    varied = sorted({key.split(".")[0] for key in differing(ignored)} - {"hydra", "group", "tags"})
+    apart = differing(ignored)
+    looks = sorted(apart.keys() & _CADENCE)
+    if looks:
+        notes.append(
+            f"Runs differ in {listed(looks)}: what is measured inside tasks (stability gap, ...) depends on it."
+        )
+    varied = sorted({key.split(".")[0] for key in apart.keys() - _CADENCE} - {"hydra", "group", "tags"})
     if varied:
         notes.append(f"Runs also differ in {listed(varied)}, which results do not depend on.")
     versions = differing({str(i): run.versions for i, run in enumerate(comparison.runs)})

@@ -18,7 +18,7 @@ from cl.task import Stream, Task
 
 
 class LearningCurves(Instrument):
-    """Measures the tasks seen so far, the present one included, at step 0, at chosen steps, and at the last.
+    """Measures the tasks seen so far, the present one included, at step 0, at chosen steps, and once it is learned.
 
     The test sets are cut to a fixed part (De Lange et al. 2023, section 4, take 1,000 rows), the same in every run.
     min-ACC can only fall as one looks more often, so the cadence belongs beside it.
@@ -57,12 +57,12 @@ class LearningCurves(Instrument):
         self._values: list[Tensor] = []  # (masks, T) each, on the device until somebody reads them
 
     def steps(self, learner: Learner) -> Sequence[int]:
-        """Return the cadence: step 0, every so many, the last."""
+        """Return the cadence: step 0, every so many; the last point is that of `after_task`."""
         last = learner.num_steps
         if self.points is None:
-            return sorted({*range(0, last, self.every or 1), last})
+            return range(0, last, self.every or 1)
         points = min(self.points, max(last, 1))  # more would be the same steps
-        return sorted({round(i * last / points) for i in range(points + 1)})
+        return sorted({round(i * last / points) for i in range(points)})
 
     def before_task(self, learner: Learner, task: Task) -> None:
         """Gather the part of the test sets that is looked at in this task."""
@@ -82,14 +82,16 @@ class LearningCurves(Instrument):
         self._values.append(torch.stack(list(score.rows().values())))
 
     def after_task(self, learner: Learner, task: Task) -> None:
-        """Let the test sets go."""
+        """Measure the last point, of what the strategies have made of the task; let the test sets go."""
+        if learner.step:
+            self.look(learner)
         self._loader = None
 
     def values(self, mask: int = 0) -> Tensor:
         """Return the curves under a mask, by its place: float32 (N, T), NaN where a task was not seen yet."""
         if not self._values:
             return torch.zeros(0, len(self._stream))
-        return torch.stack([value[mask] for value in self._values]).cpu()
+        return torch.stack([value[mask].cpu() for value in self._values])
 
     def own(self, mask: int = 0) -> list[list[float]]:
         """Return the curve of each task while it is trained, from step 0."""
@@ -111,7 +113,7 @@ class LearningCurves(Instrument):
 
     def get_extra_state(self) -> Any:
         """Return the evaluations so far."""
-        values = torch.stack(self._values).cpu() if self._values else torch.zeros(0)
+        values = torch.stack([value.cpu() for value in self._values]) if self._values else torch.zeros(0)
         return {"at": list(self.at), "names": list(self._names), "values": values}
 
     def set_extra_state(self, state: Any) -> None:

@@ -73,11 +73,14 @@ class Resources(Instrument):
     def _count(self, learner: Learner) -> None:
         from torch.utils.flop_counter import FlopCounterMode
 
-        x = learner.prepare(learner.task.train.take(torch.tensor([0])).tensors()[0].to(learner.device))
+        pair = learner.task.train.take(torch.tensor([0, 0]))  # batch norm without statistics takes no single row
+        x = learner.prepare(pair.tensors()[0].to(learner.device))
         trained = [p for p in learner.trunk().parameters() if p.requires_grad]
         with learner.evaluating(), FlopCounterMode(display=False) as plain:
-            torch.autograd.grad(learner.head(learner.backbone(x)).sum(), trained, allow_unused=True)
-        self._a_row = float(plain.get_total_flops())
+            outputs = learner.head(learner.backbone(x))
+            if trained:
+                torch.autograd.grad(outputs.sum(), trained, allow_unused=True)
+        self._a_row = plain.get_total_flops() / 2
         self._counter = FlopCounterMode(display=False)
         self._counter.__enter__()
 

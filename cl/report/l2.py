@@ -37,4 +37,5 @@ class L2Log(Report):
         write_l2_log(folder / "lifelong", run.primary.R.cpu(), curves.own(), run.task_names)
         for t, expert in enumerate(run.references.get("experts", ())):
             points = [value for _, value in expert["curve"]]
-            write_l2_expert_log(folder / f"expert_{t + 1:03d}", points, run.task_names[t], t + 1)
+            if points:  # one that diverged has none
+                write_l2_expert_log(folder / f"expert_{t + 1:03d}", points, run.task_names[t], t + 1)

@@ -31,6 +31,11 @@ def build(cfg: Any, directory: Path) -> Any:
     config = settle(cfg, directory)
     protocol = protocol_of(cfg) if cfg.get("protocol") else None
     stream = made(cfg.stream, Stream)
+    if cfg.scenario is not None and cfg.scenario != stream.scenario:
+        raise InputError(
+            f"scenario={cfg.scenario}, but {stream.name!r} is {stream.scenario}-incremental: drop it, or pass "
+            "scenario: ${scenario} on in the YAML of the stream."
+        )
     stream = protocol.apply(stream) if protocol else stream
     strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     learner = _learner(cfg, stream, strategies)
@@ -132,8 +137,9 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
 
 
 def _notes(cfg: Any, backbone: Any) -> list[str]:
-    frozen = not any(p.requires_grad for p in backbone.parameters())
-    if frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
+    weights = list(backbone.parameters())
+    frozen = not any(p.requires_grad for p in weights)
+    if weights and frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
         return ["The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones."]
     return []
 

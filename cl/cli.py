@@ -36,6 +36,7 @@ def _main() -> None:
 
     from cl import plugins, sweep
 
+    sys.path.append(os.getcwd())  # for a stream or strategy of one's own that is not installed
     plugins.register()
     jobs = sweep.watch()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below

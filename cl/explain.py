@@ -209,7 +209,13 @@ def readable(error: Exception) -> str:
     if key in known:  # in a sweep, of another job
         return f"There is no key {key!r} with this choice of groups, as there is with others: leave it out here."
     hint = f"did you mean {' or '.join(near)}?" if near else "see cl-run --help for the keys."
-    return f"There is no key {key!r} in the configuration: {hint} (To add a new one, write +{key}=...)"
+    group, _, rest = key.partition(".")
+    option = rest.partition(".")[0]
+    there = files("cl.conf").joinpath(group).joinpath(f"{option}.yaml").is_file()
+    if there and not any(name.startswith(f"{group}.{option}.") for name in known):
+        return f"There is no key {key!r} in the configuration, as {option} is not chosen: add {group}={option}."
+    new = f" (To hand a new one on, write +{key}=...)" if group in ("trainer", "stream", "strategy", "dataset") else ""
+    return f"There is no key {key!r} in the configuration: {hint}{new}"
 
 
 def _flatten_keys(cfg: Any) -> list[str]:

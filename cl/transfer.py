@@ -567,8 +567,8 @@ LIBRARY_VARIANTS: dict[str, Scalar] = {
 
 # What reads R[i,j] with 1 <= i < j: the metric on a task that has not been learned yet.
 _MATRICES = {"backward_transfer": False, "forward_transfer": True, "step_effect": True}
-_READS_UNSEEN = {"fwt_gem", "fwt_diaz", "fwt_continuum", "fwt_gem_code"}
-_READS_UNSEEN |= {"transfer_zscl", "average_zscl", "transfer_mammoth"}
+READS_UNSEEN = {"fwt_gem", "fwt_diaz", "fwt_continuum", "fwt_gem_code"}
+READS_UNSEEN |= {"transfer_zscl", "average_zscl", "transfer_mammoth", "forward_transfer_ratio"}
 
 
 def caveat(name: str, mask: str) -> str | None:
@@ -586,10 +586,10 @@ def caveat(name: str, mask: str) -> str | None:
         >>> caveat("fwt_gem", mask="class")[:57]
         'class-incremental: the classes of a task to come have no '
     """
-    known = SCALARS.keys() | LIBRARY_VARIANTS.keys() | _MATRICES.keys()
+    known = SCALARS.keys() | LIBRARY_VARIANTS.keys() | _MATRICES.keys() | READS_UNSEEN
     if name not in known:
         raise unknown("transfer metric", name, known)
-    if mask != "class" or not (name in _READS_UNSEEN or _MATRICES.get(name, False)):
+    if mask != "class" or not (name in READS_UNSEEN or _MATRICES.get(name, False)):
         return None
     return (
         "class-incremental: the classes of a task to come have no trained output, "

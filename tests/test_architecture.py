@@ -208,3 +208,10 @@ def test_every_experiment_makes_a_learner_of_a_stream_of_its_shape(path):
     stream = Stream(tasks, scenario=cfg.scenario or "class", num_classes=num_classes, repeats=shared)
     strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     assert set(_learner(cfg, stream, strategies).strategies) == set(strategies)
+
+
+def test_rows_on_a_pretrained_network_name_what_is_not_there_until_weights_are_given():
+    for path in (CONF / "experiment").glob("cifar100_vit*.yaml"):
+        with initialize_config_module("cl.conf", version_base="1.3"):
+            cfg = compose("config", overrides=[f"experiment={path.stem}"])
+        assert (cfg.weights is None) == (path.stem == "cifar100_vit_pretrain"), path.stem

@@ -122,6 +122,8 @@ def test_a_schedule_of_validation_losses_needs_them_every_epoch(cl_run, tmp_path
         (["stream=splitt"], "no stream called 'splitt': did you mean 'split'"),
         (["epocs=3"], "no key 'epocs' in the configuration: did you mean epochs"),
         (["strategy.er.memory_sise=3"], "did you mean strategy.er.memory_size"),
+        (["strategy.ewc.weight=50"], "as ewc is not chosen: add strategy=ewc."),
+        (["stream=linear_teachers", "scenario=class"], "is domain-incremental: drop it"),
         (["stream.num_tasks=11"], "num_tasks=11 is more than the 10 classes"),
         (["stream.num_tasks=3"], "do not split evenly"),
         (["strategy=gpm", "optimizer=adam"], "GPM needs plain SGD"),

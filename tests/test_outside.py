@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -86,6 +89,34 @@ def test_by_target(short, package: Path, tmp_path: Path):
     done = short(*stream, *strategy, "hydra.run.dir=out", cwd=tmp_path, path=package)
     assert done.returncode == 0, done.stderr
     assert tasks_of(tmp_path / "out") == 2
+
+
+def test_by_target_from_where_the_command_is_given(package: Path, tmp_path: Path):
+    command = [sys.executable, "-I", "-c", "from cl.cli import main; main()"]  # as a script: no path of its own
+    stream = ["stream=custom", "stream._target_=blobs.stream.blobs", "report=quiet", "epochs=1"]
+    done = subprocess.run([*command, *stream, f"hydra.run.dir={tmp_path}/out"], cwd=package, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert tasks_of(tmp_path / "out") == 3
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("cl-run ")]
+    own = ("--config-dir", "blobs", "resume=", "verify=", "from=", "launcher=", "hydra/sweeper=")  # or an extra's
+    return [line for line in lines if not any(word in line for word in own)]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_the_readme_composes(line: str):
+    parts = [part for part in shlex.split(line, comments=True)[1:] if part != "-m"]
+    parsed = OverridesParser.create().parse_overrides(parts)
+    chosen = [p for p, o in zip(parts, parsed, strict=True) if not o.is_sweep_override()]
+    swept = [o for o in parsed if o.is_sweep_override()]
+    for value in swept:
+        first = next(value.sweep_string_iterator()) if not value.is_range_sweep() else "0"
+        chosen.append(f"{value.get_key_element()}={first}")
+    with initialize_config_module("cl.conf", version_base="1.3"):
+        assert compose("config", overrides=chosen, return_hydra_config=True)
 
 
 def test_by_a_folder_of_configurations(short, package: Path, tmp_path: Path):

@@ -162,6 +162,8 @@ def test_json_is_strict_and_holds_every_scalar_with_its_definition(num_tasks: in
             assert (entry["scale"], entry["divisor"]) == (scalar.scale, scalar.divisor)
             assert entry["higher_is_better"] is scalar.higher_is_better
             assert entry["caveat"] == caveat(name, mask)
+    ratio = content["measures"].get("forward_transfer_ratio")
+    assert ratio is None or ratio["caveat"] == caveat("forward_transfer_ratio", ratio["mask"])
 
 
 def test_strict_json_has_no_word_for_what_is_not_finite() -> None:

@@ -70,9 +70,10 @@ def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
 def transfer_json(run: Run) -> str:
     """Return every scalar over the tasks learned so far, by mask, each beside what it means and where it is from."""
     from cl.measures import MEASURES, forecasts, measure
-    from cl.transfer import SCALARS, caveat
+    from cl.transfer import READS_UNSEEN, SCALARS, caveat
 
     def entry(scalar: Any, name: str, value: float, mask: str | None) -> dict[str, Any]:
+        where = mask or (run.zero_shot if scalar.fair else run.primary).mask
         return {
             "value": value,
             "definition": scalar.formula,
@@ -81,8 +82,8 @@ def transfer_json(run: Run) -> str:
             "divisor": scalar.divisor,
             "weighting": scalar.weighting,
             "higher_is_better": scalar.higher_is_better,
-            "mask": mask or (run.zero_shot if scalar.fair else run.primary).mask,
-            "caveat": None if mask is None else caveat(name, mask),
+            "mask": where,
+            "caveat": caveat(name, where) if name in READS_UNSEEN or name in SCALARS else None,
         }
 
     masks = {

@@ -28,7 +28,7 @@ NAMES = (
 )
 FEW = 1000, 2000  # rows a task; no strategy's default samples more for what it computes between tasks
 TOLD = ("trgp", "cuber", "packnet", "hat")  # the task, at test
-MILD = {"mas": "strategy.mas.weight=0.01"}  # where the default diverges on this stream; a weight costs no time
+MILD = {"mas": ("strategy.mas.weight=0.01",)}  # where the default diverges on this stream; a weight costs no time
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def main(name: str, data: str, rows: str = "") -> None:
     tasks = [(x[: int(rows)], y[: int(rows)], v, w) for x, y, v, w in tasks] if rows else tasks
     stream = clsim.stream(workload, tasks, "task" if name in TOLD else None)
     with initialize_config_module("cl.conf", version_base="1.3"):
-        config = compose("config", overrides=[f"strategy={name}", *(MILD[name],) * (name in MILD)]).strategy
+        config = compose("config", overrides=[f"strategy={name}", *MILD.get(name, ())]).strategy
     learner = clsim.learner(workload, stream, {key: instantiate(value) for key, value in (config or {}).items()})
     experiment = Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1)
     if rows:

@@ -105,6 +105,8 @@ def _class_order(
         raise InputError(f"class_order={class_order!r} is unknown: use natural, shuffled, curriculum, or a list.")
     else:
         order = [int(c) for c in class_order]
+        if classes is not None and set(order) != set(known):
+            raise InputError(f"class_order={order} and classes={known} name different classes: drop one of the two.")
     outside = [c for c in order if not 0 <= c < dataset.num_classes]
     if outside:
         raise InputError(f"Class {outside[0]} is not in {dataset.name} (0..{dataset.num_classes - 1}): leave it out.")
@@ -132,11 +134,14 @@ def _sizes(
 ) -> list[int]:
     if (num_tasks is None) == (per_task is None):
         raise InputError("A split stream needs either num_tasks or classes_per_task: give one of the two.")
+    for name, count in {"num_tasks": num_tasks, "classes_per_task": per_task}.items():
+        if isinstance(count, int) and count < 1:
+            raise InputError(f"{name}={count} must be 1 or more.")
     if per_task is not None and not isinstance(per_task, int):
         sizes = [int(size) for size in per_task]
     else:
         rest = num_classes - (first_task or 0)
-        others = (num_tasks - (first_task is not None)) if num_tasks is not None else rest // int(per_task or 1)
+        others = (num_tasks - (first_task is not None)) if num_tasks is not None else rest // (per_task or 1)
         if num_tasks is not None and num_tasks > num_classes:
             raise InputError(f"num_tasks={num_tasks} is more than the {num_classes} classes: ask for fewer tasks.")
         if rest < 0 or (others == 0) != (rest == 0) or (others and rest % others) or (per_task and rest % per_task):

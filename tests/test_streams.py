@@ -93,6 +93,9 @@ def test_class_counts(options, sizes):
     [
         ({"num_tasks": 11}, "num_tasks=11 is more than the 10 classes"),
         ({"num_tasks": 3}, "do not split evenly"),
+        ({"num_tasks": 0}, "num_tasks=0 must be 1 or more"),
+        ({"classes_per_task": 0}, "classes_per_task=0 must be 1 or more"),
+        ({"num_tasks": 1, "classes": [0, 1], "class_order": [2, 3]}, "name different classes"),
         ({}, "either num_tasks or classes_per_task"),
         ({"num_tasks": 2, "classes_per_task": 5}, "either num_tasks or classes_per_task"),
         ({"classes_per_task": [5, 4]}, "adds up to 9"),

@@ -55,7 +55,8 @@ def draw(run: Run) -> Figure:
     title = f"{metric[0].upper()}{metric[1:]} inside tasks, in %  [{run.primary.mask} mask]"
     inch = 1 / figure.get_figheight()
     figure.text(0.01, 1 - 0.3 * inch, title, fontsize=12, fontweight="bold")
-    about = "One strip a task; dot and dashed line: where it was learned, and how well; grey: an expert on it alone"
+    about = "One strip a task; dot and dashed line: where it was learned, and how well; right: at the end"
+    about += "; grey: an expert on it alone" * bool(run.references.get("experts"))
     figure.text(0.01, 1 - 0.55 * inch, about, fontsize=9.5, color="#404040")
     figure.subplots_adjust(left=0.17, right=0.93, top=1 - 0.75 * inch, bottom=0.5 * inch, hspace=0.25)
     return figure

@@ -52,8 +52,8 @@ class EWC(Strategy):
         merge: The F of several tasks: their "sum", as in the paper, or their "mean".
 
     Raises:
-        InputError: If a kind of Fisher or merge is unknown, arguments exclude each other, nothing is trainable, or
-            another strategy owns `encode`, which F would not see.
+        InputError: If a kind of Fisher or merge is unknown, arguments exclude each other, nothing is trainable,
+            another strategy owns `encode`, which F would not see, or single examples are to pass batch norm of batches.
 
     Example:
         >>> from cl.testing import check_strategy

@@ -70,7 +70,8 @@ class MAS(Strategy):
         num_samples: Training examples that the sensitivity is measured on; None means all.
 
     Raises:
-        InputError: If another strategy owns `encode`, or nothing is trainable.
+        InputError: If another strategy owns `encode`, nothing is trainable, or there is batch norm of batches alone,
+            which single examples cannot pass.
 
     Example:
         >>> from cl.testing import check_strategy

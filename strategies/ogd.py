@@ -79,8 +79,9 @@ class OGD(Strategy):
         logits: Of which logits: "truth", "mean" or "all".
 
     Raises:
-        InputError: If the optimizer is not plain SGD, batch norm keeps running statistics, which drift anyway, or
-            another strategy owns `encode`, whose outputs the gradients would not be of.
+        InputError: If the optimizer is not plain SGD, nothing is trainable, there is batch norm, whose statistics drift
+            or which single examples cannot pass, or another strategy owns `encode`, whose outputs the gradients would
+            not be of.
 
     Example:
         >>> from cl.testing import check_strategy

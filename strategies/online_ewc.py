@@ -46,7 +46,8 @@ class OnlineEWC(Strategy):
         batch_size: Examples whose mean gradient is squared; 1 is the Fisher's definition. See `cl.fisher`.
 
     Raises:
-        InputError: If a kind of Fisher is unknown, another strategy owns `encode`, or nothing is trainable.
+        InputError: If a kind of Fisher is unknown, another strategy owns `encode`, nothing is trainable, or single
+            examples are to pass batch norm of batches.
 
     Example:
         >>> from cl.testing import check_strategy

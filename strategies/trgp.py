@@ -70,8 +70,8 @@ class TRGP(ScaledByTask):
         num_samples: Training examples that inputs and gradients are measured on.
 
     Raises:
-        InputError: If the scenario is not task-incremental, the optimizer is not plain SGD, or batch norm keeps running
-            statistics, which drift anyway.
+        InputError: If the scenario is not task-incremental, the optimizer is not plain SGD, nothing of the backbone is
+            trainable, all classes compete in the loss (`train_mask`), or batch norm keeps statistics, which drift.
 
     Example:
         >>> from cl.testing import check_strategy

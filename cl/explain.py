@@ -114,7 +114,7 @@ def _one_row(error: BaseException | None) -> InputError | None:
         return None
     return InputError(
         "The last minibatch of an epoch has a single row, which batch norm cannot take: choose another batch_size, or "
-        f"a backbone without batch norm. {_GO_ON}."
+        "a backbone without batch norm, and another hydra.run.dir."
     )
 
 

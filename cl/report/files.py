@@ -83,7 +83,7 @@ def transfer_json(run: Run) -> str:
             "weighting": scalar.weighting,
             "higher_is_better": scalar.higher_is_better,
             "mask": where,
-            "caveat": caveat(name, where) if name in READS_UNSEEN or name in SCALARS else None,
+            "caveat": caveat(name, where) if name in READS_UNSEEN else None,
         }
 
     masks = {

@@ -354,7 +354,7 @@ def test_what_makes_sense_runs(overrides: str, tmp_path: Path) -> None:
         ("optimizer._partial_=false", "optimizer cannot be made (SGD.__init__() missing"),
         ("optimizer._partial_=2", "optimizer._partial_=2 must be true or false."),
         ("optimizer._target_=torch.nn.ReLU", "no argument of optimizer called 'lr'"),
-        ("stream.num_tasks=0", "4 classes do not split evenly"),
+        ("stream.num_tasks=0", "num_tasks=0 must be 1 or more."),
         ("stream.num_tasks=1000", "more than the 4 classes"),
         (f"stream=permuted stream.num_tasks={HUGE}", "must be between 1 and 10000"),
         (f"stream=repetition stream.num_tasks={HUGE}", "must be between 1 and 10000"),

@@ -38,7 +38,6 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         return ["benchmarks.strategies", name, args.data, *more]
 
     names = [name for name in NAMES if name == "finetune" or matches(name, args.only)]
-    times = take_turns("strategies", names, lambda name, _: command(name), args, console)
     once = argparse.Namespace(**{**vars(args), "repeat": 1})
 
     def count(rows: int) -> dict[str, list[dict[str, Any]]]:
@@ -48,6 +47,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     few, more = map(count, FEW)
     counts = {name: whole(few[name][0], more[name][0]) for name in names}
+    times = take_turns("strategies", names, lambda name, _: command(name), args, console)
     table = Table(title="online_mlp's stream under each strategy with its defaults")
     for column in ("strategy", "processor, s", "/ finetune", "operations / finetune", "quotient", "us a step"):
         table.add_column(column, justify="right" if column != "strategy" else "left")
@@ -83,7 +83,8 @@ def main(name: str, data: str, rows: str = "") -> None:
     stream = clsim.stream(workload, tasks, "task" if name in TOLD else None)
     with initialize_config_module("cl.conf", version_base="1.3"):
         config = compose("config", overrides=[f"strategy={name}", *MILD.get(name, ())]).strategy
-    learner = clsim.learner(workload, stream, {key: instantiate(value) for key, value in (config or {}).items()})
+    strategies = {key: instantiate(value) for key, value in (config or {}).items()}
+    learner = clsim.learner(workload, stream, strategies, train_mask=stream.scenario)
     experiment = Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1)
     if rows:
         from torch.utils.flop_counter import FlopCounterMode

@@ -13,13 +13,17 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.process import hand_over, matches, take_turns
-from benchmarks.workloads import WORKLOADS, load
+from benchmarks.workloads import WORKLOADS, Arrays, load
+
+if TYPE_CHECKING:
+    from cl.learner import Learner
+    from cl.task import Stream
 
 NAMES = (
     *("finetune", "joint", "cumulative", "er", "er_ace", "der", "derpp", "mir", "scr", "icarl", "gdumb"),
@@ -67,24 +71,31 @@ def whole(few: dict[str, float], more: dict[str, float], rows: tuple[int, int] =
     return few["operations"] + slope * (few["rows"] - rows[0])
 
 
-def main(name: str, data: str, rows: str = "") -> None:
-    """Time one strategy, made from its configuration, or count its operations on the first rows of each task."""
-    import pytorch_lightning as pl
+def job(name: str, tasks: list[Arrays]) -> tuple[Learner, Stream]:
+    """Return a learner with a strategy made from its configuration, and online_mlp's tasks as its stream."""
     from hydra import compose, initialize_config_module
     from hydra.utils import instantiate
 
     from benchmarks import clsim
-    from cl.experiment import Experiment
 
     workload = WORKLOADS["online_mlp"]
-    tasks, _ = load(workload, Path(data) if data else None)
-    mean = sum(len(task[0]) for task in tasks) / len(tasks)
-    tasks = [(x[: int(rows)], y[: int(rows)], v, w) for x, y, v, w in tasks] if rows else tasks
     stream = clsim.stream(workload, tasks, "task" if name in TOLD else None)
     with initialize_config_module("cl.conf", version_base="1.3"):
         config = compose("config", overrides=[f"strategy={name}", *MILD.get(name, ())]).strategy
     strategies = {key: instantiate(value) for key, value in (config or {}).items()}
-    learner = clsim.learner(workload, stream, strategies, train_mask=stream.scenario)
+    return clsim.learner(workload, stream, strategies, train_mask=stream.scenario), stream
+
+
+def main(name: str, data: str, rows: str = "") -> None:
+    """Time one strategy, or count its operations on the first rows of each task."""
+    import pytorch_lightning as pl
+
+    from cl.experiment import Experiment
+
+    tasks, _ = load(WORKLOADS["online_mlp"], Path(data) if data else None)
+    mean = sum(len(task[0]) for task in tasks) / len(tasks)
+    tasks = [(x[: int(rows)], y[: int(rows)], v, w) for x, y, v, w in tasks] if rows else tasks
+    learner, stream = job(name, tasks)
     experiment = Experiment(learner, stream, partial(pl.Trainer, accelerator="cpu"), epochs=1)
     if rows:
         from torch.utils.flop_counter import FlopCounterMode

@@ -18,7 +18,7 @@ from benchmarks.__main__ import ratio
 from benchmarks.bare import _crop_and_flip
 from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import measure
-from benchmarks.strategies import whole
+from benchmarks.strategies import NAMES, job, whole
 from benchmarks.workloads import WORKLOADS, Arrays, _made, _tasks
 from cl.experiment import Experiment
 from cl.strategies.ewc import EWC
@@ -89,3 +89,9 @@ def test_operations_grow_in_a_straight_line(strategies):
             Experiment(learner, stream, functools.partial(pl.Trainer, accelerator="cpu"), epochs=1).run()
         counts.append({"operations": counter.get_total_flops(), "rows": 200})
     assert whole(*counts[:2], rows=(30, 60)) == counts[2]["operations"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_strategy_refuses_the_stream_that_all_are_timed_on(name):
+    learner, stream = job(name, small("online_mlp", 200, 20))
+    assert len(stream) == 5 and learner.scenario == stream.scenario

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.trainer.connectors import callback_connector
 
 Done = subprocess.CompletedProcess[str]
 
 torch.set_num_threads(1)
+# each Trainer looks through all that is installed for callbacks, a fifth of a small job; tests want none of them
+callback_connector._load_external_callbacks = lambda group: []
 sys.path.append(str(Path(__file__).parent))  # for what tests share, toys.py
 
 collect_ignore = ["clusters", "harness"]  # scripts

@@ -19,6 +19,7 @@ from cl import explain
 from cl.cli import main
 from cl.files import alone
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 SMALL = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu"]
 
 

@@ -42,6 +42,8 @@ from two_processes import (
     stream,
 )
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,7 @@ from cl import cli, sweep
 from cl.compare.cli import parser
 from cl.compare.cli import run as compare
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 PLUGINS = {"joblib": "joblib", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
 SPY = """
 import os

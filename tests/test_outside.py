@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 STREAM = next(block for block in BLOCKS if "def blobs" in block)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 ROOT = Path(__file__).parent.parent
 
 

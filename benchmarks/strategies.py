@@ -32,7 +32,6 @@ NAMES = (
 )
 FEW = 1000, 2000  # rows a task; no strategy's default samples more for what it computes between tasks
 TOLD = ("trgp", "cuber", "packnet", "hat")  # the task, at test
-MILD = {"mas": ("strategy.mas.weight=0.01",)}  # where the default diverges on this stream; a weight costs no time
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def job(name: str, tasks: list[Arrays]) -> tuple[Learner, Stream]:
     workload = WORKLOADS["online_mlp"]
     stream = clsim.stream(workload, tasks, "task" if name in TOLD else None)
     with initialize_config_module("cl.conf", version_base="1.3"):
-        config = compose("config", overrides=[f"strategy={name}", *MILD.get(name, ())]).strategy
+        config = compose("config", overrides=[f"strategy={name}"]).strategy
     strategies = {key: instantiate(value) for key, value in (config or {}).items()}
     return clsim.learner(workload, stream, strategies, train_mask=stream.scenario), stream
 

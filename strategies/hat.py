@@ -26,20 +26,22 @@ float32, and old logits stay but for rounding; gates in between let them drift.
 State: an embedding a unit and task, and A. Outputs belong to the task of their classes. Scenario: task-incremental.
 Refused: norms, whose scale would undo a gate's; paths past a layer; optimizers but plain SGD; classes in several tasks.
 
-Differences from the paper: none known. Differences from the reference code: s is s_max in an epoch's last batch
-(equation 3), in the code it stops short of it. A gate multiplies weights and bias of its unit, which is to multiply its
-output before the activation, the same with ReLU and max-pooling; dropout, where the backbone has it, comes after, not
-before. Embeddings are drawn from a normal distribution, as there.
+Differences from the paper: in training, features behind a gate below 1e-12 are scaled by 1e-12; its gradient is kept.
+Differences from the reference code: s is s_max in an epoch's last batch (equation 3), in the code it stops short of it.
+A gate is before the activation, there behind it, the same with ReLU and max-pooling; dropout, where the backbone has
+it, comes after, not before. Embeddings are drawn from a normal distribution, as there.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cl.by_task import run_by_task
+from cl.by_task import rows_by_task
 from cl.errors import check_range
 from cl.isolation import by_row, chained_layers, check_isolation, keep_outputs, silence_others
 from cl.strategy import Batch, Strategy
@@ -48,6 +50,8 @@ from cl.subspace import check_plain_sgd
 if TYPE_CHECKING:
     from cl.learner import Learner
     from cl.task import Stream, Task
+
+CLOSED = 1e-12
 
 
 def annealed(s_max: float, batch: int, num_batches: int) -> float:
@@ -79,6 +83,12 @@ def new_share(a: Tensor, used: Tensor) -> Tensor:
     """
     free = 1 - used
     return (a * free).sum() / free.sum().clamp_min(1e-12)
+
+
+def _gate(a: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+    if a.requires_grad:  # products of closed gates, below 1e-38, take a CPU as long as the rest of a step
+        a = a + (CLOSED - a).clamp_min(0).detach()
+    return outputs * by_row(a, outputs[0])
 
 
 class HAT(Strategy):
@@ -130,15 +140,15 @@ class HAT(Strategy):
             with torch.no_grad():
                 self.embedding.clamp_(-6, 6)
 
-        def gated(task: int) -> dict[str, Tensor]:
-            gates = zip(self._names, self._gates(learner, task).split(self._sizes), strict=True)
-            return {
-                f"{name}.{part}": p * by_row(a, p)
-                for name, a in gates
-                for part, p in learner.backbone.get_submodule(name).named_parameters()
-            }
+        def gated(rows: Tensor, task: int) -> Tensor:
+            gates = self._gates(learner, task).split(self._sizes)
+            with ExitStack() as hooks:
+                for name, a in zip(self._names, gates, strict=True):
+                    layer = learner.backbone.get_submodule(name)
+                    hooks.callback(layer.register_forward_hook(partial(_gate, a)).remove)
+                return learner.backbone(rows)  # type: ignore[no-any-return]
 
-        return run_by_task(learner, learner.backbone, view, gated)
+        return rows_by_task(learner, view, gated)
 
     def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the price of the units that the task is the first to use."""

@@ -22,7 +22,7 @@ from cl.learner import Learner
 from cl.random import derive
 from cl.strategies.er import ER
 from cl.strategies.gpm import GPM
-from cl.strategies.hat import HAT, annealed, compensation, new_share
+from cl.strategies.hat import HAT, _gate, annealed, compensation, new_share
 from cl.strategies.packnet import PackNet, smallest
 from cl.strategies.supsup import SupSup, entropy_slopes, supermask
 from cl.strategy import Batch, Strategy
@@ -408,6 +408,15 @@ def test_hat_is_the_loop_written_by_hand():
     torch.testing.assert_close(strategy.used, torch.cat(A), rtol=1e-2, atol=1e-3)
     for ours, theirs in zip(learner.trunk().parameters(), [*net.parameters(), *head.parameters()], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_closed_gate_lets_through_no_denormal_numbers_and_keeps_its_gradient():
+    e = torch.tensor([-0.1, 0.0, 0.1], requires_grad=True)
+    out = _gate(torch.sigmoid(400 * e), nn.Identity(), (), torch.tensor([[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(out.detach()[1], torch.tensor([1e-12, 0.5, 1.0]), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(out.sum(), e)
+    slope = 400 / (2 + 2 * torch.cosh(400 * e.detach()))
+    torch.testing.assert_close(gradient[:2], 3 * slope[:2], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn"])

@@ -26,7 +26,7 @@ class Cumulative(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(Cumulative)
+        >>> check_strategy(Cumulative, scenarios=("class",))
     """
 
     targets = ("label", "multilabel", "regression")

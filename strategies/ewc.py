@@ -57,7 +57,7 @@ class EWC(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(EWC)
+        >>> check_strategy(EWC, scenarios=("class",))
     """
 
     targets = ("label", "multilabel", "regression")

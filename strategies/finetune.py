@@ -13,7 +13,7 @@ class Finetune(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(Finetune)
+        >>> check_strategy(Finetune, scenarios=("class",))
     """
 
     targets = ("label", "multilabel", "regression")

@@ -69,7 +69,7 @@ class AdamNSCL(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(AdamNSCL, scenarios=("class",))
+        >>> check_strategy(AdamNSCL)
     """
 
     targets = ("label", "multilabel", "regression")

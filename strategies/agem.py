@@ -56,7 +56,7 @@ class AGEM(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(AGEM, scenarios=("class",), memory_size=40)
+        >>> check_strategy(AGEM, memory_size=40)
     """
 
     def __init__(self, memory_size: int = 200, batch_size: int = 256, storage: str = "device") -> None:

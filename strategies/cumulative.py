@@ -26,7 +26,7 @@ class Cumulative(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(Cumulative, scenarios=("class",))
+        >>> check_strategy(Cumulative)
     """
 
     targets = ("label", "multilabel", "regression")

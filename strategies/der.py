@@ -43,7 +43,7 @@ class DER(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(DER, scenarios=("class",), memory_size=20)
+        >>> check_strategy(DER, memory_size=20)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -52,7 +52,7 @@ class DERpp(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(DERpp, scenarios=("class",), memory_size=20)
+        >>> check_strategy(DERpp, memory_size=20)
     """
 
     targets = ("label", "multilabel", "regression")

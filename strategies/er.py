@@ -38,7 +38,7 @@ class ER(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(ER, scenarios=("class",), memory_size=20)
+        >>> check_strategy(ER, memory_size=20)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -61,7 +61,7 @@ class ERACE(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(ERACE, scenarios=("class",), memory_size=20)
+        >>> check_strategy(ERACE, memory_size=20)
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class EWC(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(EWC, scenarios=("class",))
+        >>> check_strategy(EWC)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -13,7 +13,7 @@ class Finetune(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(Finetune, scenarios=("class",))
+        >>> check_strategy(Finetune)
     """
 
     targets = ("label", "multilabel", "regression")

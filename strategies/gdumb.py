@@ -83,7 +83,7 @@ class GDumb(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(GDumb, scenarios=("class",), memory_size=20)
+        >>> check_strategy(GDumb, memory_size=20)
     """
 
     def __init__(

@@ -109,7 +109,7 @@ class GEM(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(GEM, scenarios=("class",), memory_size=30)
+        >>> check_strategy(GEM, memory_size=30)
     """
 
     targets = ("label", "multilabel", "regression")

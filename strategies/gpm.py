@@ -59,7 +59,7 @@ class GPM(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(GPM, scenarios=("class",))
+        >>> check_strategy(GPM)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -62,7 +62,7 @@ class ICaRL(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(ICaRL, scenarios=("class",), memory_size=20)
+        >>> check_strategy(ICaRL, scenarios=("class", "task"), memory_size=20)
     """
 
     means: Tensor

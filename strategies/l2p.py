@@ -45,7 +45,7 @@ class L2P(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(L2P, scenarios=("class",), backbone="vit")
+        >>> check_strategy(L2P, backbone="vit")
     """
 
     def __init__(self, pool_size: int = 10, length: int = 5, top_k: int = 5, pull: float = 0.1) -> None:

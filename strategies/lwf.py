@@ -64,7 +64,7 @@ class LwF(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(LwF, scenarios=("class",))
+        >>> check_strategy(LwF)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -75,7 +75,7 @@ class MAS(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(MAS, scenarios=("class",))
+        >>> check_strategy(MAS)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -66,7 +66,7 @@ class MIR(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(MIR, scenarios=("class",), memory_size=20)
+        >>> check_strategy(MIR, memory_size=20)
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class NCM(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(NCM, scenarios=("class",))
+        >>> check_strategy(NCM)
     """
 
     total: Tensor

@@ -85,7 +85,7 @@ class OGD(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(OGD, scenarios=("class",), num_samples=20)
+        >>> check_strategy(OGD, num_samples=20)
     """
 
     basis: Tensor

@@ -51,7 +51,7 @@ class OnlineEWC(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(OnlineEWC, scenarios=("class",))
+        >>> check_strategy(OnlineEWC)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -66,7 +66,7 @@ class RanPAC(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(RanPAC, scenarios=("class",), num_projections=20)
+        >>> check_strategy(RanPAC, num_projections=20)
     """
 
     projection: Tensor

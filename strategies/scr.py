@@ -77,7 +77,7 @@ class SCR(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(SCR, scenarios=("class",), memory_size=20)
+        >>> check_strategy(SCR, memory_size=20)
     """
 
     distributed = False  # every row is contrasted with all others of the batch

@@ -74,7 +74,7 @@ class SGP(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(SGP, scenarios=("class",))
+        >>> check_strategy(SGP)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -48,7 +48,7 @@ class SI(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(SI, scenarios=("class",))
+        >>> check_strategy(SI)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -91,7 +91,7 @@ class SupSup(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(SupSup, scenarios=("class",))
+        >>> check_strategy(SupSup)
     """
 
     uses_task = True

@@ -99,7 +99,7 @@ class TAG(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(TAG, scenarios=("class",))
+        >>> check_strategy(TAG)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -203,15 +203,7 @@ TEAMS = [
     Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
     Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),
 ]
-FIRST = {row.name: row for row in reversed(METHODS + TEAMS)}
-
-
-def scenarios_of(i: int, row: Row) -> tuple[str, ...]:
-    """Return all scenarios for a strategy's first row, one in turn for those with other options."""
-    return row.scenarios if row is FIRST[row.name] else (row.scenarios[i % len(row.scenarios)],)
-
-
-CASES = [(row, scenario) for i, row in enumerate(METHODS + TEAMS) for scenario in scenarios_of(i, row)]
+CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 
 
 def name_of(row: Row) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
-from cl.files import read_sealed, write_sealed
+from cl.files import read_sealed, write_sealed, write_text
 
-_OVERRIDES = Path(".hydra", "overrides.yaml")  # which Hydra writes anew at every start, whole or not
+_HYDRA = Path(".hydra")  # where those who know Hydra look; written by us, once a command was not refused
+_OVERRIDES = _HYDRA / "overrides.yaml"
 _COMMAND = "command.json"  # ours
 
 
@@ -75,13 +76,21 @@ def overrides(directory: Path) -> list[str]:
 
 
 def keep_command(directory: Path) -> None:
-    """Write the overrides that the present job of Hydra was begun with to its directory."""
-    from hydra.core.hydra_config import HydraConfig
+    """Write the overrides that the present job of Hydra was begun with to its directory, and what Hydra keeps itself.
 
-    if HydraConfig.initialized():
-        command = {"overrides": list(HydraConfig.get().overrides.task)}
-        if read_sealed(directory / _COMMAND) != command:
-            write_sealed(directory / _COMMAND, command)
+    Hydra would write its files before the command was looked at, over those of the run that is there.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    if not HydraConfig.initialized():
+        return
+    job: Any = HydraConfig.instance().cfg
+    command = {"overrides": list(job.hydra.overrides.task)}
+    if read_sealed(directory / _COMMAND) != command:
+        write_text(directory / _HYDRA / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.masked_copy(job, "hydra")))
+        write_text(directory / _OVERRIDES, OmegaConf.to_yaml(job.hydra.overrides.task))
+        write_sealed(directory / _COMMAND, command)  # last: until it is there, all are written anew
 
 
 def _quoted(argument: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
-from cl.make import made, make
+from cl.make import made, make, takes
 from cl.settle import keep, protocol_of, settle
 
 _LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
@@ -145,8 +145,16 @@ def _notes(cfg: Any, backbone: Any) -> list[str]:
 
 
 def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
+    """Return the backbone; one of the user's may do without the shape of an input."""
+    from torch import nn
 
-    backbone = make(cfg.backbone, input_shape=input_shape)
+    wants = takes(cfg.backbone, "input_shape")
+    backbone = made(cfg.backbone, nn.Module, **({"input_shape": input_shape} if wants else {}))
+    if not isinstance(getattr(backbone, "num_features", None), int):
+        raise InputError(
+            f"backbone._target_={cfg.backbone._target_} has no num_features: set self.num_features to the width of "
+            "what its forward returns, (B, num_features)."
+        )
     if cfg.weights:
         from cl.backbones import load_backbone
 
@@ -157,7 +165,7 @@ def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
 
 
 def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Sort what the groups `report` and `logger` name: reports of ours, Lightning loggers, Lightning callbacks."""
+    """Sort what `report`, `logger` and `callbacks` name: reports of ours, Lightning loggers, Lightning callbacks."""
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
     from pytorch_lightning.loggers import Logger
@@ -167,7 +175,7 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
 
     parts = [
         make(part)
-        for group in ("report", "logger")
+        for group in ("report", "logger", "callbacks")
         for part in (cfg.get(group) or {}).values()
         if OmegaConf.is_config(part)
     ]

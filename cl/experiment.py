@@ -29,8 +29,7 @@ from cl.pause import Pause
 from cl.processes import replicated
 from cl.report import Report, Run, write_result
 from cl.task import Stream, Task
-
-TrainerFactory = Callable[..., pl.Trainer]
+from cl.trainer import TrainerFactory, check_arguments
 
 # Advice that does not apply: data are on the device already, and one Trainer learns one task.
 _NOISE = (
@@ -47,17 +46,6 @@ _NOISE = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*torch.jit.script. is deprecated.*",  # torch, of its own forward derivatives
 )
-
-
-# Of a Trainer, what would be overwritten, or end a task at a step that depends on the machine.
-_INSTEAD = {
-    "max_epochs": "epochs",
-    "max_steps": "epochs, or trainer.limit_train_batches (of an epoch)",
-    "max_time": "epochs, or trainer.limit_train_batches (of an epoch)",
-    "callbacks": "report",
-    "logger": "logger",
-    "val_check_interval": "report.every, which looks inside an epoch",
-}
 
 
 @contextmanager
@@ -131,9 +119,7 @@ class Experiment:
         tuning: Mapping[str, Any] | None = None,
         branch: Branch | None = None,
     ) -> None:
-        for key, value in getattr(trainer, "keywords", {}).items():
-            if key in _INSTEAD and value not in (None, False, -1):
-                raise InputError(f"trainer.{key}={value} has no place in a stream of tasks: use {_INSTEAD[key]}.")
+        check_arguments(trainer)
         if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
             raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
         if keep is not None and keep < 1:
@@ -275,12 +261,7 @@ class Experiment:
         self.instruments.call("after_task", self.learner, task)
 
     def _take_over(self, trainer: pl.Trainer) -> None:
-        """Give the learner what Lightning would count in chunks; refuse what would come before the projections."""
-        if trainer.gradient_clip_val is not None:
-            raise InputError(
-                f"trainer.gradient_clip_val={trainer.gradient_clip_val}: write gradient_clip="
-                f"{trainer.gradient_clip_val}, which clips after the strategies have projected."
-            )
+        """Give the learner what Lightning would count in chunks."""
         self.learner.accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
         self.learner.limit, trainer.limit_train_batches = trainer.limit_train_batches, 1.0
 

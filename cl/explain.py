@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from cl.errors import DivergenceError, InputError, unknown
@@ -36,6 +38,25 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for key, branch in tree.items() for k, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()}
+
+
+def nearest(key: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return the known keys that a key was probably meant to be: alike as a whole, or in their last word.
+
+    Args:
+        key: Dotted, as it was written.
+        known: The dotted keys of values; groups are found, too.
+        count: The most that are returned.
+
+    Example:
+        >>> known = ["optimizer.lr", "strategy.er.memory_size", "probes"]
+        >>> nearest("lr", known), nearest("probe", known), nearest("stratgy", known)
+        (['optimizer.lr'], ['probes'], ['strategy'])
+    """
+    keys = {".".join(name.split(".")[: n + 1]) for name in known for n in range(name.count(".") + 1)}
+    whole = difflib.get_close_matches(key, [k for k in keys if ("." in k) == ("." in key)], n=count, cutoff=0.6)
+    words = difflib.get_close_matches(key.rpartition(".")[2], {k.rpartition(".")[2] for k in keys}, cutoff=0.8)
+    return whole or [k for word in words for k in sorted(keys) if k.rpartition(".")[2] == word][:count]
 
 
 FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on
@@ -183,7 +204,6 @@ def _one_line(text: str) -> str:
 
 def readable(error: Exception) -> str:
     """Name the nearest keys where an override names a key that does not exist."""
-    import difflib
     from importlib.resources import files
 
     from hydra import compose, initialize_config_module
@@ -205,7 +225,7 @@ def readable(error: Exception) -> str:
     if "." not in key and own.is_dir():
         options = sorted(entry.name[:-5] for entry in own.iterdir() if entry.name.endswith(".yaml"))
         return f"{key} takes the name of an option, in a list where it takes several: {', '.join(options)}."
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    near = nearest(key, [*known, *groups_there()])
     if key in known:  # in a sweep, of another job
         return f"There is no key {key!r} with this choice of groups, as there is with others: leave it out here."
     hint = f"did you mean {' or '.join(near)}?" if near else "see cl-run --help for the keys."
@@ -216,6 +236,13 @@ def readable(error: Exception) -> str:
         return f"There is no key {key!r} in the configuration, as {option} is not chosen: add {group}={option}."
     new = f" (To hand a new one on, write +{key}=...)" if group in ("trainer", "stream", "strategy", "dataset") else ""
     return f"There is no key {key!r} in the configuration: {hint}{new}"
+
+
+def groups_there() -> list[str]:
+    """Return the groups of the configuration."""
+    from importlib.resources import files
+
+    return sorted(entry.name for entry in files("cl.conf").iterdir() if entry.is_dir() and entry.name[0].isalpha())
 
 
 def _flatten_keys(cfg: Any) -> list[str]:

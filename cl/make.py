@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
+from importlib.resources import files
 from typing import Any, TypeVar
 
 from cl.arguments import check_call, check_value
@@ -77,6 +79,17 @@ def made(node: Any, kind: type[T], *arguments: Any, **options: Any) -> T:
     return found
 
 
+def takes(node: Any, name: str) -> bool:
+    """Say whether what a configuration's `_target_` names takes an argument of that name; True where nobody knows."""
+    from hydra.utils import get_object
+
+    try:
+        parameters = inspect.signature(get_object(node._target_)).parameters
+    except Exception:  # `make` says what is wrong
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 class _Guarded(functools.partial[Any]):
     """What `_partial_` makes, whose arguments are seen only when it is called."""
 
@@ -119,7 +132,15 @@ def _check(node: Any) -> None:
     raw = {name: _ALIAS.fullmatch(str(node._get_node(name)._value())) for name in names}
     prefix = str(node._get_full_key(None))
     keys = {name: alias.group(1) if alias else f"{prefix}.{name}" for name, alias in raw.items()}
-    check_call(prefix, target, {name: _plain(node[name]) for name in names}, keys)
+    try:
+        check_call(prefix, target, {name: _plain(node[name]) for name in names}, keys)
+    except InputError as error:
+        custom = files("cl.conf").joinpath(prefix).joinpath("custom.yaml").is_file()
+        if "no argument of" not in str(error) or not custom or target.__module__.partition(".")[0] == "cl":
+            raise
+        raise InputError(
+            f"{error} Begin from {prefix}=custom, which has no arguments of another, or leave one out: ~{prefix}.NAME."
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from cl import distributed
 from cl.errors import InputError
 from cl.explain import cause
+from cl.trainer import TrainerFactory, check_arguments, quiet_trainer
 
-TrainerFactory = Callable[..., pl.Trainer]
 _PATIENCE = timedelta(hours=6)  # that the others have with process 0, which may wait for another run's reference
 _GRACE = 5.0  # seconds to end by oneself, once another process has failed
 
@@ -111,6 +110,7 @@ def _kind(factory: TrainerFactory) -> str:
 
 def _plan(factory: TrainerFactory) -> tuple[int, int]:
     """Return how many processes a run has, and how many of them are to be started here."""
+    check_arguments(factory)
     given = {"strategy": _kind(factory), "devices": 1, "num_nodes": 1, **getattr(factory, "keywords", {})}
     if (given["strategy"], given["devices"], given["num_nodes"]) == ("auto", 1, 1):
         return 1, 1
@@ -128,12 +128,8 @@ def _plan(factory: TrainerFactory) -> tuple[int, int]:
 
 
 def _trainer(factory: TrainerFactory) -> pl.Trainer:
-    nothing = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    try:
-        with _quiet():
-            return factory(**nothing, enable_model_summary=False)
-    except MisconfigurationException as error:
-        raise InputError(f"The Trainer cannot be made: {' '.join(str(error).split())}") from error
+    with _quiet():
+        return quiet_trainer(factory)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from cl.again import keep_command
 from cl.arguments import check_value
 from cl.errors import InputError, check_range
-from cl.explain import changes, flatten
+from cl.explain import changes, flatten, nearest
 from cl.files import write_text
 
 Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
@@ -27,9 +28,13 @@ _KEYS: dict[str, Any] = {
     },
     **{"report.points": Whole, "report.subset": int, "report.flops": bool, "scenario": Text, "strategy": Options},
     **{"report": Options, "logger": Options, "protocol": Options, "protocol.name": str, "protocol.num_tasks": Whole},
-    **{"protocol.tuned": Text, "from": Text, "deterministic": bool},
+    **{"protocol.tuned": Text, "from": Text, "deterministic": bool, "group": Text, "tags": Sequence[str]},
+    **{"callbacks": Options},
 }
 _NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
+_ROOT = {key.partition(".")[0] for key in _KEYS} | {*_NEEDED, "dataset", "scheduler"}
+_NAMED = ("report", "logger", "callbacks")  # groups of parts by name, each with a _target_
+_INTERPOLATED = re.compile(r"\$\{(\w+)")
 
 
 def settle(cfg: Any, directory: Path) -> dict[str, Any]:
@@ -103,9 +108,15 @@ def _read(path: Path) -> Any:
 
 
 def _check(cfg: Any) -> None:
-    """Refuse groups that are not there, and values of the wrong type."""
+    """Refuse keys that nothing reads, groups that are not there, and values of the wrong type."""
     from omegaconf import OmegaConf
 
+    strangers = _unread(cfg)
+    for key in strangers:
+        known = flatten(OmegaConf.to_container(cfg, resolve=False))
+        near = nearest(key, [k for k in known if not any(f"{k}.".startswith(f"{s}.") for s in strangers)])
+        hint = f"did you mean {' or '.join(near)}?" if near else "cl-run --help lists the keys."
+        raise InputError(f"Nothing reads the key {key!r}: {hint}")
     for group in _NEEDED:
         if cfg.get(group) is None:
             raise InputError(f"There is no {group}: choose one, as cl-run --help lists them.")
@@ -116,3 +127,18 @@ def _check(cfg: Any) -> None:
             check_value(key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, annotation)
     check_range("", 0, seed=cfg.seed, epochs=cfg.epochs)
     check_range("", 0, above=True, gradient_clip=cfg.gradient_clip)
+
+
+def _unread(cfg: Any) -> list[str]:
+    """Return the keys that nothing reads: neither a part of ours, nor a `_target_`, nor another value by `${key}`."""
+    from omegaconf import OmegaConf
+
+    raw: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    read = {key for value in flatten(raw).values() for key in _INTERPOLATED.findall(str(value))}
+    found = [key for key in raw if key not in _ROOT | read]
+    for group in ("checkpoint", "protocol", "report", "logger", "callbacks"):
+        for name, value in (raw.get(group) or {}).items():
+            part = group in _NAMED and (value is None or isinstance(value, dict))  # made by its _target_
+            if not part and f"{group}.{name}" not in _KEYS:
+                found.append(f"{group}.{name}")
+    return found

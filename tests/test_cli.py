@@ -108,7 +108,7 @@ def test_a_single_row_for_batch_norm_is_one_sentence():
     assert explain.cause(ValueError("another")) is None
 
 
-@pytest.mark.parametrize("key", ["trainer.check_val_every_n_epoch=2", "trainer.limit_val_batches=0"])
+@pytest.mark.parametrize("key", ["trainer.check_val_every_n_epoch=2"])
 def test_a_schedule_of_validation_losses_needs_them_every_epoch(cl_run, tmp_path, key):
     watched = ["scheduler=plateau", "stream.val_fraction=0.1", f"+{key}"]
     result = cl_run(*watched, *SMALL, "hydra.run.dir=out", cwd=tmp_path)
@@ -238,3 +238,87 @@ def test_a_key_of_another_job_of_a_sweep_is_told_as_such(cl_run, tmp_path: Path)
 def test_a_search_without_its_extra_names_the_extra():
     error = MissingConfigException("In 'hydra/sweeper/tune': Could not load 'hydra/sweeper/optuna'", None)
     assert "clsim[tune]" in explain.missing(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("+epoch=1", "epochs"),
+        ("+lr=0.1", "optimizer.lr"),
+        ("+probe=[ridge]", "probes"),
+        ("+reference=[experts]", "references"),
+        ("+memory_size=10", "strategy.er.memory_size"),
+        ("+report.point=10", "report.points"),
+        ("+checkpoint.evry=5", "checkpoint.every"),
+        ("+logger.csw=3", "logger.csv"),
+        ("+callbacks.x=3", ""),
+        ("+ckpt_path=x", ""),
+        ("+seeed=1", "seed"),
+        ("stratgy=gpm", "strategy"),
+        ("datset=mnist", "dataset"),
+        ("backbon=mlp", "backbone"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused_with_the_nearest_before_anything_is_written(
+    key, near, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["cl-run", "hydra.run.dir=out", "trainer.accelerator=cpu", key])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = str(stopped.value)
+    assert key.lstrip("+").partition("=")[0] in said and (f"did you mean {near}" in said if near else "--help" in said)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log"]
+
+
+def test_a_key_that_another_one_reads_is_no_stranger(tmp_path, monkeypatch):
+    arguments = ["+width=7", "backbone.hidden=['${width}']", "report=quiet", "logger=none", "stream.num_tasks=2"]
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["cl-run", f"hydra.run.dir={tmp_path}", "epochs=1", *arguments])
+    main()
+    assert (tmp_path / "result.json").exists()
+
+
+NET = """
+import torch
+from torch import nn
+from pytorch_lightning import Callback
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.layer, self.num_features = nn.Linear(64, width), width
+    def forward(self, x):
+        return torch.relu(self.layer(x.flatten(1)))
+
+class Bare(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 8)
+
+class Count(Callback):
+    def on_train_start(self, trainer, module):
+        with open("counted", "a") as file:
+            file.write("x")
+"""
+
+
+def test_a_backbone_and_a_callback_of_ones_own_take_a_line(cl_run, tmp_path):
+    (tmp_path / "mine.py").write_text(NET)
+    own = ["backbone=custom", "backbone._target_=mine.Net", "+backbone.width=24", "+callbacks.c._target_=mine.Count"]
+    result = cl_run(*own, *SMALL, "hydra.run.dir=out", "report=quiet", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "counted").read_text() == "xx"  # a task each
+    for arguments, words in {
+        ("backbone=custom", "backbone._target_=mine.Bare"): "has no num_features: set self.num_features",
+        ("backbone._target_=mine.Net", "+backbone.width=24"): "Begin from backbone=custom",
+    }.items():
+        result = cl_run(*arguments, *SMALL, "hydra.run.dir=other", cwd=tmp_path)
+        assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_debug_trains_five_minibatches_a_task(cl_run, tmp_path):
+    result = cl_run("debug=default", "stream.num_tasks=2", "report=quiet", "hydra.run.dir=out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "out" / "resources.csv").read_text().splitlines()))
+    assert [int(row["steps"]) for row in rows] == [5, 5]

@@ -187,7 +187,7 @@ def test_stopping_early_begins_anew_with_each_task_and_stays_stopped(tmp_path: P
         ("max_epochs", 7, "epochs"),
         ("max_steps", 3, "limit_train_batches"),
         ("max_time", "00:00:01:00", "epochs"),
-        ("callbacks", [pl.Callback()], "report"),
+        ("callbacks", [pl.Callback()], "callbacks"),
         ("val_check_interval", 0.5, r"report\.every"),
     ],
 )

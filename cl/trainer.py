@@ -1,0 +1,179 @@
+"""What a run lets a user set of Lightning's Trainer, and what it sets itself.
+
+A run makes one Trainer to fit a task and one to measure a row of R. An argument that would cut what R is measured on,
+or that the run sets itself, is refused before anything is written, with what to use instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from cl.errors import InputError
+
+TrainerFactory = Callable[..., pl.Trainer]
+
+# Handed on: they say where and how precisely the run computes, or what is looked at beside it.
+PASSED_ON = frozenset(
+    {"accelerator", "strategy", "devices", "num_nodes", "precision", "deterministic", "benchmark", "profiler"}
+    | {"detect_anomaly", "plugins", "sync_batchnorm", "min_epochs", "check_val_every_n_epoch"}
+    | {"limit_train_batches", "accumulate_grad_batches"}
+)
+# Without effect here, whatever their value: the run has its own loader, and loggers of its own.
+HARMLESS = frozenset(
+    {"inference_mode", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "default_root_dir"}
+    | {"enable_autolog_hparams", "limit_predict_batches"}
+)
+_WHOLE = (
+    "a run measures every task's test and validation set whole, or R is of other rows than it says: make the sets "
+    "smaller in the stream (stream.val_fraction, dataset.test_fraction), or read a subset inside tasks "
+    "(report.points, report.subset)"
+)
+# Refused, with what to use.
+INSTEAD: Mapping[str, str] = {
+    "limit_val_batches": _WHOLE,
+    "limit_test_batches": _WHOLE,
+    "fast_dev_run": "it would cut test sets to one batch: use debug=default, or epochs=1 trainer.limit_train_batches=5",
+    "overfit_batches": "it would cut test sets, too: use debug=default, or trainer.limit_train_batches",
+    "max_epochs": "use epochs",
+    "max_steps": "use epochs, or trainer.limit_train_batches (of an epoch)",
+    "min_steps": "use trainer.min_epochs",
+    "max_time": "a task would end at a step that depends on the machine: use epochs, or trainer.limit_train_batches",
+    "callbacks": "use the group callbacks (callbacks=early_stopping, or +callbacks.mine._target_=...)",
+    "logger": "use the group logger",
+    "model_registry": "use the group logger",
+    "val_check_interval": "use report.every, which looks inside an epoch",
+    "log_every_n_steps": "use log_every",
+    "num_sanity_val_steps": "row 0 of R, of the untrained learner, is measured anyway: drop it",
+    "enable_checkpointing": "use checkpoint.keep and checkpoint.every",
+    "enable_progress_bar": "use the group report",
+    "enable_model_summary": "use callbacks=model_summary",
+    "gradient_clip_val": "use gradient_clip, which clips after the strategies have projected",
+    "gradient_clip_algorithm": "use gradient_clip, which clips the norm after the strategies have projected",
+    "barebones": "reports would be missing: use report=quiet logger=none checkpoint.every=null",
+}
+# What holds anyway may be said; compared by type, too, since 1 means one batch and 1.0 all of them.
+_HOLDS: Mapping[str, tuple[Any, ...]] = {
+    "limit_val_batches": (1.0,),
+    "limit_test_batches": (1.0,),
+    "fast_dev_run": (False, 0),
+    "overfit_batches": (0, 0.0),
+    "max_steps": (-1,),
+    "callbacks": ([],),
+    "logger": (False,),
+    "val_check_interval": (1.0,),
+    "num_sanity_val_steps": (0,),
+    "enable_checkpointing": (False,),
+    "enable_progress_bar": (False,),
+    "enable_model_summary": (False,),
+    "gradient_clip_val": (0, 0.0),
+    "barebones": (False,),
+}
+_VARIABLE = "PL_TRAINER_"  # Lightning takes any argument from the environment, too
+
+
+def check_arguments(factory: TrainerFactory) -> None:
+    """Refuse what a factory of Trainers sets, or Lightning's environment variables do, and a run could not keep.
+
+    Args:
+        factory: A partial of `pl.Trainer`; of any other callable, one Trainer is made and looked at.
+
+    Raises:
+        InputError: Naming the argument, its value and what to use.
+
+    Example:
+        >>> check_arguments(functools.partial(pl.Trainer, limit_test_batches=7))
+        Traceback (most recent call last):
+        cl.errors.InputError: trainer.limit_test_batches=7: a run measures every task's test and validation set whole, \
+or R is of other rows than it says: make the sets smaller in the stream (stream.val_fraction, dataset.test_fraction), \
+or read a subset inside tasks (report.points, report.subset).
+    """
+    for name, value in _from_environment().items():
+        _check(name, value, f"The environment variable {_VARIABLE}{name.upper()}")
+    given = getattr(factory, "keywords", {})
+    for name, value in given.items():
+        _check(name, value, f"trainer.{name}")
+    if not (isinstance(factory, functools.partial) and factory.func is pl.Trainer):
+        check_made(quiet_trainer(factory))
+
+
+def check_made(trainer: pl.Trainer) -> None:
+    """Refuse a Trainer that would cut what R is measured on, whoever made it.
+
+    Raises:
+        InputError: Naming the argument, its value and what to use.
+    """
+    limits = "fast_dev_run", "overfit_batches", "limit_val_batches", "limit_test_batches", "limit_train_batches"
+    for name in (*limits, "accumulate_grad_batches", "gradient_clip_val"):
+        _check(name, getattr(trainer, name), f"trainer.{name}")
+
+
+def _check(name: str, value: Any, where: str) -> None:
+    holds = value is None or any(value == said and type(value) is type(said) for said in _HOLDS.get(name, ()))
+    if name in INSTEAD and not holds:
+        raise InputError(f"{where}={value}: {INSTEAD[name]}.")
+    if name == "limit_train_batches" and value is not None and not _is_positive(value):
+        raise InputError(
+            f"{where}={value} would train on nothing: give a number of minibatches of an epoch (1 or more), or a "
+            "fraction of it above 0."
+        )
+    if name == "accumulate_grad_batches" and not (isinstance(value, int) and value >= 1):
+        raise InputError(f"{where}={value} makes no step of the optimizer: give 1 or more minibatches.")
+    if name == "check_val_every_n_epoch" and isinstance(value, int) and value < 1:
+        raise InputError(f"{where}={value} must be 1 or more epochs.")
+    if name == "num_nodes" and value != 1 and not _is_started_by_a_cluster():
+        raise InputError(
+            f"{where}={value}: nobody has started processes on other machines, and the run would wait for them for "
+            "ever: start it by torchrun or Slurm on each, or leave num_nodes at 1."
+        )
+
+
+def _is_positive(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value >= 1 if whole else isinstance(value, float) and 0 < value <= 1
+
+
+def _is_started_by_a_cluster() -> bool:
+    from lightning_fabric.plugins.environments import lsf, mpi, slurm, torchelastic
+
+    if {"MASTER_ADDR", "NODE_RANK", "LOCAL_RANK"} & set(os.environ):  # by hand, as Lightning's own environment has it
+        return True
+    clusters = (
+        *(torchelastic.TorchElasticEnvironment, slurm.SLURMEnvironment),
+        *(lsf.LSFEnvironment, mpi.MPIEnvironment),
+    )
+    return any(cluster.detect() for cluster in clusters)
+
+
+def _from_environment() -> dict[str, Any]:
+    names = (name for name in inspect.signature(pl.Trainer.__init__).parameters if name != "self")
+    found = {name: os.environ.get(f"{_VARIABLE}{name.upper()}") for name in names}
+    return {name: _parsed(text) for name, text in found.items() if text is not None}
+
+
+def _parsed(text: str) -> Any:
+    from ast import literal_eval
+
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def quiet_trainer(factory: TrainerFactory) -> pl.Trainer:
+    """Return a Trainer of a factory that writes and shows nothing.
+
+    Raises:
+        InputError: If Lightning refuses its arguments.
+    """
+    nothing = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    try:
+        return factory(**nothing, enable_model_summary=False)
+    except MisconfigurationException as error:
+        raise InputError(f"The Trainer cannot be made: {' '.join(str(error).split())}") from error

@@ -139,6 +139,18 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     return torch.einsum("bij,bjhw->bihw", torch.linalg.inv(yiq) @ rotation @ yiq, images)
 
 
+def to_floats(x: Tensor) -> Tensor:
+    """Return bytes, which are pixels, as floats in [0, 1]; other whole numbers (tokens, counts, 0 and 1) as they are.
+
+    Example:
+        >>> to_floats(torch.tensor([51], dtype=torch.uint8)).item(), to_floats(torch.tensor([42])).item()
+        (0.20000000298023224, 42.0)
+    """
+    if x.is_floating_point():
+        return x
+    return x.to(torch.float32).div_(255.0) if x.dtype == torch.uint8 else x.to(torch.float32)
+
+
 class Normalize(nn.Module):
     """Subtract the mean and divide by the standard deviation of each channel; uint8 is divided by 255 first.
 
@@ -169,8 +181,8 @@ class Normalize(nn.Module):
         self.register_buffer("byte_scale", (scale / 255).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map raw (B, C, ...) of uint8 or floats to new floats of the same shape: x * scale + shift."""
-        scale, shift = self.scale if x.is_floating_point() else self.byte_scale, self.shift
+        """Map raw (B, C, ...) of bytes, other numbers or floats to new floats of the same shape: x * scale + shift."""
+        scale, shift = self.byte_scale if x.dtype == torch.uint8 else self.scale, self.shift
         if len(shift) > 1:
             shape = (-1, *[1] * (x.ndim - 2))
             scale, shift = scale.view(shape), shift.view(shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cl.augment import Normalize
 from cl.errors import InputError
+from cl.labels import with_rows
 from cl.random import derive
 from cl.rows import Rows, as_rows, first_not_finite, parts
 from cl.target import TARGETS
@@ -193,6 +194,8 @@ def make_dataset(
 ) -> Dataset:
     """Return the dataset with the mean and std that were asked for, or else its own; float inputs have none.
 
+    Classes without a training row are left out, see `cl.labels.with_rows`.
+
     Args:
         name: What reports call it.
         arrays: `train_x`, `train_y`, `test_x`, `test_y`; and `mean` and `std` where they are known.
@@ -205,6 +208,8 @@ def make_dataset(
     """
     x = [as_rows(arrays[part]) for part in ("train_x", "test_x")]
     y = [torch.as_tensor(arrays[part]) for part in ("train_y", "test_y")]
+    if target == "label":
+        y[0], y[1], class_names = with_rows(name, y[0], y[1], class_names)
     if not normalize:
         mean, std = (0.0,), (1.0,)
     elif x[0].dtype == torch.uint8 and len(x[0].shape) == 4 and len(x[0]) and (mean is None or std is None):

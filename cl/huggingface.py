@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError
 from cl.images import decoded_images
-from cl.own_data import number_classes
+from cl.labels import number_classes
 
 _BATCH = 1000  # rows that are read at a time
 
@@ -40,8 +40,10 @@ def huggingface(
 ) -> Dataset:
     """Load a Hugging Face dataset that `save_to_disk` wrote; needs `pip install 'clsim[huggingface]'`.
 
-    Inputs are pictures (the feature `Image`), arrays of bytes (C, H, W) or (H, W), or arrays of floats. Labels are a
-    `ClassLabel`, integers or text; the last two are numbered in ascending order.
+    Inputs are pictures (the feature `Image`, turned by their EXIF orientation as the library shows them), arrays of
+    bytes (C, H, W) or (H, W), or arrays of floats. Labels are a `ClassLabel`, integers or text; the last two are
+    numbered in ascending order. Test labels are read by the names that the test split gives them. Classes without a
+    training row are left out.
 
     Args:
         path: The folder: of a `DatasetDict`, or of one `Dataset`, which is then the training split.
@@ -64,7 +66,7 @@ def huggingface(
 
     Raises:
         InputError: If the library, folder, split or column is missing, a picture cannot be read, sizes differ without
-            `image_size`, or a label is missing or never trained.
+            `image_size`, a label is missing or never trained, or one split names its labels and the other does not.
     """
     path = Path(path)
     splits = _splits(path, train, test)
@@ -129,23 +131,34 @@ def _split(data: Any, name: str) -> _Split:
 
 def _labels(splits: Mapping[str, _Split], column: str) -> tuple[dict[str, Array], list[str]]:
     """Return labels 0..C-1 of each split, and the names of the classes."""
-    cells = {part: list(split.data[column]) for part, split in splits.items()}
-    feature = splits["train"].data.features[column]
-    if hasattr(feature, "names"):
-        names = list(feature.names)
-        number: dict[Any, int] = {c: c for c in range(len(names))}
-    else:
-        known = {cell for cell in cells["train"] if isinstance(cell, int | str)}
-        names = number_classes(map(str, known))
-        number = {cell: names.index(str(cell)) for cell in known}
+    named = {part: getattr(split.data.features[column], "names", None) for part, split in splits.items()}
+    cells = {part: _called(list(split.data[column]), named[part]) for part, split in splits.items()}
+    for part, split in splits.items():
+        numbers = all(isinstance(cell, int) for cell in cells[part])
+        if numbers and named["train"] is not None and named[part] is None:
+            raise InputError(
+                f"{split.name} has numbers as labels, of which {splits['train'].name} alone says the names: give both "
+                f"the same ClassLabel, by cast_column({column!r}, ...)."
+            )
+    known = set(named["train"] or (cell for cell in cells["train"] if isinstance(cell, int | str)))
+    names = number_classes(map(str, known)) if named["train"] is None else list(named["train"])
+    place = {name: c for c, name in enumerate(names)}
+    number = {cell: place[str(cell)] for cell in known}
     for part, labels in cells.items():
         for i, cell in enumerate(labels):
             if not isinstance(cell, int | str) or cell not in number:
                 raise InputError(
-                    f"{splits[part].where(i)} has the label {cell!r}, where {len(names)} classes are known from the "
+                    f"{splits[part].where(i)} has the label {cell!r}, where {len(number)} classes are known from the "
                     "training split, each an integer or text: leave the row out."
                 )
     return {part: np.array([number[cell] for cell in labels]) for part, labels in cells.items()}, names
+
+
+def _called(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
+    """Return labels by their names, where they have such."""
+    if names is None:
+        return labels
+    return [names[c] if isinstance(c, int) and 0 <= c < len(names) else c for c in labels]
 
 
 def _draw(split: _Split, y: Array, fraction: float, seed: int) -> tuple[dict[str, _Split], dict[str, Array]]:
@@ -195,7 +208,9 @@ def _decode(
 
     pictures = {part: _Pictures(split, column) for part, split in splits.items()}
     files = [Path(file["filename"]) for split in splits.values() for file in split.data.cache_files]
-    return decoded_images("huggingface", pictures, path, image_size, channels, cache, cache_dir, files, chosen, name)
+    return decoded_images(
+        "huggingface", pictures, path, image_size, channels, cache, cache_dir, files, chosen, name, True
+    )
 
 
 def _arrays(split: _Split, column: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from cl.cache import Allocate, decoded
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError
+from cl.pictures import eight_bits
 from cl.rows import let_go
 
 _log = logging.getLogger(__name__)
@@ -27,16 +28,30 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 Pixels = npt.NDArray[np.uint8]
 _BLOCK = 256  # images that a thread decodes at a time
 _OPENING = threading.Lock()
+# Folders that a system or a program puts beside a person's own; hidden ones begin with a dot.
+_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"}
+_SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+
+def of_a_person(name: str) -> bool:
+    """Return whether a file or folder is one that a person made: not hidden, and none of a system's.
+
+    Example:
+        >>> [of_a_person(name) for name in ("cat", ".ipynb_checkpoints", "@eaDir", "__MACOSX")]
+        [True, False, False, False]
+    """
+    return name[0] != "." and name not in _SYSTEMS
 
 
 def list_images(folder: Path) -> list[tuple[Path, str]]:
     """Return (file, class) of every image below a folder, in the order of class and path.
 
-    The class is the folder's direct child, however deep the file lies below it; or, where the folder holds
+    The class is the folder's direct child, however deep the file lies below it; what is hidden or a system's
+    (`.ipynb_checkpoints`, `@eaDir`, `__MACOSX`) is left out at every level. Or, where the folder holds
     `<folder>_annotations.txt` (Tiny-ImageNet), what a line `file<TAB>class<TAB>...` there says of `images/file`.
 
     Raises:
-        InputError: If the folder or its images are missing, or a class has none.
+        InputError: If the folder or its images are missing, a link leads nowhere, or a class has no image.
     """
     notes = folder / f"{folder.name}_annotations.txt"
     if notes.is_file():
@@ -51,13 +66,8 @@ def list_images(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: put one folder of images a class into it, or name another.")
     found: list[tuple[Path, str]] = []
-    for label in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."):
-        files = [
-            os.path.join(place, name)
-            for place, _, names in os.walk(folder / label, followlinks=True)
-            for name in names
-            if name[0] != "." and name.lower().endswith(SUFFIXES)
-        ]
+    for label in sorted(folders_in(folder)):
+        files = _below(folder / label)
         if not files:
             raise InputError(f"{folder / label} holds no image ({', '.join(SUFFIXES)}): add some or remove the folder.")
         found += [(Path(file), label) for file in sorted(files)]
@@ -66,8 +76,47 @@ def list_images(folder: Path) -> list[tuple[Path, str]]:
     return found
 
 
+def folders_in(folder: Path) -> list[str]:
+    """Return the names of a person's folders in a folder, in no order.
+
+    Raises:
+        InputError: If one is a link that leads nowhere.
+    """
+    entries = [entry for entry in os.scandir(folder) if of_a_person(entry.name)]
+    for entry in entries:
+        if entry.is_symlink() and not entry.name.lower().endswith(SUFFIXES):
+            _check_link(entry.path)
+    return [entry.name for entry in entries if entry.is_dir()]
+
+
+def _below(folder: Path) -> list[str]:
+    """Return every image below a folder, each place once, however links lead there."""
+    files, known = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in known:
+            folders.clear()
+            continue
+        known.add(here)
+        folders[:] = filter(of_a_person, folders)  # the others are not walked into
+        files += [os.path.join(place, n) for n in names if of_a_person(n) and n.lower().endswith(SUFFIXES)]
+    for file in files:
+        _check_link(file)
+    return files
+
+
+def _check_link(path: str) -> None:
+    if not os.path.exists(path):
+        to = os.readlink(path) if os.path.islink(path) else "nothing"
+        raise InputError(f"{path} is a link to {to}, which is not there: restore it or remove the link.")
+
+
 def read_image(
-    file: Path | IO[bytes], channels: int = 3, size: tuple[int, int] | None = None, name: str | None = None
+    file: Path | IO[bytes],
+    channels: int = 3,
+    size: tuple[int, int] | None = None,
+    name: str | None = None,
+    exif_orientation: bool = False,
 ) -> Pixels:
     """Return an image as uint8 (C, H, W).
 
@@ -76,19 +125,21 @@ def read_image(
         channels: 3 for colour, 1 for grey.
         size: (H, W) to crop to shape, centred, and resize to; None keeps the image's own.
         name: What an error calls it; None means the file.
+        exif_orientation: Whether to turn and mirror it as its EXIF data say, which viewers do; else pixels stay as
+            they are stored. TIFF's own orientation always acts.
 
     Raises:
-        InputError: If it cannot be read, or Pillow warns of its pixels.
+        InputError: If it cannot be read, has more than 8 bits a channel, or Pillow warns of its pixels.
     """
     from PIL import Image, ImageOps
 
     try:
         with _open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits a channel")
-            clear = image.mode == "P" and "transparency" in image.info
-            opaque = image.convert("RGBA") if clear else image  # without a warning
-            picture = opaque.convert("RGB" if channels == 3 else "L")
+            picture = eight_bits(image, channels)
+        if exif_orientation:
+            with _OPENING, warnings.catch_warnings():  # EXIF holds no pixels
+                warnings.simplefilter("ignore")
+                picture = ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name or file} cannot be read as an image ({error}): replace or remove it.") from error
     if size is not None and picture.size != size[::-1]:
@@ -120,6 +171,7 @@ def decode(
     size: tuple[int, int] | None,
     allocate: Callable[[tuple[int, ...]], Pixels],
     name: Callable[[int], str] | None = None,
+    exif_orientation: bool = False,
 ) -> Pixels:
     """Return images as uint8 (N, C, H, W), decoded by all cores into what `allocate` gives for that shape.
 
@@ -129,17 +181,18 @@ def decode(
         size: (H, W) to crop and resize to; None asks that all have the size of the first.
         allocate: Gives the array to fill.
         name: What errors call the image of a position; None means its file.
+        exif_orientation: See `read_image`.
 
     Raises:
         InputError: If one cannot be read, or has another size than the first where `size` is None.
     """
     called = name or (lambda row: str(files[row]))
-    shape = read_image(files[0], channels, size, called(0)).shape
+    shape = read_image(files[0], channels, size, called(0), exif_orientation).shape
     out = allocate((len(files), *shape))
 
     def fill(start: int) -> None:
         for row in range(start, min(start + _BLOCK, len(files))):
-            pixels = read_image(files[row], channels, size, called(row))
+            pixels = read_image(files[row], channels, size, called(row), exif_orientation)
             if pixels.shape != shape:
                 here, there = ("x".join(map(str, s[1:])) for s in (pixels.shape, shape))
                 raise InputError(
@@ -165,6 +218,7 @@ def decoded_images(
     files: Sequence[Path] | None = None,
     chosen: object = None,
     name: Callable[[str, int], str] | None = None,
+    exif_orientation: bool = False,
 ) -> dict[str, Array]:
     """Return `<part>_x` of every part, uint8 (N, C, H, W), and the mean and std of the training images.
 
@@ -179,6 +233,7 @@ def decoded_images(
         files: The files that the images are read from; None means the images.
         chosen: How images are chosen among those of the files.
         name: What errors call the image of a part and position; None means its file.
+        exif_orientation: See `read_image`.
 
     Raises:
         InputError: As `decode` and `cl.cache.cached` do, or if `channels` or `image_size` cannot be.
@@ -191,13 +246,18 @@ def decoded_images(
         _log.info("Decoding the %d images of %s.", sum(map(len, parts.values())), root)
         return {
             f"{part}_x": decode(
-                images, channels, size, partial(allocate, f"{part}_x"), None if name is None else partial(name, part)
+                images,
+                channels,
+                size,
+                partial(allocate, f"{part}_x"),
+                None if name is None else partial(name, part),
+                exif_orientation,
             )
             for part, images in parts.items()
         }
 
     every: Any = [image for images in parts.values() for image in images] if files is None else files
-    settings = ({part: len(images) for part, images in parts.items()}, size, channels, chosen)
+    settings = ({part: len(images) for part, images in parts.items()}, size, channels, chosen, exif_orientation)
     return decoded(key, every, root, settings, build, cache, cache_dir)
 
 
@@ -207,6 +267,7 @@ def image_folder(
     test: str | None = "test",
     image_size: int | Sequence[int] | None = None,
     channels: int = 3,
+    exif_orientation: bool = False,
     test_fraction: float = 0.2,
     seed: int = 0,
     name: str | None = None,
@@ -228,6 +289,7 @@ def image_folder(
         image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
             None means that all have one size already.
         channels: 3 for colour, 1 for grey.
+        exif_orientation: Whether to turn pictures as their EXIF data say, as viewers do; else they stay as stored.
         test_fraction: Share of each class that becomes the test set where `test` is None.
         seed: Seed of that split.
         name: What reports call it; None means the name of the root.
@@ -248,7 +310,9 @@ def image_folder(
     number = {label: c for c, label in enumerate(names)}
     files = {part: [file for file, _ in rows] for part, rows in parts.items()}
     check_disjoint(root.name, files["train"], files["test"])
-    arrays = decoded_images("image_folder", files, root, image_size, channels, cache, cache_dir)
+    arrays = decoded_images(
+        "image_folder", files, root, image_size, channels, cache, cache_dir, exif_orientation=exif_orientation
+    )
     labels = {f"{part}_y": np.array([number[label] for _, label in rows]) for part, rows in parts.items()}
     return make_dataset(name or root.resolve().name, arrays | labels, names, normalize, mean, std, augment)
 

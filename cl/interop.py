@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from cl.augment import to_floats
 from cl.errors import InputError
 from cl.random import Random
 from cl.task import Stream, TaskData
@@ -192,9 +193,7 @@ class _Examples(Dataset[tuple[Tensor, int]]):
 
 @torch.no_grad()
 def _prepare(x: Tensor, normalize: nn.Module | None) -> Tensor:
-    if normalize is not None:
-        x = normalize(x)
-    return x.to(torch.float32) if x.is_floating_point() else x.to(torch.float32) / 255
+    return to_floats(x if normalize is None else normalize(x)).to(torch.float32)
 
 
 def _row(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cl import distributed
+from cl.augment import to_floats
 from cl.curves import Curves
 from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
@@ -189,10 +190,7 @@ class Learner(pl.LightningModule):
             x = self.augment(x, self.augment_random.generator)
         if self._convolves and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        if self.normalize is not None:
-            x = self.normalize(x)
-        elif not x.is_floating_point():
-            x = x.to(torch.float32).div_(255.0)
+        x = to_floats(x) if self.normalize is None else self.normalize(x)
         return x.to(self.dtype)
 
     def compile(self, mode: str = "default") -> None:

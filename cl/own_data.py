@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,20 +41,6 @@ class Float32:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         return self.rows[index].to(torch.float32)
-
-
-def number_classes(labels: Iterable[str]) -> list[str]:
-    """Return the distinct labels in ascending order: as numbers where all are numbers, else as text.
-
-    Example:
-        >>> number_classes(["10", "9", "10"]), number_classes(["b", "10", "a"])
-        (['9', '10'], ['10', 'a', 'b'])
-    """
-    names = sorted(set(labels))
-    try:
-        return sorted(names, key=float)
-    except ValueError:
-        return names
 
 
 def by_task(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import InputError
+from cl.pictures import eight_bits
 
 RESIDENT = 2**30  # bytes; what takes more stays in its file
 PART = 2**26  # bytes that are read at a time
@@ -91,14 +92,14 @@ class Items:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        first = to_tensor(dataset[0][0])
+        first = to_tensor(dataset[0][0], "The input of item 0 of the dataset")
         self.shape, self.dtype = torch.Size((len(dataset), *first.shape)), first.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        items = [to_tensor(self.dataset[row][0]) for row in index.tolist()]
+        items = [to_tensor(self.dataset[row][0], f"The input of item {row} of the dataset") for row in index.tolist()]
         return torch.stack(items) if items else torch.empty(0, *self.shape[1:], dtype=self.dtype)
 
 
@@ -113,6 +114,8 @@ def open_array(path: str | Path) -> Rows:
         if not isinstance(found, np.ndarray):
             found.close()
             raise InputError(f"{path} holds several arrays: write the one that is meant with numpy.save.")
+        if found.ndim == 0:
+            raise InputError(f"{path} holds a single number: write an array with one row an example.")
         return as_rows(found)
     except InputError:
         raise
@@ -155,8 +158,17 @@ def let_go(array: Any) -> None:
         array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
-def to_tensor(x: Any) -> Tensor:
-    """Return an input as a tensor; a picture as uint8 (C, H, W).
+def to_tensor(x: Any, what: str = "An input") -> Tensor:
+    """Return an input as a tensor; a picture as uint8 (C, H, W), grey or in its colours.
+
+    Numbers stay as they are; of whole ones, unsigned of more than 8 bits become int64, in which torch can index.
+
+    Args:
+        x: A tensor, an array, a number, a list of numbers, or a picture of Pillow.
+        what: What an error calls it.
+
+    Raises:
+        InputError: If it is nothing of this, a picture has more than 8 bits a channel, or a tensor is sparse.
 
     Example:
         >>> from PIL import Image
@@ -164,9 +176,33 @@ def to_tensor(x: Any) -> Tensor:
         torch.Size([1, 3, 4])
     """
     if hasattr(x, "getbands"):  # PIL
-        pixels = np.asarray(x)
+        try:
+            pixels = np.asarray(eight_bits(x))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{what} is a picture of mode {x.mode} that cannot be taken ({error}): bring it to 8 bits a channel, "
+                "or give an array of floats."
+            ) from error
         return torch.from_numpy(pixels[None].copy() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
-    return torch.as_tensor(np.asarray(x)) if not isinstance(x, Tensor) else x
+    if isinstance(x, Tensor):
+        if x.layout != torch.strided or x.is_nested or x.is_complex():
+            kind = "complex" if x.is_complex() else "sparse or nested"
+            raise InputError(f"{what} is a {kind} tensor: give a dense one of real numbers.")
+        return x.detach().cpu()
+    if isinstance(x, np.ma.MaskedArray):
+        raise InputError(f"{what} is a masked array, whose mask would be lost: fill it, by x.filled(value).")
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError):
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{what} is of type {type(x).__name__}: give one array or tensor of numbers, or a picture.")
+    if array.dtype.kind == "u" and array.dtype != np.uint8:
+        if array.size and int(array.max()) >= 2**63:
+            raise InputError(f"{what} holds {int(array.max())}, more than 64 bits with a sign can say: give floats.")
+        return torch.from_numpy(array.astype(np.int64))
+    native = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=native))
 
 
 def row_bytes(x: Rows) -> int:

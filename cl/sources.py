@@ -17,8 +17,8 @@ from cl.cache import Allocate, decoded
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError, check_range, unknown
 from cl.images import image_folder as image_folder
+from cl.items import read_sides
 from cl.random import derive
-from cl.task import TaskData
 
 TORCHVISION = {
     "mnist": "MNIST",
@@ -139,28 +139,30 @@ def map_style(
     """Read any two map-style datasets of (input, label) items into arrays, once.
 
     Args:
-        train: Training items; pictures become uint8 (C, H, W), arrays and tensors stay as they are.
+        train: Training items; pictures become uint8 (C, H, W), grey or in their colours; arrays and tensors stay as
+            they are.
         test: Test items.
         name: What reports call it.
-        class_names: One name a class; None means the labels.
+        class_names: One name a class that has rows, or a label from 0 on; None means what both datasets say
+            (`class_to_idx`), by which their labels are matched, or the labels.
         normalize: See `digits`.
         mean: See `digits`; float inputs are left as they are where it is None.
         std: As `mean`.
         augment: Train-time augmentation, in place of what the items' own transforms would draw.
 
     Raises:
-        InputError: If there are no items, or their shapes differ.
+        InputError: If there are no items, or one is no pair of an input and a label, or of another shape or type.
 
     Example:
         >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
         >>> map_style(pairs, pairs).class_names
         ('0', '1')
     """
-    sides = {"train": TaskData.from_dataset(train), "test": TaskData.from_dataset(test)}
-    arrays = {f"{part}_{k}": getattr(data, k) for part, data in sides.items() for k in ("x", "y")}
-    arrays |= {key: x.float() for key, x in arrays.items() if x.dtype == torch.float64}
-    names = class_names or [str(c) for c in range(int(sides["train"].y.max()) + 1)]
-    return make_dataset(name, arrays, names, normalize, mean, std, augment)
+    x, y, names = read_sides([train], [test], class_names)
+    arrays: dict[str, Any] = dict(zip(("train_x", "test_x", "train_y", "test_y"), (*x, *y), strict=True))
+    arrays |= {key: value.float() for key, value in arrays.items() if value.dtype in (torch.float64, torch.float16)}
+    known = names or [str(c) for c in range(int(y[0].max()) + 1)]
+    return make_dataset(name, arrays, known, normalize, mean, std, augment)
 
 
 def torchvision_dataset(

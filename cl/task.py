@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from cl.errors import InputError, check_range, unknown
+from cl.items import read_items, read_sides
 from cl.random import derive
-from cl.rows import RESIDENT, Items, Rows, row_bytes, to_tensor
+from cl.rows import RESIDENT, Items, Rows, row_bytes
 from cl.target import TARGETS, Target, classes_of
 
 Scenario = Literal["class", "task", "domain"]
@@ -166,31 +167,15 @@ class TaskData:
             task: Task label.
             lazy: Read inputs anew each time instead, where they are drawn anew; labels are read once all the same.
 
+        Raises:
+            InputError: See `cl.items.read_items`.
+
         Example:
             >>> TaskData.from_dataset([(torch.zeros(2), 0), (torch.ones(2), 1)]).x.shape
             torch.Size([2, 2])
         """
-        if lazy:
-            known = getattr(dataset, "targets", None)
-            labels = [dataset[i][1] for i in range(len(dataset))] if known is None else known
-            return TaskData(Items(dataset), _targets(labels), task)
-        items = [dataset[i] for i in range(len(dataset))]
-        inputs = [to_tensor(item[0]) for item in items]
-        shapes = {tuple(x.shape) for x in inputs}
-        if len(shapes) != 1:
-            odd = next((i for i, x in enumerate(inputs) if x.shape != inputs[0].shape), 0)
-            raise InputError(
-                f"Item {odd} of the dataset has shape {tuple(inputs[odd].shape)} where item 0 has "
-                f"{tuple(inputs[0].shape)}: bring all to one shape."
-                if inputs
-                else "The dataset is empty: every task needs at least one example."
-            )
-        return TaskData(torch.stack(inputs), _targets([item[1] for item in items]), task)
-
-
-def _targets(values: Any) -> Tensor:
-    y = torch.as_tensor(np.asarray(values))
-    return y.to(torch.float32) if y.ndim > 1 or y.is_floating_point() else y.to(torch.int64)
+        x, y = read_items(dataset, lazy)
+        return TaskData(x, y, task)
 
 
 @dataclass(frozen=True)
@@ -314,10 +299,13 @@ class Stream(Sequence[Task]):
     def from_datasets(train: Sequence[Any], test: Sequence[Any], **options: Any) -> Stream:
         """Make a task of each pair of map-style datasets of (input, label) items.
 
+        Labels are stream-wide. Where all datasets say what theirs are called (`class_to_idx`, as torchvision's folders
+        do), one name is one class. Labels that no row has are left out, unless `num_classes` says how many there are.
+
         Args:
             train: One a task.
             test: One a task.
-            options: Of `Stream`; `num_classes` defaults to the highest label and one, the scenario to
+            options: Of `Stream`; `num_classes` defaults to the number of labels that rows have, the scenario to
                 "domain" where tasks share classes.
 
         Example:
@@ -328,12 +316,14 @@ class Stream(Sequence[Task]):
         """
         if len(train) != len(test):
             raise InputError(f"{len(train)} training sets but {len(test)} test sets: give one of each a task.")
-        parts = [[TaskData.from_dataset(data, t) for t, data in enumerate(side)] for side in (train, test)]
-        tasks = [Task(t, *pair) for t, pair in enumerate(zip(*parts, strict=True))]
+        inputs, labels, names = read_sides(train, test, options.get("class_names"), "num_classes" in options)
+        parts = [TaskData(x, y, k % len(train)) for k, (x, y) in enumerate(zip(inputs, labels, strict=True))]
+        tasks = [Task(t, parts[t], parts[len(train) + t]) for t in range(len(train))]
         classes = [c for task in tasks for c in task.classes]
         shared = len(set(classes)) < len(classes)
-        defaults = {"num_classes": max(classes) + 1, "scenario": "domain" if shared else "class"}
-        return Stream(tasks, **{**defaults, **options})
+        width = labels[0].shape[1] if labels[0].ndim > 1 else max(classes) + 1
+        defaults = {"num_classes": width, "scenario": "domain" if shared else "class"}
+        return Stream(tasks, **{**defaults, **options, "class_names": names})
 
     def derive(self, build: Callable[[int], Task], num_tasks: int | None = None, **changes: Any) -> Stream:
         """Return a stream of other tasks that is alike in all but the changes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cl.compose import concat, copies
+from cl.compose.tasks import Match
 from cl.data import Dataset
 from cl.task import Order, Scenario, Stream
 
@@ -16,20 +17,24 @@ def domains(
     val_fraction: float = 0.0,
     order: Order = None,
     seed: int = 0,
+    match: Match = "name",
 ) -> Stream:
     """Learn one dataset after the other.
 
     Args:
         datasets: By name, in order.
-        scenario: "domain" shares the labels, so that all need the same number of classes; "class" and "task"
-            give each dataset labels of its own; None means "domain" where the numbers agree, else "class".
+        scenario: "domain" shares the labels; "class" and "task" give each dataset labels of its own; None means
+            "domain" where the numbers of classes agree and they have some in common, else "class".
         input_shape: (C, H, W) that all images are brought to; None means they agree already.
         val_fraction: Share of each training set that becomes validation.
         order: The order of the datasets, see `Stream`.
         seed: Seed of the validation splits and of a shuffled order.
+        match: Which classes are the same where labels are shared: those of one "name", or of one "position", see
+            `cl.compose.concat`.
 
     Raises:
-        InputError: If shapes or, with shared labels, numbers of classes differ.
+        InputError: If shapes differ; or with shared labels no name is in common or, by position, numbers of classes
+            differ.
 
     Example:
         >>> from cl.sources import digits, synthetic
@@ -38,4 +43,4 @@ def domains(
         20
     """
     parts = {name: copies(dataset, val_fraction=val_fraction, seed=seed) for name, dataset in datasets.items()}
-    return concat(parts, scenario, input_shape, order, seed)
+    return concat(parts, scenario, input_shape, order, seed, match)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +9,14 @@ import torch
 from torch import nn
 
 from cl.data import Numbers, make_dataset
-from cl.errors import InputError
-from cl.images import check_disjoint, decoded_images, list_parts
+from cl.errors import InputError, unknown
+from cl.images import check_disjoint, decoded_images, folders_in, list_parts
+from cl.labels import in_natural_order
 from cl.own_data import by_task
 from cl.random import derive
 from cl.task import Order, Scenario, Stream
+
+PATTERNS = ("task/split/class", "split/task/class")
 
 
 def image_folders(
@@ -22,8 +24,10 @@ def image_folders(
     folders: Sequence[str] | None = None,
     train: str = "train",
     test: str | None = "test",
+    pattern: str = "task/split/class",
     image_size: int | Sequence[int] | None = None,
     channels: int = 3,
+    exif_orientation: bool = False,
     test_fraction: float = 0.2,
     scenario: Scenario | None = None,
     val_fraction: float = 0.0,
@@ -40,16 +44,21 @@ def image_folders(
     """Make a task of each folder, `<root>/<task>/<train>/<class>/**/*.png`, its images as uint8 (C, H, W).
 
     A class is known by its name over the whole stream; labels are numbered as classes first appear, task by task. One
-    tree whose classes are to be split into tasks is `stream=split dataset=image_folder`.
+    tree whose classes are to be split into tasks is `stream=split dataset=image_folder`. What is hidden or a system's
+    is left out, see `cl.images.list_images`.
 
     Args:
-        root: The folder that holds the tasks' folders.
-        folders: Their names, in order; None means all, sorted as text (so "10" stands before "9").
-        train: The training folder in each; "." where the classes lie in the task's folder itself.
-        test: The test folder in each; None draws the test set from the training folder.
+        root: The folder that holds all of it.
+        folders: The names of the tasks' folders, in order; None means all, in natural order, in which s2 comes before
+            s10. Within a task classes stand in the order of their text.
+        train: The training folder; "." where the classes lie in the task's folder itself.
+        test: The test folder; None draws the test set from the training folder.
+        pattern: Which level of folders is what: "task/split/class", or "split/task/class" for
+            `<root>/<train>/<task>/<class>/**/*.png`.
         image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
             None means that all have one size already.
         channels: 3 for colour, 1 for grey.
+        exif_orientation: Whether to turn pictures as their EXIF data say, as viewers do; else they stay as stored.
         test_fraction: Share of each class of a task that becomes the test set where `test` is None.
         scenario: None means "class" where no two tasks share a class, else "domain".
         val_fraction: Share of each task's training images that becomes validation.
@@ -79,29 +88,56 @@ def image_folders(
         (['day', 'night'], 'domain', ('cat',))
     """
     root = Path(root)
-    tasks = [str(folder) for folder in folders] if folders is not None else _tasks(root, train)
+    if pattern not in PATTERNS:
+        raise unknown("pattern", pattern, PATTERNS)
+    above = pattern == PATTERNS[1]
+    tasks = [str(folder) for folder in folders] if folders is not None else _tasks(root, train, test, above)
     if not tasks:
-        raise InputError(f"{root} holds no folder: put one folder a task into it.")
-    listed = [list_parts(root / task, train, test, test_fraction, derive(seed, "test", task)) for task in tasks]
+        raise InputError(f"folders=[] of {root}: name at least one, or leave it out to take all.")
+    sides = {task: (f"{train}/{task}", test and f"{test}/{task}") if above else (train, test) for task in tasks}
+    listed = [
+        list_parts(root if above else root / task, *sides[task], test_fraction, derive(seed, "test", task))
+        for task in tasks
+    ]
     rows = {p: [(t, *row) for t, parts in enumerate(listed) for row in parts[p]] for p in ("train", "test")}
     names = list(dict.fromkeys(label for _, _, label in rows["train"]))
     number = {label: c for c, label in enumerate(names)}
     files = {part: [file for _, file, _ in own] for part, own in rows.items()}
     name = name or root.resolve().name
     check_disjoint(name, files["train"], files["test"])
-    arrays = decoded_images("image_folders", files, root, image_size, channels, cache, cache_dir)
+    arrays = decoded_images(
+        "image_folders", files, root, image_size, channels, cache, cache_dir, exif_orientation=exif_orientation
+    )
     labels = {f"{part}_y": torch.tensor([number[label] for _, _, label in own]) for part, own in rows.items()}
     train_task, test_task = (torch.tensor([t for t, _, _ in own]) for own in rows.values())
     dataset = make_dataset(name, arrays | labels, names, normalize, mean, std, augment)
     return by_task(dataset, train_task, test_task, tasks, None, scenario, val_fraction, order, seed)
 
 
-def _tasks(root: Path, train: str) -> list[str]:
+def _tasks(root: Path, train: str, test: str | None, above: bool) -> list[str]:
+    """Return the folders of the tasks, which lie below the training folder or above it."""
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: put one folder a task into it, or name another.")
-    if train != "." and (root / train).is_dir():
+    if not above and train != "." and (root / train).is_dir():
+        inner = root / train
+        deep = any(folders_in(inner / name) for name in folders_in(inner))
+        split = "split its classes with stream=split dataset=image_folder"
+        if deep:
+            raise InputError(
+                f"{root} holds {train!r} itself: where the folders in {inner} are tasks, say "
+                f"stream.pattern={PATTERNS[1]}; where they are classes, {split}."
+            )
+        raise InputError(f"{root} holds {train!r} itself, so it is one dataset: {split}, or name its tasks' folders.")
+    place = root / train if above else root
+    if not place.is_dir():
+        raise InputError(f"{place} is not a folder: put one folder a task into it, or name another.")
+    tasks = folders_in(place)
+    if not tasks:
+        raise InputError(f"{place} holds no folder: put one folder a task into it.")
+    untrained = set(folders_in(root / test)) - set(tasks) if above and test and (root / test).is_dir() else ()
+    if untrained:
         raise InputError(
-            f"{root} holds {train!r} itself, so it is one dataset: name its tasks' folders, or split its classes with "
-            "stream=split dataset=image_folder."
+            f"{root / str(test)} has the task {min(untrained)!r}, which {place} has not: give it training images or "
+            "name the tasks in folders."
         )
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+    return in_natural_order(f"Tasks of {root}", tasks)

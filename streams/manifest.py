@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl.cells import read_targets, read_times
 from cl.data import Numbers, make_dataset, split_validation
 from cl.errors import InputError, unknown
 from cl.images import decoded_images
-from cl.own_data import by_task, number_classes
+from cl.labels import in_natural_order
+from cl.own_data import by_task
 from cl.random import derive
 from cl.table import Table, read_table, rename
 from cl.target import TARGETS
@@ -28,7 +29,6 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "label", "task", "split", "timestamp")
 Whole = npt.NDArray[np.int64]
 _TRAIN, _VAL, _TEST = range(3)
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def manifest(
@@ -37,6 +37,7 @@ def manifest(
     columns: Mapping[str, str | Sequence[str]] | None = None,
     image_size: int | Sequence[int] | None = None,
     channels: int = 3,
+    exif_orientation: bool = False,
     target: str = "label",
     by: str = "task",
     num_tasks: int | None = None,
@@ -59,15 +60,18 @@ def manifest(
     column     its cells
     =========  ==============================================================================================
     path       the image, absolute or below `root`
-    label      one label; for "multilabel" any number, for "regression" one number or more, with ";" between
+    label      one label; for "multilabel" any number, for "regression" one number or more, with ";" between;
+               or several columns, of 0 and 1, which are then the classes
     task       the row's task; not needed with by="time"
     split      train, val or test; where the column is missing, test rows are drawn
-    timestamp  a number, or a date and time as in ISO 8601 (UTC where it names no zone); only with by="time"
+    timestamp  numbers in all rows, or in all a date and time as in ISO 8601 (UTC where it names no zone); only with
+               by="time"
     =========  ==============================================================================================
 
-    Classes and tasks stand in ascending order: as numbers where all are numbers, else as text. With by="time" rows
-    are sorted by time and cut into periods of equal numbers of training rows; other rows belong to the period
-    that began last before them. Errors number rows as a person counts: in CSV the header is row 1.
+    Classes stand in ascending order: as numbers where all are numbers, else as text; tasks in natural order, in which
+    s2 comes before s10. With by="time" rows are sorted by time and cut into periods of equal numbers of training rows;
+    other rows belong to the period that began last before them. Errors number rows as a person counts: in CSV the
+    header is row 1.
 
     Args:
         path: A CSV file with a header, or a file whose name ends in .parquet.
@@ -76,6 +80,7 @@ def manifest(
         image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
             None means that all have one size already.
         channels: 3 for colour, 1 for grey.
+        exif_orientation: Whether to turn pictures as their EXIF data say, as viewers do; else they stay as stored.
         target: "label", "multilabel" or "regression", see `cl.target`.
         by: What makes a task: "task", the column, or "time", a period.
         num_tasks: The number of periods; None means 5.
@@ -116,9 +121,9 @@ def manifest(
     table = _renamed(read_table(path), columns or {})
     root = table.path.parent if root is None else Path(root)
     if by == "time":
-        table = table.take(np.argsort(_times(table), kind="stable").tolist())
+        table = table.take(np.argsort(read_times(table), kind="stable").tolist())
     files = [root / cell for cell in table.column("path")]
-    y, names = _targets(table, target)
+    y, names = read_targets(table, target, (columns or {}).get("label"))
     split = _splits(table)
     _check_files(table, files, split)
     task, tasks = _periods(table, split, num_tasks) if by == "time" else _named_tasks(table, num_tasks)
@@ -131,7 +136,7 @@ def manifest(
     if val.any() and val_fraction > 0:
         raise InputError(f"{table.path} has val rows, and val_fraction={val_fraction} would draw more: keep one.")
     rows = {"train": np.flatnonzero(split != _TEST), "test": np.flatnonzero(split == _TEST)}
-    arrays = _decode(table, files, rows, root, image_size, channels, cache, cache_dir)
+    arrays = _decode(table, files, rows, root, image_size, channels, cache, cache_dir, exif_orientation)
     arrays |= {f"{part}_y": y[torch.from_numpy(own)] for part, own in rows.items()}
     dataset = make_dataset(name or table.path.stem, arrays, names, normalize, mean, std, augment, target)
     train_task, test_task = (torch.from_numpy(task[own]) for own in rows.values())
@@ -149,44 +154,31 @@ def _decode(
     channels: int,
     cache: bool,
     cache_dir: str | Path | None,
+    exif_orientation: bool,
 ) -> dict[str, Any]:
     def name(part: str, k: int) -> str:
         i = rows[part][k]
         return f"{files[i]} (row {table.rows[i]} of {table.path})"
 
     images = {part: [files[i] for i in own] for part, own in rows.items()}
-    return decoded_images("manifest", images, root, image_size, channels, cache, cache_dir, name=name)
+    return decoded_images(
+        "manifest",
+        images,
+        root,
+        image_size,
+        channels,
+        cache,
+        cache_dir,
+        name=name,
+        exif_orientation=exif_orientation,
+    )
 
 
 def _renamed(table: Table, columns: Mapping[str, str | Sequence[str]]) -> Table:
     for name in columns:
         if name not in COLUMNS:
             raise unknown("column", name, COLUMNS)
-    return rename(table, columns)
-
-
-def _times(table: Table) -> list[float]:
-    """Return seconds, or the numbers that stand there."""
-    cells, times = table.column("timestamp"), []
-    for i, cell in enumerate(cells):
-        try:
-            times.append(_time(cell))
-        except ValueError as error:
-            raise InputError(
-                f"{table.where(i)} has the timestamp {cell!r}: give a number, or a time such as 2024-05-01T12:30."
-            ) from error
-    return times
-
-
-def _time(cell: str) -> float:
-    try:
-        number = float(cell)
-    except ValueError:
-        time = datetime.fromisoformat(cell.replace("Z", "+00:00"))  # the letter is new in Python 3.11
-        return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
-    if not np.isfinite(number):
-        raise ValueError(cell)
-    return number
+    return rename(table, {name: given for name, given in columns.items() if name != "label"})
 
 
 def _splits(table: Table) -> Whole | None:
@@ -197,43 +189,6 @@ def _splits(table: Table) -> Whole | None:
         if cell not in SPLITS:
             raise InputError(f"{table.where(i)} has the split {cell!r}: give train, val or test.")
     return np.array([SPLITS.index(cell) for cell in cells])
-
-
-def _targets(table: Table, target: str) -> tuple[Tensor, list[str]]:
-    """Return labels (N,), or targets (N, C), and what labels or columns are called."""
-    cells = table.column("label")
-    if target == "regression":
-        return _numbers(table, cells)
-    if target == "label":
-        empty = next((i for i, cell in enumerate(cells) if not cell), None)
-        if empty is not None:
-            raise InputError(f"{table.where(empty)} has no label: give one or remove the row.")
-        names = number_classes(cells)
-        number = {label: c for c, label in enumerate(names)}
-        return torch.tensor([number[cell] for cell in cells]), names
-    sets = [[label.strip() for label in cell.split(";") if label.strip()] for cell in cells]
-    names = number_classes(label for own in sets for label in own)
-    if not names:
-        raise InputError(f"{table.path} has no label in any row: give some, with ';' between those of one row.")
-    number = {label: c for c, label in enumerate(names)}
-    y = torch.zeros(len(sets), len(names))
-    for i, own in enumerate(sets):
-        y[i, [number[label] for label in own]] = 1
-    return y, names
-
-
-def _numbers(table: Table, cells: Sequence[str]) -> tuple[Tensor, list[str]]:
-    rows: list[list[float]] = []
-    for i, cell in enumerate(cells):
-        try:
-            row = [float(number) for number in cell.split(";")]
-        except ValueError:
-            row = [np.nan]
-        if not all(abs(number) <= _LARGEST for number in row) or len(row) != len((rows or [row])[0]):
-            count = len(rows[0]) if rows else "finite"
-            raise InputError(f"{table.where(i)} has the label {cell!r}: give {count} numbers, with ';' between.")
-        rows.append(row)
-    return torch.tensor(rows), [str(k) for k in range(len(rows[0]))]
 
 
 def _check_files(table: Table, files: Sequence[Path], split: Whole | None) -> None:
@@ -264,7 +219,7 @@ def _named_tasks(table: Table, num_tasks: int | None) -> tuple[Whole, list[str]]
     empty = next((i for i, cell in enumerate(cells) if not cell), None)
     if empty is not None:
         raise InputError(f"{table.where(empty)} has no task: give one, or use by=time.")
-    names = number_classes(cells)
+    names = in_natural_order(f"Tasks of {table.path}", cells)
     if num_tasks not in (None, len(names)):
         raise InputError(f"num_tasks={num_tasks}, but {table.path} names {len(names)} tasks: leave num_tasks out.")
     number = {task: t for t, task in enumerate(names)}
@@ -278,7 +233,7 @@ def _periods(table: Table, split: Whole | None, num_tasks: int | None) -> tuple[
     if not 1 <= count <= len(trained):
         raise InputError(f"num_tasks={count} for the {len(trained)} training rows of {table.path}: give fewer periods.")
     parts = np.array_split(trained, count)
-    times = np.array(_times(table))
+    times = np.array(read_times(table))
     # A row of a period's first instant belongs to it; what came before all training rows, to the first.
     task = np.searchsorted(times[[part[0] for part in parts]], times, side="right") - 1
     task = task.clip(0)

@@ -38,7 +38,7 @@ def split(
         first_task: Classes of a larger first task; the others share the rest.
         class_order: "natural", "shuffled" (by `seed`), "curriculum" (as `cl.curriculum` designs it, from the raw
             inputs of at most 200 training examples a class), or the classes in order.
-        classes: The classes to use; None means all.
+        classes: The classes to use; None means all that have rows.
         scenario: "class" (the default), "task" or "domain".
         val_fraction: Share of the training set that becomes validation.
         order: The order in which the tasks are learned, whose classes stay as they are; see `Stream`.
@@ -53,6 +53,8 @@ def split(
         >>> [task.classes for task in stream]
         [(0, 1, 2), (3, 4)]
     """
+    if dataset.target != "label":
+        raise InputError(f"The targets of {dataset.name!r} are of kind {dataset.target}, which no class owns.")
     classes_in_order = _class_order(dataset, class_order, classes, seed)
     sizes = _sizes(len(classes_in_order), num_tasks, classes_per_task, first_task)
     label = np.full(dataset.num_classes, -1, dtype=np.int64)
@@ -93,7 +95,8 @@ def split(
 def _class_order(
     dataset: Dataset, class_order: str | Sequence[int], classes: Sequence[int] | None, seed: int
 ) -> list[int]:
-    known = list(range(dataset.num_classes)) if classes is None else [int(c) for c in classes]
+    present = torch.cat([dataset.train_y, dataset.test_y]).unique().tolist()
+    known = present if classes is None else [int(c) for c in classes]
     if class_order == "natural":
         order = known
     elif class_order == "shuffled":
@@ -110,6 +113,9 @@ def _class_order(
     outside = [c for c in order if not 0 <= c < dataset.num_classes]
     if outside:
         raise InputError(f"Class {outside[0]} is not in {dataset.name} (0..{dataset.num_classes - 1}): leave it out.")
+    empty = sorted(set(order) - set(present))
+    if empty:
+        raise InputError(f"Class {empty[0]} of {dataset.name} has no row: leave it out.")
     if len(set(order)) < len(order):
         twice = next(c for c in order if order.count(c) > 1)
         raise InputError(f"Class {twice} stands twice in the class order: name each class once.")

@@ -201,7 +201,8 @@ def test_domains_share_or_own_their_labels():
         stream.check()
     four = synthetic(num_classes=4, input_shape=(1, 8, 8), image=True)
     with pytest.raises(InputError, match=r"\[10, 4\] classes"):
-        domains({"digits": DIGITS, "four": four}, scenario="domain")
+        domains({"digits": DIGITS, "four": four}, scenario="domain", match="position")
+    assert domains({"digits": DIGITS, "four": four}, scenario="domain")[1].classes == (0, 1, 2, 3)
     assert domains({"digits": DIGITS, "four": four}).num_classes == 14
 
 

@@ -376,8 +376,8 @@ def test_folders_become_tasks_and_classes_are_matched_by_name(tmp_path):
 def test_folders_with_classes_of_their_own(tmp_path):
     root = folders(tmp_path, {"2": ["cat", "dog"], "10": ["ant"]})
     stream = image_folders(root, image_size=4, channels=1)
-    assert (stream.scenario, stream.task_names, stream.input_shape) == ("class", ["10", "2"], (1, 4, 4))
-    assert [task.classes for task in stream] == [(0,), (1, 2)]
+    assert (stream.scenario, stream.task_names, stream.input_shape) == ("class", ["2", "10"], (1, 4, 4))
+    assert [task.classes for task in stream] == [(0, 1), (2,)]
     stream.check()
     assert image_folders(root, scenario="task").scenario == "task"
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl.compose.base import Source, as_stream, labels_only, shift
-from cl.errors import InputError, check_range
+from cl.compose.base import Source, as_stream, labels_only
+from cl.errors import InputError, check_range, unknown
+from cl.labels import join, move
 from cl.random import derive
 from cl.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
+
+Match = Literal["name", "position"]
 
 
 def reorder(source: Source, order: Order, seed: int = 0) -> Stream:
@@ -63,7 +67,8 @@ def repeat(
 
     def build(t: int) -> Task:
         task, more = stream[path[t]], " again" * (path[t] in path[:t])
-        return task.each(lambda part: part.renumbered(t), index=t, name=f"{task.name}{more}")
+        name = task.name or f"task {path[t] + 1}"
+        return task.each(lambda part: part.renumbered(t), index=t, name=f"{name}{more}")
 
     again = stream.repeats or len(set(path)) < len(path)
     return stream.derive(build, len(path), repeats=again, order=order, seed=seed)
@@ -90,19 +95,24 @@ def concat(
     input_shape: Sequence[int] | None = None,
     order: Order = None,
     seed: int = 0,
+    match: Match = "name",
 ) -> Stream:
     """Learn one stream after the other.
 
     Args:
         streams: Streams or datasets, in order, or by name.
-        scenario: "domain" shares the labels, so that all need as many classes; "class" and "task" give each stream
-            labels of its own; None means "domain" where the numbers of classes agree, else "class".
+        scenario: "domain" shares the labels; "class" and "task" give each stream labels of its own; None means
+            "domain" where the numbers of classes agree and they have some in common, else "class".
         input_shape: (C, H, W) that all images are brought to; None means they agree already.
         order: See `Stream`.
         seed: Seed of a shuffled order.
+        match: Which classes are the same where labels are shared: those of one name, so that there are as many classes
+            as names; or by "position", the k-th of each, whatever their names, so that all need as many. Where a
+            stream does not name its classes, position is all there is.
 
     Raises:
-        InputError: If shapes, targets or, with shared labels, numbers of classes differ.
+        InputError: If shapes or targets differ; or with shared labels no name is in common or, by position, numbers of
+            classes differ.
 
     Example:
         >>> from cl.sources import digits, synthetic
@@ -117,8 +127,7 @@ def concat(
         raise InputError("There is nothing to concatenate: name at least one stream or dataset.")
     names = names or [part.name for part in parts]
     shape = _one_shape(parts, names, input_shape)
-    scenario, offsets, width = _label_space([part.num_classes for part in parts], scenario)
-    shared = scenario == "domain"
+    scenario, columns, own_names, width = _label_space(parts, names, scenario, match)
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     later = [torch.arange(len(part)) + start for part, start in zip(parts, starts, strict=False)]
     places = [(k, t) for k, part in enumerate(parts) for t in range(len(part))]
@@ -128,13 +137,12 @@ def concat(
         task = parts[k][t]
 
         def change(part: TaskData) -> TaskData:
-            moved = replace(part, y=shift(part.y, offsets[k], width)).renumbered(position, later[k])
+            moved = replace(part, y=move(part.y, columns[k], width)).renumbered(position, later[k])
             return moved if parts[k].input_shape == shape else moved.then(partial(resize, shape=shape))
 
         name = names[k] if named and len(parts[k]) == 1 else task.name
         return task.each(change, index=position, name=name)
 
-    own_names = [name for part in parts for name in part.class_names] if not shared else parts[0].class_names
     return parts[0].derive(
         build,
         len(places),
@@ -149,16 +157,35 @@ def concat(
     )
 
 
-def _label_space(counts: Sequence[int], scenario: Scenario | None) -> tuple[Scenario, list[int], int]:
-    """Return the scenario, where each stream's labels begin, and how many there are in all."""
-    scenario = scenario or ("domain" if len(set(counts)) == 1 else "class")
+def _label_space(
+    parts: Sequence[Stream], names: Sequence[str], scenario: Scenario | None, match: Match
+) -> tuple[Scenario, list[list[int]], list[str], int]:
+    """Return the scenario, each stream's labels among all, what all are called, and how many there are."""
+    if match not in get_args(Match):
+        raise unknown("match", match, get_args(Match))
+    counts = [part.num_classes for part in parts]
+    known = [list(part.class_names) for part in parts]
+    named = all(len(set(own)) == count for own, count in zip(known, counts, strict=True)) and match == "name"
+    together = join(known) if named else None
+    alone = together is not None and len(parts) > 1 and len(together[1]) == sum(counts)
+    scenario = scenario or ("domain" if len(set(counts)) == 1 and not alone else "class")
     if scenario != "domain":
-        return scenario, [sum(counts[:k]) for k in range(len(counts))], sum(counts)
+        starts = [sum(counts[:k]) for k in range(len(counts))]
+        places = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+        return scenario, places, [name for own in known for name in own], sum(counts)
+    if alone:
+        raise InputError(
+            f"The classes of {names[0]!r} ({known[0][0]}, ...) and of {names[1]!r} ({known[1][0]}, ...) have no name "
+            "in common, which scenario=domain needs: use scenario=task or class, or match=position where the k-th of "
+            "each are meant to be the same."
+        )
+    if together is not None:
+        return scenario, *together, len(together[1])
     if len(set(counts)) > 1:
         raise InputError(
-            f"The datasets have {list(counts)} classes, which scenario=domain would share: use scenario=task or class."
+            f"The datasets have {counts} classes, which scenario=domain would share: use scenario=task or class."
         )
-    return scenario, [0] * len(counts), counts[0]
+    return scenario, [list(range(counts[0]))] * len(parts), known[0], counts[0]
 
 
 def _one_shape(parts: Sequence[Stream], names: Sequence[str], wanted: Sequence[int] | None) -> tuple[int, ...]:
@@ -202,7 +229,8 @@ def partition(source: Source, num_tasks: int = 5, seed: int = 0) -> Stream:
         def part(data: TaskData) -> TaskData:
             return data.take(_kth(data.labels, k, num_tasks, seed)).renumbered(t)
 
-        return task.each(part, index=t, name=f"part {t + 1}" if len(stream) == 1 else f"{task.name}, part {k + 1}")
+        name = task.name or f"task {t // num_tasks + 1}"
+        return task.each(part, index=t, name=f"part {t + 1}" if len(stream) == 1 else f"{name}, part {k + 1}")
 
     whole = len(stream) * num_tasks
     return stream.derive(build, whole, repeats=num_tasks > 1, name=f"{stream.name} in {whole} parts")

@@ -99,6 +99,28 @@ class _ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
+class _HalfBlock(nn.Module):
+    """One 3x3 convolution beside a shortcut, with a norm behind each of its two ReLUs (released code of TAG)."""
+
+    def __init__(self, inside: int, outside: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
+        self.norm1, self.norm2 = norm(outside), norm(outside)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inside != outside:
+            self.shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm1(F.relu(self.conv(x)))
+        return self.norm2(F.relu(out + self.shortcut(x)))  # type: ignore[no-any-return]
+
+
+BLOCKS: dict[str, Callable[[int, int, int, Callable[[int], nn.Module]], nn.Module]] = {
+    "residual": _ResidualBlock,
+    "half": _HalfBlock,
+}
+
+
 class ResNet18(nn.Sequential):
     """ResNet-18 for small images: a 3x3 stem of stride 1, no max-pooling, four stages, global average pooling.
 
@@ -109,18 +131,23 @@ class ResNet18(nn.Sequential):
         width: Channels of the first stage; `num_features` is 8 times as many.
         norm: "batch"; "batch_no_stats", which uses each batch's statistics at test too and so makes a prediction
             depend on its batch; or "group", which depends on no other row.
+        block: "residual", the paper's; or "half", of the network that the code of Stable SGD (Mirzadeh et al. 2020)
+            and TAG calls ResNet-18: one convolution a block, a norm behind each ReLU, none in the shortcut.
 
     Raises:
-        InputError: If the inputs are no images of that size, or `norm` is unknown.
+        InputError: If the inputs are no images of that size, or `norm` or `block` is unknown.
 
     Example:
         >>> ResNet18((3, 32, 32), width=20).num_features
         160
     """
 
-    def __init__(self, input_shape: Sequence[int], width: int = 64, norm: str = "batch") -> None:
-        if norm not in NORMS:
-            raise InputError(f"norm={norm!r} of ResNet18 is unknown: use one of {', '.join(NORMS)}.")
+    def __init__(
+        self, input_shape: Sequence[int], width: int = 64, norm: str = "batch", block: str = "residual"
+    ) -> None:
+        for name, value, known in (("norm", norm, NORMS), ("block", block, BLOCKS)):
+            if value not in known:
+                raise InputError(f"{name}={value!r} of ResNet18 is unknown: use one of {', '.join(known)}.")
         check_range("backbone", 1, width=width)
         channels, _, _ = image_shape("ResNet18", input_shape, 8)
         make = NORMS[norm]
@@ -130,7 +157,7 @@ class ResNet18(nn.Sequential):
         inside = width
         for stage in range(4):
             outside, stride = width * 2**stage, 2 if stage else 1
-            blocks = _ResidualBlock(inside, outside, stride, make), _ResidualBlock(outside, outside, 1, make)
+            blocks = BLOCKS[block](inside, outside, stride, make), BLOCKS[block](outside, outside, 1, make)
             layers[f"stage{stage + 1}"] = nn.Sequential(*blocks)
             inside = outside
         super().__init__(layers | {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()})

@@ -9,7 +9,10 @@ from cl.errors import InputError
 from cl.make import made, make, takes
 from cl.settle import keep, protocol_of, settle
 
-_LEARNER = ("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed")
+_LEARNER = (
+    *("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed"),
+    *("optimizer_state", "scheduler_interval"),
+)
 
 
 def build(cfg: Any, directory: Path) -> Any:
@@ -78,12 +81,28 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     options = {key: cfg[key] for key in _LEARNER}
-    optimizer, scheduler = make(cfg.optimizer), None if cfg.get("scheduler") is None else make(cfg.scheduler)
+    optimizer, scheduler = make(cfg.optimizer), _scheduler(cfg)
     _check_optimizer(optimizer, scheduler, stream, cfg.trainer)
     learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
     if cfg.compile is not None:
         learner.compile(cfg.compile)
     return learner
+
+
+def _scheduler(cfg: Any) -> Any:
+    """Return what makes a schedule, or None; a length that is null is left open, for the learner to fill in."""
+    from omegaconf import open_dict
+
+    from cl.schedules import LENGTHS
+
+    node = cfg.get("scheduler")
+    if node is None:
+        return None
+    with open_dict(node):  # the configuration has been kept already, as it was written
+        open_ends = {key: node.pop(key) for key in LENGTHS if key in node and node[key] is None}
+    made = make(node)
+    made.keywords.update(open_ends)
+    return made
 
 
 def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
@@ -211,15 +230,14 @@ def _check_inside(logger: Any) -> None:
 
 
 def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any, trainer: Any) -> None:
-    """Build and step both once, on a parameter of their own, so that what they refuse is known before training."""
+    """Try the optimizer out on a weight of its own; of the schedule, see that what it watches is there."""
     import torch
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
     made_of = optimizer([torch.nn.Parameter(torch.zeros(1))])
     if not isinstance(made_of, torch.optim.Optimizer):
         raise InputError(f"optimizer makes a {type(made_of).__name__}, not an optimizer: correct its _target_.")
-    schedule = scheduler(made_of) if scheduler is not None else None
-    if isinstance(schedule, ReduceLROnPlateau):
+    if getattr(scheduler, "func", scheduler) is ReduceLROnPlateau:
         if any(task.val is None for task in stream):
             raise InputError(
                 "ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction."
@@ -231,7 +249,5 @@ def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any, trainer: Any) 
                 )
     try:
         made_of.step()
-        if schedule is not None:
-            schedule.step(0.0) if isinstance(schedule, ReduceLROnPlateau) else schedule.step()
     except Exception as error:
-        raise InputError(f"Optimizer and scheduler cannot step ({error}): correct their arguments.") from error
+        raise InputError(f"The optimizer cannot step ({error}): correct its arguments.") from error

@@ -171,12 +171,6 @@ def from_first(make: Callable[[], Value]) -> Value:
     return made[0]  # type: ignore[return-value]
 
 
-def weight_of(rows: int, device: torch.device) -> Tensor:
-    r"""Return the weight of this process's rows among all, :math:`n_r / \sum_r n_r`, a scalar."""
-    mine = torch.full((), float(rows), device=device)
-    return mine / total(mine)
-
-
 def mean_gradients(gradients: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
     """Return the gradients of the mean over all processes' rows; for a strategy that takes one of its own.
 

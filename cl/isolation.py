@@ -77,7 +77,7 @@ def _closes(backbone: nn.Module, layer: str, x: Tensor) -> bool:
     closed = {f"{layer}.weight": torch.zeros_like(backbone.get_submodule(layer).weight)}  # type: ignore[arg-type]
     with torch.no_grad():
         one, other = functional_call(backbone, closed, (x,))
-    return bool(torch.equal(one, other))
+    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-6))  # rounding depends on a row's place in its batch
 
 
 def silence_others(learner: Learner, owned: Iterable[Tensor]) -> None:

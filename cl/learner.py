@@ -14,18 +14,20 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cl import distributed
 from cl.augment import to_floats
+from cl.carried import Carried
 from cl.curves import Curves
 from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
 from cl.loader import TrainLoader, evaluation
 from cl.plain import is_plain
 from cl.random import Random, derive
+from cl.schedules import SchedulerFactory, known_interval, schedule_of, updates
 from cl.score import calibrations, matrices, start
 from cl.strategy import Batch, Composition, OptimizerFactory, Strategy
 from cl.target import classes_of
 from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
+from cl.update import update
 
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
 COMPILERS = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -37,7 +39,8 @@ class Learner(pl.LightningModule):
         backbone: (B, *input) -> (B, num_features), with the attribute `num_features`.
         strategies: By name, in the order in which batches and gradients chain; empty means fine-tuning.
         optimizer: Parameters to optimizer; called anew for every task.
-        scheduler: Optimizer to learning-rate schedule, stepped once an epoch, or None.
+        scheduler: Optimizer to learning-rate schedule, or None; what it leaves open of its length is filled in, see
+            `cl.schedules.make_schedule`.
         head: Features to logits (B, C); by default `Head`.
         batch_size: Incoming rows a step.
         eval_batch_size: Rows of an evaluation batch; None leaves it to the device.
@@ -46,6 +49,9 @@ class Learner(pl.LightningModule):
         gradient_clip: Largest norm of the gradient, or None.
         train_mask: Classes that compete in the loss: "class" (all seen), "task" (those of the row's task), "domain"
             (all there are); None means as at test.
+        optimizer_state: What happens at a boundary between tasks: each has an optimizer that begins anew ("reset"), or
+            goes on with the moments of the last one ("keep"). Without boundaries optimizer and schedule go on.
+        scheduler_interval: Whether the schedule moves after each "epoch" or each optimizer "step".
         log_every: Steps between two points of the training curves, each the mean since the last.
         seed: Seed of every draw.
 
@@ -71,6 +77,7 @@ class Learner(pl.LightningModule):
     batch_size: int
     eval_batch_size: int | None
     chunk_size: int | None
+    _schedule: LRScheduler | None = None
 
     def __init__(
         self,
@@ -86,6 +93,8 @@ class Learner(pl.LightningModule):
         chunk_size: int | None = None,
         gradient_clip: float | None = None,
         train_mask: Scenario | None = None,
+        optimizer_state: str = "reset",
+        scheduler_interval: str = "epoch",
         log_every: int = 50,
         seed: int = 0,
     ) -> None:
@@ -110,11 +119,14 @@ class Learner(pl.LightningModule):
         self.gradient_clip, self.seed = gradient_clip, seed
         self.augment, self.normalize, self.shuffle = stream.augment, stream.normalize, stream.boundaries
         self._optimizer, self._scheduler, self.augment_random = optimizer, scheduler, Random(by_rank=True)
+        self._carried = Carried(optimizer_state, stream.boundaries)
+        self.scheduler_interval = known_interval(scheduler_interval)
         self._allocate(stream)
 
         self.task: Task = stream[0]
         self.tasks_learned = 0
         self.step = self.total_steps = 0  # within the task, and over the stream
+        self.rows, self.summed = 0, 0.0  # of a minibatch; of those of one update, in minibatches of full size
         self.last_loss: Tensor | None = None
         self._data: TaskData | None = None
         self.task_labels: Tensor | None = None  # of the rows in `encode`, (B,); None: of the present task, or not told
@@ -122,7 +134,7 @@ class Learner(pl.LightningModule):
         self._curves = Curves(log_every)
         self.accumulate, self.limit = 1, 1.0
         self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # by the step before which somebody measures
-        self._plain = self.compiled = False
+        self.plain = self.compiled = False
         self.strategies = Composition(strategies)
         self._chains, self._owners = self.strategies.chains, self.strategies.owners
         self.strategies.setup(self, stream)
@@ -130,6 +142,7 @@ class Learner(pl.LightningModule):
     def _allocate(self, stream: Stream) -> None:
         """Make what has one row a task: who belongs to it, the masks, and R by mask and metric."""
         self.num_tasks, self.num_classes, self.target = len(stream), stream.num_classes, stream.target
+        self._rows = [len(task.train) for task in stream]
         membership = torch.zeros(self.num_tasks, self.num_classes, dtype=torch.bool)
         for task in stream:
             membership[task.index, slice(None) if self.target.name == "regression" else list(task.classes)] = True
@@ -150,9 +163,7 @@ class Learner(pl.LightningModule):
     @property
     def steps_per_epoch(self) -> int:
         """Minibatches of an epoch of the present task."""
-        steps = 0 if self._data is None else -(-len(self._data) // self.batch_size)
-        share = int(steps * self.limit) or int(self.limit > 0)  # a small one is one step, not none
-        return min(steps, self.limit if isinstance(self.limit, int) else share)
+        return 0 if self._data is None else updates(len(self._data), self.batch_size, self.limit)
 
     @property
     def num_steps(self) -> int:
@@ -163,6 +174,10 @@ class Learner(pl.LightningModule):
         """Return backbone and head, without the strategies' own parameters."""
         trunk: nn.ModuleDict = self.__dict__["_trunk"]
         return trunk
+
+    def forget_optimizer(self) -> None:
+        """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
+        self._carried.forget()
 
     def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Build the configured optimizer over some parameters."""
@@ -260,7 +275,9 @@ class Learner(pl.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """Build this task's optimizer, and its schedule."""
         optimizer: Optimizer = self._owners["configure_optimizer"](self, self._optimizer)
-        self._schedule = self._scheduler(optimizer) if self._scheduler is not None else None
+        rows = [0 if self._data is None else len(self._data)] if self.shuffle else self._rows
+        self._schedule = schedule_of(self, optimizer, rows)
+        self._carried.take_over(self, optimizer, self._schedule)
         return optimizer
 
     def train_dataloader(self) -> TrainLoader:
@@ -276,7 +293,7 @@ class Learner(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Skip Lightning's wrappers around the optimizer where nobody would notice."""
-        self._plain = is_plain(self.trainer)
+        self.plain = is_plain(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Make the epoch's draws (dropout) a function of seed, task and epoch."""
@@ -284,7 +301,7 @@ class Learner(pl.LightningModule):
 
     def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
         """Train on each minibatch, then look at the losses of the chunk."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=not self._plain)
+        optimizer: Any = self.optimizers(use_pl_optimizer=not self.plain)
         losses = []
         for batch in chunk:
             self.look()
@@ -303,8 +320,8 @@ class Learner(pl.LightningModule):
         for _, extend in self._chains["extend_batch"]:
             batch = extend(self, batch)
         batch.view = self.prepare(batch.x, augment=True)
-        if not self._plain:
-            self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside other processes'
+        if not self.plain or self.accumulate > 1:
+            self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside others of the same update
         logits = self(batch.view, batch.task)
         loss: Tensor = self._owners["criterion"](self, batch, logits)
         terms: dict[str, Tensor] = {}
@@ -315,7 +332,7 @@ class Learner(pl.LightningModule):
                 terms[name] = value.detach()
         terms["loss"] = loss.detach()
         self._curves.add(terms)
-        self._update(loss, optimizer)
+        update(self, loss, optimizer)
         self.step += 1
         self.total_steps += 1
         if self._chains["after_step"] and not batch.idle:
@@ -323,33 +340,6 @@ class Learner(pl.LightningModule):
             for _, hook in self._chains["after_step"]:
                 hook(self, incoming, stale)
         return terms["loss"]
-
-    def _update(self, loss: Tensor, optimizer: Any) -> None:
-        """Backward; and, on every `accumulate`-th minibatch of an epoch and on its last, one optimizer step."""
-        place = self.step % self.steps_per_epoch if self.accumulate > 1 else 0
-        if place % self.accumulate == 0:
-            self._zero_grad(optimizer)
-        if self.accumulate > 1:
-            loss = loss / self.accumulate
-        loss.backward() if self._plain else self.manual_backward(loss)
-        if (place + 1) % self.accumulate and place + 1 < self.steps_per_epoch:
-            return
-        if not self._plain:
-            optimizer.step()
-            return
-        self.on_before_optimizer_step(optimizer)
-        optimizer.step()
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.increment_ready()
-        progress.increment_completed()
-
-    def _zero_grad(self, optimizer: Any) -> None:
-        if not self._plain:
-            optimizer.zero_grad()
-            return
-        for group in optimizer.param_groups:  # what zero_grad does, without the profiler's entry around it
-            for parameter in group["params"]:
-                parameter.grad = None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let strategies project the unscaled gradients, then clip."""
@@ -376,7 +366,7 @@ class Learner(pl.LightningModule):
             hook(self, self.task, self.current_epoch)
         if isinstance(self._schedule, ReduceLROnPlateau):
             self._schedule.step(self.trainer.callback_metrics["val/loss"])
-        elif self._schedule is not None:
+        elif self._schedule is not None and self.scheduler_interval == "epoch":
             self._schedule.step()
 
     def on_train_end(self) -> None:
@@ -430,11 +420,13 @@ class Learner(pl.LightningModule):
 
     # ---- state --------------------------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Return the counters that a buffer on the device would have to be read for."""
-        return {"tasks_learned": self.tasks_learned, "total_steps": self.total_steps}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the counters that a buffer on the device would have to be read for, and what the optimizer keeps."""
+        carried = {"optimizer": self._carried.state(self)} if self._carried.on else {}
+        return {"tasks_learned": self.tasks_learned, "total_steps": self.total_steps, **carried}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_extra_state` returned."""
         self.tasks_learned, self.total_steps = state["tasks_learned"], state["total_steps"]
+        self._carried.load(state.get("optimizer", {}))
         self._update_masks()

@@ -175,6 +175,7 @@ class Pause(pl.callbacks.Checkpoint):
         for callback in _others(trainer):
             if callback.state_key in found["callbacks"]:
                 callback.load_state_dict(found["callbacks"][callback.state_key])
+        pl_module.summed = found["summed"]
         for name, parameter in pl_module.named_parameters():
             if name in found["gradients"]:
                 parameter.grad = found["gradients"][name].to(parameter.device)
@@ -201,6 +202,7 @@ def _state(trainer: pl.Trainer, learner: Learner) -> State:
         "callbacks": {c.state_key: state for c in _others(trainer) if (state := c.state_dict())},
         "waiting": learner._curves.waiting,
         "gradients": {},
+        "summed": learner.summed,
         "draws": torch.get_rng_state(),
     }
     if learner.accumulate > 1:  # the steps of one update may lie on both sides

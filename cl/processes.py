@@ -41,7 +41,6 @@ class Replicated(DDPStrategy):
     """
 
     strategy_name = "replicated"
-    _weight: float | Tensor
 
     def _configure_launcher(self) -> None:
         """Launch nothing."""
@@ -57,17 +56,14 @@ class Replicated(DDPStrategy):
         return model
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Weigh the loss by this process's rows first; where several make a step, among all rows of this minibatch."""
+        """Weigh the loss by this process's rows first."""
         learner: Any = self.lightning_module
-        self._weight = learner.rows / learner.batch_size
-        if learner.accumulate > 1:
-            self._weight = distributed.weight_of(learner.rows, closure_loss.device)
-        return super().backward(closure_loss * self._weight, optimizer, *args, **kwargs)
+        return super().backward(closure_loss * (learner.rows / learner.batch_size), optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Sum the gradients first, so that they are unscaled, projected and clipped as one process would."""
-        assert self.lightning_module is not None
-        distributed.reduce_gradients(self.lightning_module, self._weight)
+        learner: Any = self.lightning_module
+        distributed.reduce_gradients(learner, learner.summed)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
 

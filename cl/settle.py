@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cl.again import keep_command
 from cl.arguments import check_value
@@ -30,6 +30,7 @@ _KEYS: dict[str, Any] = {
     **{"report": Options, "logger": Options, "protocol": Options, "protocol.name": str, "protocol.num_tasks": Whole},
     **{"protocol.tuned": Text, "from": Text, "deterministic": bool, "group": Text, "tags": Sequence[str]},
     **{"callbacks": Options},
+    **{"optimizer_state": Literal["reset", "keep"], "scheduler_interval": Literal["epoch", "step"]},
 }
 _NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
 _ROOT = {key.partition(".")[0] for key in _KEYS} | {*_NEEDED, "dataset", "scheduler"}

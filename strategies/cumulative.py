@@ -46,6 +46,7 @@ class Cumulative(Strategy):
         """Return to the initial weights if asked to."""
         if self.initial is not None:
             learner.trunk().load_state_dict(self.initial.state_dict())
+            learner.forget_optimizer()
 
     def training_data(self, learner: Learner, task: Task) -> TaskData:
         """Return the union of the tasks so far."""

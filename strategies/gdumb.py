@@ -105,6 +105,7 @@ class GDumb(Strategy):
     def before_task(self, learner: Learner, task: Task) -> None:
         """Return to the initial weights."""
         learner.trunk().load_state_dict(self.initial.state_dict())
+        learner.forget_optimizer()
 
     def training_data(self, learner: Learner, task: Task) -> TaskData:
         """Offer the task's rows to the memory, in random order, and return what it holds then."""

@@ -3,16 +3,20 @@ r"""Learning without Forgetting (Li and Hoiem 2017, equations 1-3).
 The network of before the task, frozen, teaches its outputs on the new data, softened by a temperature T:
 
 .. math:: L = \mathrm{CE}(f(x), y) + \alpha T^2 \, \mathrm{KL}\big(\mathrm{softmax}(f^{old}(x)/T) \,\|\,
-          \mathrm{softmax}(f(x)/T)\big) \text{ over the old classes}
+          \mathrm{softmax}(f(x)/T)\big)
 
-In the task-incremental scenario the divergence is taken within each old task and summed; else over all old classes at
-once (in the domain-incremental one over all classes). Targets that are no single label are distilled by the binary
+The classes are those that competed in the loss when the teacher was trained (`train_mask`, by default the scenario):
+the divergence is taken within each old task and summed ("task"), over all old classes at once ("class"), or over all
+that there are ("domain"). Targets that are no single label are distilled by the binary
 cross-entropy with the teacher's sigmoids (multi-label) or the squared distance (regression).
 
 Differences from the paper: the softened cross-entropy is written as the divergence (same gradient) with the factor T^2
 of Hinton et al. 2015, so that alpha keeps its meaning when T changes; no warm-up of the new outputs.
 Differences from reference code: the teacher sees the same augmented batch, while Mammoth records its outputs once on
-plain images, and has no factor T^2.
+plain images, and first trains the new outputs alone for an epoch. Neither Mammoth nor van de Ven's code has the factor
+T^2 (`scaled=false`). Van de Ven's loss is CE + KD in the class-incremental scenario, where all outputs compete in both
+(`train_mask=domain`), and CE + (t - 1) KD in the t-th task in the other two: within tasks the sum is that already, for
+the domain-incremental one there is `per_task=true`.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ if TYPE_CHECKING:
     from cl.task import Stream, Task
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(teacher || student) of softened logits (B, K), the mean over rows.
+def distillation(student: Tensor, teacher: Tensor, temperature: float, scaled: bool = True) -> Tensor:
+    """Return T^2 KL(teacher || student) of softened logits (B, K), the mean over rows; or without T^2.
 
     Example:
         >>> loss = distillation(torch.tensor([[1.0, 1.0, -1.0]]), torch.tensor([[2.0, 0.0, -1.0]]), 2.0)
@@ -42,7 +46,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
         0.3851
     """
     log_p, log_q = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return (temperature**2 if scaled else 1.0) * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
 def imitation(student: Tensor, teacher: Tensor, target: str) -> Tensor:
@@ -58,6 +62,8 @@ class LwF(Strategy):
     Args:
         alpha: Weight of the distillation.
         temperature: T.
+        scaled: Whether the divergence has the factor T^2.
+        per_task: Whether one divergence over all classes counts once for each old task.
 
     Raises:
         InputError: If another strategy owns `encode`, which the teacher would not have.
@@ -69,11 +75,13 @@ class LwF(Strategy):
 
     targets = ("label", "multilabel", "regression")
 
-    def __init__(self, alpha: float = 1.0, temperature: float = 2.0) -> None:
+    def __init__(
+        self, alpha: float = 1.0, temperature: float = 2.0, scaled: bool = True, per_task: bool = False
+    ) -> None:
         super().__init__()
         check_range("lwf", 0, alpha=alpha)
         check_range("lwf", 0, above=True, temperature=temperature)
-        self.alpha, self.temperature = alpha, temperature
+        self.alpha, self.temperature, self.scaled, self.per_task = alpha, temperature, scaled, per_task
 
     def remark(self, learner: Learner) -> str | None:
         """Say so where the method cannot work."""
@@ -89,8 +97,10 @@ class LwF(Strategy):
         """Copy what has been learned into the teacher, and list what it knows."""
         self.teacher.load_state_dict(learner.trunk().state_dict())
         self.teacher.eval()
-        old = list(learner.membership[: task.index]) if learner.scenario == "task" else [learner.seen]
+        together = {"class": learner.seen, "domain": torch.ones_like(learner.seen)}.get(learner.train_mask)
+        old = list(learner.membership[: task.index]) if together is None else [together]
         self._groups = [classes.nonzero().flatten() for classes in old]
+        self._times = task.index if self.per_task and together is not None else 1
 
     def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the distillation of the incoming rows, from the second task on."""
@@ -102,7 +112,7 @@ class LwF(Strategy):
             taught = self.teacher["head"](self.teacher["backbone"](batch.view[:n]))
         pairs = [(logits[:n, group], taught[:, group]) for group in self._groups]
         if learner.target.name == "label":
-            terms = [distillation(*pair, self.temperature) for pair in pairs]
+            terms = [distillation(*pair, self.temperature, self.scaled) for pair in pairs]
         else:
             terms = [imitation(*pair, learner.target.name) for pair in pairs]
-        return self.alpha * torch.stack(terms).sum()
+        return self.alpha * self._times * torch.stack(terms).sum()

@@ -98,8 +98,7 @@ class SI(Strategy):
         theta = self._theta(learner)
         self._add_step(theta)
         gradient = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in held(learner)])
-        part = (learner.step % learner.steps_per_epoch % learner.accumulate + 1) / learner.accumulate  # of an update
-        self.gradient.copy_(gradient - 2 * part * self.weight * self.importance * (theta - self.anchor))
+        self.gradient.copy_(gradient - 2 * self.weight * self.importance * (theta - self.anchor))
         self.before.copy_(theta)
 
     def _add_step(self, theta: Tensor) -> None:

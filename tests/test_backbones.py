@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -94,6 +95,27 @@ def test_slim_resnet_has_gems_size() -> None:
     assert size(ResNet18((3, 32, 32))) == counted(64)
 
 
+def test_a_half_block_is_one_convolution_with_a_norm_behind_each_relu():
+    """The network that the code of Stable SGD and TAG calls ResNet-18, written out."""
+    torch.manual_seed(0)
+    net = ResNet18((3, 32, 32), width=20, block="half")
+    x = torch.randn(4, 3, 32, 32)
+
+    def normed(values, norm):
+        mean, var = values.mean((0, 2, 3), keepdim=True), values.var((0, 2, 3), unbiased=False, keepdim=True)
+        return (values - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    out = normed(F.conv2d(x, net.conv.weight, padding=1), net.norm).relu()
+    for stage in range(1, 5):
+        for place, block in enumerate(getattr(net, f"stage{stage}")):
+            stride = 2 if stage > 1 and place == 0 else 1
+            past = out if stride == 1 else F.conv2d(out, block.shortcut.weight, stride=2)
+            out = normed(F.conv2d(out, block.conv.weight, stride=stride, padding=1).relu(), block.norm1)
+            out = normed((out + past).relu(), block.norm2)
+    torch.testing.assert_close(net(x), F.avg_pool2d(out, 4).flatten(1), rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) == 1 + 8 + 3
+
+
 def test_norms() -> None:
     x, other = batch((3, 16, 16)), batch((3, 16, 16)) * 3
     plain = ResNet18((3, 16, 16), width=8, norm="batch_no_stats").eval()
@@ -101,6 +123,8 @@ def test_norms() -> None:
     assert not torch.allclose(plain(x)[:1], plain(torch.cat([x[:1], other]))[:1], atol=1e-3)
     group = ResNet18((3, 16, 16), width=8, norm="group").eval()
     torch.testing.assert_close(group(x)[:1], group(torch.cat([x[:1], other]))[:1])
+    with pytest.raises(InputError, match=r"block='whole' of ResNet18 is unknown: use one of residual, half"):
+        ResNet18((3, 16, 16), block="whole")
     with pytest.raises(InputError, match=r"norm='layer' .* batch, batch_no_stats, group"):
         ResNet18((3, 16, 16), norm="layer")
 

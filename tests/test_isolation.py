@@ -497,6 +497,15 @@ def test_what_gates_do_not_isolate_is_refused():
         build(HAT(), optimizer=partial(torch.optim.Adam, lr=0.01))
 
 
+@pytest.mark.parametrize("hidden", [[50, 50], [150, 150], [250, 250], [300, 200, 100], [33]])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28)])
+def test_the_rounding_of_a_matrix_product_is_no_path_past_a_layer(hidden, shape):
+    """A row's features can differ in their last bits with its place in the batch."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert len(chained_layers(MLP(shape, hidden), shape)) == len(hidden)
+
+
 def test_layers_are_chained_in_the_order_of_their_calls():
     class Backwards(nn.Module):
         def __init__(self) -> None:

@@ -70,7 +70,8 @@ def loop_by_hand(scenario: str, epochs: int, momentum: float = 0.0, accumulate: 
                 number = start // 8
                 if number % accumulate == 0:
                     optimizer.zero_grad()
-                (F.cross_entropy(logits, y[batch]) / accumulate).backward()
+                together = min(accumulate, -(-len(rows) // 8) - number // accumulate * accumulate)  # of this update
+                (F.cross_entropy(logits, y[batch]) / together).backward()
                 if (number + 1) % accumulate == 0 or start + 8 >= len(rows):
                     optimizer.step()
     return list(net.parameters())
@@ -131,6 +132,33 @@ def test_accumulation_is_the_loop_written_by_hand_to_the_bit(accumulate, listeni
     for ours, theirs in zip(weights(learner), loop_by_hand("class", 2, accumulate=accumulate), strict=True):
         assert torch.equal(ours, theirs)
     assert not listening or len(listener.steps) == 3 * 2 * -(-6 // accumulate)
+
+
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(10, 10), (7, 3), (9, 4), (48, 2), (5, 100)])
+def test_minibatches_of_one_update_are_one_big_batch(batch_size, accumulate, replay, listening):
+    """The mean over all their rows: short last minibatches, cut groups and rows that were replayed are in it."""
+
+    class Double(Strategy):
+        def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+            odd = (batch.y % 2).nonzero().flatten()  # as many as there happen to be
+            return batch.append(batch.take(odd)) if replay else batch
+
+        def loss(self, learner: Learner, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+            return 0.1 * sum(p.square().sum() for p in learner.trunk().parameters())
+
+    kept = []
+    for size, several in ((batch_size, accumulate), (batch_size * accumulate, 1)):
+        stream = toy_stream(3, "class")
+        torch.manual_seed(0)
+        optimizer = partial(torch.optim.SGD, lr=0.1)
+        learner = Learner(stream, ToyBackbone(), {"method": Double()}, optimizer, batch_size=size).double()
+        job = partial(trainer, accumulate_grad_batches=several)
+        Experiment(learner, stream, job, epochs=2, callbacks=[Listener()] if listening else []).run()
+        kept.append(weights(learner))
+    for one, other in zip(*kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])

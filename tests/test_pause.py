@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 }
 SCHEDULES: dict[str, Callable[..., Any] | None] = {
     "constant": None,
-    "cosine": partial(CosineAnnealingLR, T_max=EPOCHS),
+    "cosine": partial(CosineAnnealingLR),
     "multistep": partial(MultiStepLR, milestones=[1, 2]),
     "one cycle": partial(OneCycleLR, max_lr=0.1, total_steps=EPOCHS + 1),
 }

@@ -920,6 +920,30 @@ def test_what_is_distilled_in_each_scenario(scenario, groups):
     assert float(got) == pytest.approx(float(expected), rel=1e-4) and float(got) > 0
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(
+    ("train_mask", "per_task", "times"), [("domain", True, 2), ("domain", False, 1), ("task", True, 1)]
+)
+def test_lwf_as_in_released_codes(scaled, train_mask, per_task, times):
+    """All outputs where all competed when the teacher was trained; without T^2; once for each old task."""
+    method = LwF(alpha=0.7, temperature=3.0, scaled=scaled, per_task=per_task)
+    learner, stream = toy(method, [0, 1], train_mask=train_mask)
+    learner.before_task(stream[2])
+    learner.tasks_learned = 2
+    x, y, task = (column[:10] for column in stream[2].train.tensors())
+    batch = Batch(x, y, task, view=learner.prepare(x))
+    with torch.no_grad():
+        taught = learner(batch.view)
+        for p in learner.trunk().parameters():
+            p += 0.1
+        logits = learner(batch.view)
+        got = method.loss(learner, batch, logits)
+    groups = [range(6)] if train_mask == "domain" else [[0, 1], [2, 3]]
+    soft = [((logits[:, g] / 3).log_softmax(1), (taught[:, g] / 3).softmax(1)) for g in groups]
+    expected = 0.7 * (9 if scaled else 1) * times * sum(float((q * (q.log() - p)).sum(1).mean()) for p, q in soft)
+    assert float(got) == pytest.approx(expected, rel=1e-4) and expected > 0
+
+
 def test_the_teacher_is_the_network_of_before_the_task_all_through_it():
     class Noisy(ToyBackbone):
         def __init__(self) -> None:

@@ -35,6 +35,7 @@ def _main() -> None:
     from hydra.errors import ConfigCompositionException, MissingConfigException
 
     from cl import plugins, sweep
+    from cl.quote import at_home, quote_paths
 
     sys.path.append(os.getcwd())  # for a stream or strategy of one's own that is not installed
     plugins.register()
@@ -42,7 +43,8 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below
     application = hydra.main(version_base="1.3", config_path="pkg://cl.conf", config_name="config")(run)
     try:
-        sys.argv[1:], repeated = again.expand(sys.argv[1:])
+        sys.argv[1:], repeated = again.expand(at_home(sys.argv[1:]))
+        sys.argv[1:] = quote_paths(sys.argv[1:])
         application()
         verdict = sweep.verdict(jobs)
         if repeated is not None and not verdict:

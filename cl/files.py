@@ -14,6 +14,19 @@ from typing import Any
 from cl.errors import InputError
 
 
+def place(path: str | Path) -> Path:
+    """Return a path in which a leading ~ is the user's own folder, as in a shell.
+
+    Example:
+        >>> place("~/data") == Path.home() / "data", place("data/~")
+        (True, PosixPath('data/~'))
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~name, of nobody
+        return Path(path)
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, then rename: a reader sees the old file or the whole new one.
 

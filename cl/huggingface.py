@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError
+from cl.files import place
 from cl.images import decoded_images
 from cl.labels import number_classes
 
@@ -68,7 +69,7 @@ def huggingface(
         InputError: If the library, folder, split or column is missing, a picture cannot be read, sizes differ without
             `image_size`, a label is missing or never trained, or one split names its labels and the other does not.
     """
-    path = Path(path)
+    path = place(path)
     splits = _splits(path, train, test)
     for split in splits.values():
         for column in (image, label):

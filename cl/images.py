@@ -20,6 +20,7 @@ from torch import nn
 from cl.cache import Allocate, decoded
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError
+from cl.files import place
 from cl.pictures import eight_bits
 from cl.rows import let_go
 
@@ -92,14 +93,14 @@ def folders_in(folder: Path) -> list[str]:
 def _below(folder: Path) -> list[str]:
     """Return every image below a folder, each place once, however links lead there."""
     files, known = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.realpath(place)
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(parent)
         if here in known:
             folders.clear()
             continue
         known.add(here)
         folders[:] = filter(of_a_person, folders)  # the others are not walked into
-        files += [os.path.join(place, n) for n in names if of_a_person(n) and n.lower().endswith(SUFFIXES)]
+        files += [os.path.join(parent, n) for n in names if of_a_person(n) and n.lower().endswith(SUFFIXES)]
     for file in files:
         _check_link(file)
     return files
@@ -304,7 +305,7 @@ def image_folder(
         InputError: If a folder is missing, an image cannot be read, sizes differ without `image_size`, the classes of
             train and test differ, or the two share a file.
     """
-    root = Path(root)
+    root = place(root)
     parts = list_parts(root, train, test, test_fraction, seed)
     names = sorted({label for _, label in parts["train"]})
     number = {label: c for c, label in enumerate(names)}

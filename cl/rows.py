@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import InputError
+from cl.files import place
 from cl.pictures import eight_bits
 
 RESIDENT = 2**30  # bytes; what takes more stays in its file
@@ -110,7 +111,7 @@ def open_array(path: str | Path) -> Rows:
         InputError: If it is missing, or no array of numbers.
     """
     try:
-        found = np.load(path, mmap_mode="c")
+        found = np.load(place(path), mmap_mode="c")
         if not isinstance(found, np.ndarray):
             found.close()
             raise InputError(f"{path} holds several arrays: write the one that is meant with numpy.save.")

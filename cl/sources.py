@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cl.cache import Allocate, decoded
 from cl.data import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.errors import InputError, check_range, unknown
+from cl.files import place
 from cl.images import image_folder as image_folder
 from cl.items import read_sides
 from cl.random import derive
@@ -200,7 +201,7 @@ def torchvision_dataset(
 
     if name not in TORCHVISION:
         raise unknown("torchvision dataset", name, TORCHVISION)
-    source, root = getattr(datasets, TORCHVISION[name]), Path(root)
+    source, root = getattr(datasets, TORCHVISION[name]), place(root)
     if name == "emnist":
         split = split or "balanced"
         if split not in source.splits:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
+from cl.files import place
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_table(path: str | Path) -> Table:
         >>> read_table(path).columns
         {'path': ['a.png'], 'label': ['cat']}
     """
-    path = Path(path)
+    path = place(path)
     try:
         table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -10,6 +10,7 @@ from torch import nn
 
 from cl.data import Numbers, make_dataset
 from cl.errors import InputError, unknown
+from cl.files import place
 from cl.images import check_disjoint, decoded_images, folders_in, list_parts
 from cl.labels import in_natural_order
 from cl.own_data import by_task
@@ -87,7 +88,7 @@ def image_folders(
         >>> stream.task_names, stream.scenario, stream.class_names
         (['day', 'night'], 'domain', ('cat',))
     """
-    root = Path(root)
+    root = place(root)
     if pattern not in PATTERNS:
         raise unknown("pattern", pattern, PATTERNS)
     above = pattern == PATTERNS[1]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cl.cells import read_targets, read_times
 from cl.data import Numbers, make_dataset, split_validation
 from cl.errors import InputError, unknown
+from cl.files import place
 from cl.images import decoded_images
 from cl.labels import in_natural_order
 from cl.own_data import by_task
@@ -119,7 +120,7 @@ def manifest(
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
     table = _renamed(read_table(path), columns or {})
-    root = table.path.parent if root is None else Path(root)
+    root = table.path.parent if root is None else place(root)
     if by == "time":
         table = table.take(np.argsort(read_times(table), kind="stable").tolist())
     files = [root / cell for cell in table.column("path")]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl.cache import Allocate, cached, fingerprint
+import cl.cache
+from cl.cache import Allocate, cached, decoded, fingerprint
 from cl.compose import copies, transform
 from cl.data import Array, Dataset, channel_moments, split_validation
 from cl.errors import InputError
@@ -161,18 +164,118 @@ def test_writing_to_a_mapped_array_never_reaches_the_disk(tmp_path: Path) -> Non
     assert cached("key", tmp_path, Counter())["x"].ravel().tolist() == list(range(20))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
-def test_damaged_cache_is_built_again(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest", "zeros", "bit", "empty manifest", "names"])
+def test_damaged_cache_is_built_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     build = Counter()
     cached("key", tmp_path, build)
     if damage == "truncate":
         os.truncate(tmp_path / "key" / "x.npy", 130)
     elif damage == "remove":
         (tmp_path / "key" / "y.npy").unlink()
+    elif damage in ("zeros", "bit", "names"):
+        file = tmp_path / "key" / ("names.npy" if damage == "names" else "x.npy")
+        content = bytearray(file.read_bytes())
+        content[-4:] = bytes(4) if damage == "zeros" else bytes([content[-4] ^ 1]) + content[-3:]
+        file.write_bytes(content)
+    elif damage == "empty manifest":
+        (tmp_path / "key" / "manifest.json").write_text("{}")
     else:
         (tmp_path / "key" / "manifest.json").write_text('{"x.npy": 1')
-    assert cached("key", tmp_path, build)["x"].ravel().tolist() == list(range(20))
+    arrays = cached("key", tmp_path, build)
+    assert arrays["x"].ravel().tolist() == list(range(20)) and arrays["names"].tolist() == ["a", "bb"]
     assert build.calls == 2
+    assert "key is damaged and built again" in caplog.text and len(caplog.records) == 1
+
+
+def test_arrays_are_looked_at_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(cl.cache, "_digest_array", lambda file: read.append(file) or "same")
+    for _ in range(3):
+        cached("key", tmp_path, Counter())
+    assert len(read) == 3, "as they were written"
+    cl.cache._looked_at.clear()  # another process
+    for _ in range(3):
+        cached("key", tmp_path, Counter())
+    assert len(read) == 6
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from cl.cache import cached
+def build(allocate):
+    allocate("x", (5, 1, 2, 2))[:2] = 1
+    print("building", flush=True)
+    time.sleep(60)
+cached(sys.argv[1], Path(sys.argv[2]), build)
+"""
+
+
+def test_leftovers_of_killed_builders_go_and_those_at_work_stay(tmp_path: Path) -> None:
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", KILLED, "other", str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "building\n"
+        return process
+
+    started = [start() for _ in range(3)]
+    for process in started[:2]:
+        process.kill()
+        process.communicate()
+    (tmp_path / ".partial-0123456789abcdef").mkdir()  # of a version without locks
+    assert len([f for f in os.listdir(tmp_path) if f.startswith(".partial") and not f.endswith(".lock")]) >= 2
+    cached("key", tmp_path, Counter())
+    left = [f for f in os.listdir(tmp_path) if f.startswith(".partial")]
+    assert len(left) == 2 and {f.endswith(".lock") for f in left} == {True, False}, "the one at work"
+    started[2].kill()
+    started[2].communicate()
+    cached("key", tmp_path, Counter())
+    assert os.listdir(tmp_path) == ["key"]
+
+
+def content(x: int) -> dict[str, Array]:
+    return {"train_x": np.full((2, 1, 2, 2), x, dtype=np.uint8)}
+
+
+def test_files_of_one_name_size_and_time_do_not_share_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    original = cl.cache._digest_source
+    monkeypatch.setattr(cl.cache, "_digest_source", lambda file: reads.append(file) or original(file))
+    files = []
+    for k in range(2):
+        files.append(tmp_path / f"tree{k}" / "a.bmp")
+        files[k].parent.mkdir()
+        files[k].write_bytes(bytes([k] * 9))
+        os.utime(files[k], ns=(5, 5))
+
+    def read(k: int, value: int) -> float:
+        arrays = decoded("key", [files[k]], files[k].parent, None, lambda _: content(value), True, tmp_path / "cache")
+        return float(arrays["train_x"].mean())
+
+    assert [read(0, 10), read(1, 11)] == [10.0, 11.0]
+    assert [read(0, 98), read(1, 99)] == [10.0, 11.0], "found again"
+    os.utime(files[0], ns=(7, 7))
+    assert read(0, 97) == 10.0, "the same content at another time"
+    files[0].write_bytes(bytes([3] * 9))
+    os.utime(files[0], ns=(5, 5))
+    assert read(0, 12) == 12.0, "another content at the old time"
+    reads.clear()
+    monkeypatch.setattr(cl.cache, "_SETTLED", -100.0)  # as if the files had been there for long
+    read(0, 96), read(1, 96)
+    assert len(reads) == 2
+    assert [read(0, 95), read(1, 95)] == [12.0, 11.0] and len(reads) == 2, "the same files are not read again"
+    files[1].write_bytes(bytes([4] * 9))
+    os.utime(files[1], ns=(5, 5))
+    assert read(1, 13) == 13.0
+
+
+def test_a_name_that_is_no_utf8_has_a_fingerprint(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"a\xff"), os.fsdecode(b"a\xfe")]
+    found = []
+    for name in names:
+        (tmp_path / name).write_bytes(b"1")
+        found.append(fingerprint([tmp_path / name], tmp_path))
+    assert len(set(found)) == 2
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -213,11 +316,11 @@ def test_fingerprint_sees_files_and_settings(tmp_path: Path) -> None:
     first = fingerprint([file], tmp_path, 3)
     assert fingerprint([file], tmp_path, 3) == first != fingerprint([file], tmp_path, 4)
     os.utime(file, ns=(5, 5))
-    second = fingerprint([file], tmp_path, 3)
-    file.write_bytes(b"123")
+    assert fingerprint([file], tmp_path, 3) == first, "content decides"
+    file.write_bytes(b"13")
     os.utime(file, ns=(5, 5))
     third = fingerprint([file], tmp_path, 3)
-    assert len({first, second, third}) == 3
+    assert third != first
     moved = tmp_path / "moved"
     moved.mkdir()
     file.rename(moved / "a")

@@ -16,7 +16,8 @@ for both kinds, which is 10 and 10 here.
 Differences from the reference code: at test it lets a batch vote for one expert prompt, so that a prediction depends on
 its neighbours and a batch of one task gives the task away (`batch_vote=true` does so); the keys of tasks to come can be
 chosen there; and it starts an expert prompt from the one before. CODA-Prompt's code has a key for each block and sums
-the keys' loss over the batch instead of averaging it. Replayed rows are given the prompt of their own task.
+the keys' loss over the batch instead of averaging it. The PyTorch port of the released code reshapes prompts
+without a permute, which mixes keys and values of half the batch. Replayed rows are given the prompt of their own task.
 
 State: g (G, 2, L/2, D) for G blocks, T prompts (E, 2, L/2, D) for E blocks, of which the present task's is trained, and
 T keys (D). For every scenario; it refuses a backbone that takes no prefixes.

@@ -12,7 +12,8 @@ weights near the last optimum. Where F is to fade, see online EWC.
 Differences from reference code: the Fisher is the true one, of single examples: labels y are summed over the model's
 own distribution (or drawn from it, or the data's). HAT's EWC, Avalanche and CLArena square the mean gradient of a batch
 of labelled examples (`fisher="empirical"`, `batch_size=20` in HAT), which is smaller by about its size; HAT averages
-over tasks; Avalanche and Mammoth have no 1/2. So lambdas differ between libraries.
+over tasks, and measures in training mode, under dropout; Avalanche and Mammoth have no 1/2. So lambdas differ between
+libraries.
 
 Under SGD a weight runs away from its anchor where learning rate * lambda * F > 2, and one bad last step of a task is
 enough: on Permuted-MNIST a last batch of a few rows left a task at 57 %, with a Fisher a hundred times as large. The

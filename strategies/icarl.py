@@ -19,7 +19,8 @@ Differences from the paper: its sums over rows and classes are divided by |B| an
 the stream, as in the released code, whose learning rate of 2 belongs to that; weight decay is the optimizer's. K / t is
 rounded down, there up. A class that comes again is new: it is labelled, and herded among its present rows.
 Differences from the reference code: that (and Mammoth) trains the sigmoids of classes to come towards 0 as well, and
-takes the means over exemplars and their mirror images; its augmentation is the stream's here.
+takes the means over exemplars and their mirror images; its augmentation is the stream's here. Van de Ven's divides
+the teacher's logits by 2 before the sigmoid, but not the student's.
 
 State: K exemplars with their ranks; the teacher, once the network's size; the means, C x D. Between tasks the task's
 rows and the exemplars are copied into one array. Scenarios: class- and task-incremental. Refuses the

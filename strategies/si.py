@@ -15,8 +15,10 @@ number of tasks. Scenarios: all, but without exemplars see the remark in the cla
 
 Differences from the paper: Omega is clamped at 0, without which a momentum or a noisy path could reward drifting.
 Differences from the reference code (pathint): none known; it clamps likewise, and with Adam starts afresh with each
-task, as every optimizer does here. Mammoth clips gradients to [-1, 1] and does not clamp Omega. The gradient is that of
-before clipping, with what other strategies add to the loss, and projected by those in front of this one.
+task, as every optimizer does here by default. Mammoth, whose figures are those of the DER paper, clips gradients to
+[-1, 1], takes for the path the square of that clipped gradient of loss and penalty, and does not clamp Omega.
+The gradient is that of before clipping, with what other strategies add to the loss, and projected by those in front of
+this one.
 """
 
 from __future__ import annotations

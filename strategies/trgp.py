@@ -17,7 +17,8 @@ kept, in the coordinates of O (`cl.subspace.Subspaces`), which under SGD is the 
 its Permuted-MNIST (`stream.shared_labels=true`), the head is a layer like the others.
 Differences from the reference code: a new direction is never lost to an index off by one, batch norm's affine
 parameters do not move, the gradient is measured in evaluation mode, and the second and third task select as the others
-do. Its Permuted-MNIST has :math:`\epsilon_1` = 0.2.
+do. In its networks no layer is scaled unless the first one has selected a task. Its Permuted-MNIST has
+:math:`\epsilon_1` = 0.2.
 State: a layer with d inputs has O and A (d, d), A of each task (T, d, d), and T rows of d that say whose a column is.
 Scenarios: task-incremental; R under the mask of all classes is measured with each task's own weights, too, and is no
 class-incremental figure. Refused: the others, optimizers but plain SGD, running statistics of batch norm.

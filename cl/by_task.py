@@ -9,8 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cl.errors import InputError
+
 if TYPE_CHECKING:
     from cl.learner import Learner
+    from cl.task import Stream
+
+
+def check_apart(name: str, learner: Learner, stream: Stream) -> None:
+    """Refuse a stream in which examples of several tasks come together, where each task is learned in its turn.
+
+    Raises:
+        InputError: Naming method and stream.
+    """
+    if learner.mixed:
+        raise InputError(
+            f"{name} learns something for each task in its turn, but in {stream.name!r} examples of several tasks come "
+            "together: choose another stream, or another strategy."
+        )
 
 
 def run_by_task(
@@ -34,7 +50,7 @@ def rows_by_task(learner: Learner, inputs: Tensor, run: Callable[[Tensor, int], 
     replays others: there the device is not waited for.
     """
     labels = learner.task_labels
-    alone = learner.backbone.training and learner.told is None and len(learner.strategies) == 1
+    alone = learner.backbone.training and learner.told is None and len(learner.strategies) == 1 and not learner.mixed
     if labels is None or alone:
         return run(inputs, learner.task_index)
     tasks = labels.unique().tolist()

@@ -10,7 +10,9 @@ Computation of the Fisher Information in Continual Learning") compares them as E
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 FISHERS = ("true", "sampled", "empirical")
 _HELD_AT_ONCE = 2**24  # numbers of gradients of single examples
+_ROWS_AT_ONCE = 256  # that pass through a network whose linear layers need none
 
 
 def gradient_sum(
@@ -45,7 +48,7 @@ def gradient_sum(
     Args:
         module: Inputs (B, ...) to outputs; its trainable parameters are what is derived by.
         of: The scalar of the outputs (b, ...) and of a row of each column.
-        shape: h, element by element.
+        shape: h, element by element: the square or the absolute value, of which h(a b) = h(a) h(b).
         x: Inputs (n, ...).
         rows: Which b inputs each gradient is of, (m, b); b is 1 for single examples.
         weights: w, (m,).
@@ -56,19 +59,83 @@ def gradient_sum(
         >>> gradient_sum(w, torch.sum, torch.abs, x, torch.tensor([[1], [0]]), torch.tensor([1.0, 10.0]))
         tensor([13., 24.])
     """
-    theta = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found = _of_linear_layers(module, of, shape, x[rows[:, 0]], weights, columns) if rows.shape[1] == 1 else {}
+    theta = {name: p.detach() for name, p in trained.items() if name not in found}
+    if theta:
+        found |= _one_by_one(module, theta, of, shape, x, rows, weights, columns)
+    return flat([found[name] for name in trained])
+
+
+def _one_by_one(
+    module: nn.Module,
+    theta: dict[str, Tensor],
+    of: Callable[..., Tensor],
+    shape: Callable[[Tensor], Tensor],
+    x: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    columns: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """Return the sums over gradients that are all written out, by the names of parameters."""
 
     def scalar(theta: dict[str, Tensor], some: Tensor, *column: Tensor) -> Tensor:
         return of(functional_call(module, theta, (some,)), *column)
 
-    size = sum(p.numel() for p in theta.values())
-    total = torch.zeros(size, device=x.device)
-    chunk = max(1, _HELD_AT_ONCE // size)
+    totals = {name: torch.zeros(p.numel(), device=x.device) for name, p in theta.items()}
+    chunk = max(1, _HELD_AT_ONCE // sum(p.numel() for p in theta.values()))
     for some, w, *parts in zip(*(column.split(chunk) for column in (rows, weights, *columns)), strict=True):
         with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap can batch
             gradients = vmap(grad(scalar), in_dims=(None, 0, *(0 for _ in parts)))(theta, x[some], *parts)
-        total += flat([w @ shape(g.reshape(len(w), -1).float()) for g in gradients.values()])
-    return total
+        for name, g in gradients.items():
+            totals[name] += w @ shape(g.reshape(len(w), -1).float())
+    return totals
+
+
+def _of_linear_layers(
+    module: nn.Module,
+    of: Callable[..., Tensor],
+    shape: Callable[[Tensor], Tensor],
+    x: Tensor,
+    weights: Tensor,
+    columns: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    r"""Return the sums for linear layers in closed form, by the names of their parameters.
+
+    A layer's gradient at one example is :math:`\delta a^\top`, with a what comes in and :math:`\delta` the gradient of
+    what goes out. As :math:`h(\delta_i a_j) = h(\delta_i) h(a_j)` for squares and absolute values, the sum is one
+    product, :math:`\sum_k w_k \, h(\delta_k) h(a_k)^\top`, and no gradient is written out.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append((name, shape(inputs[0].detach().float()), output))
+        return output.clone()  # what comes next may change it in place
+
+    layers = {name: m for name, m in module.named_modules() if type(m).forward is nn.Linear.forward}
+    totals: dict[str, Tensor] = {}
+    for some, w, *parts in zip(*(column.split(_ROWS_AT_ONCE) for column in (x, weights, *columns)), strict=True):
+        seen.clear()
+        with ExitStack() as hooks, torch.enable_grad():
+            for name, layer in layers.items():
+                hooks.callback(layer.register_forward_hook(partial(watch, name)).remove)
+            value = vmap(of)(module(some)[:, None], *parts).sum()
+        names = [name for name, _, _ in seen]
+        once = [one for one in seen if names.count(one[0]) == 1 and one[1].ndim == 2 and len(one[1]) == len(some)]
+        once = [one for one in once if one[2].requires_grad]
+        if not once:
+            return {}
+        deltas = torch.autograd.grad(
+            value, [output for _, _, output in once], allow_unused=True, materialize_grads=True
+        )
+        for (name, a, _), delta in zip(once, deltas, strict=True):
+            d = w[:, None] * shape(delta.float())
+            layer, prefix = layers[name], f"{name}." if name else ""
+            for key, value in (("weight", (d.T @ a).flatten()), ("bias", d.sum(0))):
+                own = getattr(layer, key)
+                if own is not None and own.requires_grad:
+                    totals[prefix + key] = totals.get(prefix + key, 0) + value
+    return totals
 
 
 def diagonal_fisher(
@@ -84,7 +151,7 @@ def diagonal_fisher(
     Args:
         module: Inputs (B, ...) to logits (B, C); its trainable parameters are theta.
         x: Inputs (n, ...).
-        classes: The classes that compete, (K,).
+        classes: The classes that compete, (K,); or for each row which of all do, bool (n, C), and then K = C below.
         weights: w(y|x), (n, K); None means the model's own p(y|x), which gives the true Fisher.
         batch_size: b > 1 squares the mean gradient of b examples instead, n // b times; each needs one label.
         target: "label"; or "multilabel" (independent Bernoulli outputs) or "regression" (Gaussian ones of variance 1),
@@ -99,19 +166,28 @@ def diagonal_fisher(
         [0.75, 0.75]
     """
 
-    def log_p(outputs: Tensor, y: Tensor) -> Tensor:
-        z = outputs[:, classes].float()
+    def log_p(outputs: Tensor, y: Tensor, *among: Tensor) -> Tensor:
+        z = _competing(outputs, classes, *among)
         mean: Tensor = (z.log_softmax(1) if target == "label" else z).gather(1, y[:, None]).mean()
         return mean
 
     if weights is None:
         with torch.no_grad():
-            weights = _own_weights(_logits(module, x)[:, classes].float(), target)
+            weights = _own_weights(_competing(_logits(module, x), classes, classes), target)
     batch_size = min(batch_size, len(x))
     whole = len(x) // batch_size * batch_size
     rows, y = (column.view(-1, batch_size) for column in weights[:whole].nonzero(as_tuple=True))
-    total = gradient_sum(module, log_p, torch.square, x, rows, weights[rows, y].mean(1), y)
+    among = (classes[rows],) if classes.dtype == torch.bool else ()
+    total = gradient_sum(module, log_p, torch.square, x, rows, weights[rows, y].mean(1), y, *among)
     return total / (whole // batch_size)
+
+
+def _competing(logits: Tensor, classes: Tensor, among: Tensor | None = None) -> Tensor:
+    """Return the logits of competing classes: some columns, or with the others of each row at minus infinity."""
+    if classes.dtype != torch.bool:
+        return logits[:, classes].float()
+    assert among is not None
+    return torch.where(among, logits.float(), -torch.inf)
 
 
 def _logits(module: nn.Module, x: Tensor) -> Tensor:
@@ -122,7 +198,7 @@ def _own_weights(z: Tensor, target: str) -> Tensor:
     """Return what each output's squared gradient counts in the true Fisher, (n, K)."""
     if target == "label":
         return z.softmax(1)
-    return z.sigmoid() * (-z).sigmoid() if target == "multilabel" else torch.ones_like(z)
+    return z.sigmoid() * (-z).sigmoid() if target == "multilabel" else (z > -torch.inf).float()
 
 
 def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: Tensor, random: Random) -> Tensor | None:
@@ -133,7 +209,7 @@ def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: T
         module: Inputs to logits (B, C).
         x: Inputs (n, ...).
         y: Labels in the data, (n,).
-        classes: The classes that compete, (K,).
+        classes: The classes that compete, (K,), or for each row which do, bool (n, C).
         random: Draws the labels of "sampled".
 
     Example:
@@ -144,22 +220,32 @@ def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: T
     """
     if kind == "true":
         return None
+    own = classes.dtype == torch.bool
     if kind == "sampled":
         with torch.no_grad():
-            p = _logits(module, x)[:, classes].softmax(1).cumsum(1)
+            p = _competing(_logits(module, x), classes, classes).softmax(1)
         draw = torch.from_numpy(random.generator.random((len(x), 1))).to(p)
-        y = classes[(p < draw).sum(1).clamp_max(len(classes) - 1)]
-    return (y[:, None] == classes).float()
+        place = (p.cumsum(1) <= draw).sum(1)
+        last = (p > 0).long().mul_(torch.arange(p.shape[1], device=p.device)).amax(1)  # where rounding is past the end
+        y = torch.minimum(place, last) if own else classes[torch.minimum(place, last)]
+    return (y[:, None] == (torch.arange(classes.shape[1], device=y.device) if own else classes)).float()
 
 
-def sampled_inputs(learner: Learner, task: Task, num_samples: int | None, random: Random) -> tuple[Tensor, Tensor]:
-    """Return a draw of a task's training examples, prepared and not augmented, with their labels; None: all."""
+def sampled_inputs(
+    learner: Learner, task: Task, num_samples: int | None, random: Random
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a draw of a task's training examples, prepared and not augmented, with labels and competing classes.
+
+    Returns:
+        Inputs (n, ...), labels (n,), and which classes compete on each row in training, bool (n, C): where tasks have
+        no boundaries between them, or leak into each other, a task's examples are those of several.
+    """
     data = task.train
     if num_samples is not None and num_samples < len(data):
         rows = random.generator.choice(len(data), num_samples, replace=False)
         data = data.take(torch.from_numpy(rows))
-    x, y, _ = (column.to(learner.device) for column in data.tensors())
-    return learner.prepare(x), y
+    x, y, labels = (column.to(learner.device) for column in data.tensors())
+    return learner.prepare(x), y, learner.competing(labels)
 
 
 def task_fisher(
@@ -167,10 +253,11 @@ def task_fisher(
 ) -> Tensor:
     """Return the diagonal Fisher of backbone and head on a draw of a task's training examples, as one vector.
 
-    The classes are those that compete in training; the network is in evaluation mode. See `diagonal_fisher`.
+    The classes of each row are those that compete in training; the network is in evaluation mode. See
+    `diagonal_fisher`.
     """
-    module, classes = nn.Sequential(learner.backbone, learner.head), learner.competing(task)
-    view, y = sampled_inputs(learner, task, num_samples, random)
+    module = nn.Sequential(learner.backbone, learner.head)
+    view, y, classes = sampled_inputs(learner, task, num_samples, random)
     with learner.evaluating():
         weights = label_weights(kind, module, view, y, classes, random)
         return diagonal_fisher(module, view, classes, weights, batch_size, learner.target.name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
+from cl.by_task import check_apart
 from cl.errors import InputError
 from cl.subspace import check_statistics
 
@@ -117,6 +118,7 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
             f"{name} gives each task outputs of its own, but in {stream.name!r} tasks share classes or have no "
             "boundaries: choose another stream."
         )
+    check_apart(name, learner, stream)
     if any(parameter.shape[:1] != (learner.num_classes,) for parameter in learner.head.parameters()):
         raise InputError(
             f"{name} gives each task outputs of its own, but {type(learner.head).__name__} has weights that are no "

@@ -147,6 +147,7 @@ class Learner(pl.LightningModule):
         for task in stream:
             membership[task.index, slice(None) if self.target.name == "regression" else list(task.classes)] = True
         self.register_buffer("membership", membership, persistent=False)
+        self.mixed = any(bool((task.train.tasks != task.index).any()) for task in stream)  # rows of several in one
         self.shared_outputs = bool((membership.sum(0) > 1).any())  # whether tasks have classes in common
         self.register_buffer("seen", torch.zeros(self.num_classes, dtype=torch.bool))
         self.masks = nn.ModuleDict({name: Mask(self.num_tasks, self.num_classes) for name in SCENARIOS})
@@ -183,9 +184,10 @@ class Learner(pl.LightningModule):
         """Build the configured optimizer over some parameters."""
         return self._optimizer(parameters)
 
-    def competing(self, task: Task) -> Tensor:
-        """Return the classes that compete on an example of a task in training, (K,)."""
-        return competing(self.train_mask, self.seen, self.membership)[task.index].nonzero().flatten()
+    def competing(self, tasks: Task | Tensor) -> Tensor:
+        """Return the classes that compete on a task's examples in training, (K,); for task labels (n,), bool (n, C)."""
+        among = competing(self.train_mask, self.seen, self.membership)
+        return among[tasks] if isinstance(tasks, Tensor) else among[tasks.index].nonzero().flatten()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

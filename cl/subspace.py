@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 
-from cl.by_task import rows_by_task
+from cl.by_task import check_apart, rows_by_task
 from cl.errors import InputError
 from cl.random import Random
 from cl.representation import Layer, layer_inputs, trainable_layers
@@ -62,7 +62,7 @@ def sampled_inputs(learner: Learner, task: Task, num_samples: int, random: Rando
     """
     batch = sampled(learner, task, num_samples, random)
     with learner.evaluating():
-        return layer_inputs(protected_layers(learner), lambda: learner(learner.prepare(batch.x)))
+        return layer_inputs(protected_layers(learner), lambda: learner(learner.prepare(batch.x), batch.task))
 
 
 def sampled_gradients(learner: Learner, task: Task, num_samples: int, random: Random) -> Sequence[Tensor]:
@@ -73,7 +73,7 @@ def sampled_gradients(learner: Learner, task: Task, num_samples: int, random: Ra
     batch = sampled(learner, task, num_samples, random)
     weights = [layer.weight for layer in protected_layers(learner)]
     with learner.evaluating():
-        loss = learner.criterion(learner(learner.prepare(batch.x)), batch)
+        loss = learner.criterion(learner(learner.prepare(batch.x), batch.task), batch)
     return [g.flatten(1) for g in torch.autograd.grad(loss, weights)]
 
 
@@ -293,6 +293,7 @@ class ScaledByTask(Strategy):
         """Allocate the subspaces of each layer; refuse what leaves the protected space."""
         name = type(self).__name__
         check_task_labels(learner, name)
+        check_apart(name, learner, stream)
         check_plain_sgd(learner, name)
         check_statistics(learner, name)
         check_trained(learner, name)

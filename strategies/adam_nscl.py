@@ -122,7 +122,7 @@ class AdamNSCL(Strategy):
             data = data.take(torch.from_numpy(self.random.generator.choice(len(data), self.num_samples, replace=False)))
         with learner.evaluating():
             for batch in EvalLoader([data], learner.device, batch_size=64):  # a row may have a thousand patches
-                for i, R in enumerate(layer_inputs(layers, partial(learner, learner.prepare(batch.x)))):
+                for i, R in enumerate(layer_inputs(layers, partial(learner, learner.prepare(batch.x), batch.task))):
                     self.get_buffer(f"covariance_{i}").add_(R.double() @ R.double().T)
         for i in range(len(layers)):
             projector = null_projector(self.get_buffer(f"covariance_{i}"), self.ratio, self.released_rule)

@@ -94,11 +94,12 @@ class DualPrompt(Strategy):
         self.register_buffer("known", torch.zeros(len(stream), dtype=torch.bool))
 
     def before_task(self, learner: Learner, task: Task) -> None:
-        """Train the task's own prompt and key, and no other task's."""
-        self.known[task.index] = True
+        """Train prompt and key of the task, or of all whose rows come, and no other task's."""
+        own = {task.index, *task.train.tasks.unique().tolist()}
+        self.known[list(own)] = True
         for t, (expert, key) in enumerate(zip(self.experts, self.keys, strict=True)):
-            expert.requires_grad_(t == task.index)
-            key.requires_grad_(t == task.index)
+            expert.requires_grad_(t in own)
+            key.requires_grad_(t in own)
 
     def encode(self, learner: Learner, view: Tensor) -> Tensor:
         """Return the features under the prompts of each row, (B, D)."""

@@ -46,7 +46,7 @@ def sensitivity(module: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     Args:
         module: Inputs (B, ...) to outputs (B, C).
         x: Inputs (n, ...).
-        classes: The outputs that count, (K,).
+        classes: The outputs that count, (K,), or which of all count for each row, bool (n, C).
 
     Example:
         >>> w = nn.Linear(1, 1, bias=False)
@@ -54,12 +54,17 @@ def sensitivity(module: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
         >>> sensitivity(w, torch.tensor([[1.0], [-2.0]]), torch.tensor([0]))  # 3 x^2
         tensor([7.5000])
     """
+    if classes.dtype != torch.bool:
+        classes = torch.zeros(len(x), int(classes.max()) + 1, dtype=torch.bool, device=x.device).index_fill(
+            1, classes, True
+        )
 
-    def energy(outputs: Tensor) -> Tensor:
-        return outputs[:, classes].float().square().sum()
+    def energy(outputs: Tensor, among: Tensor) -> Tensor:
+        return (outputs[:, : len(among)].float().square() * among).sum()
 
     rows = torch.arange(len(x), device=x.device)[:, None]
-    return gradient_sum(module, energy, torch.abs, x, rows, torch.full((len(x),), 1 / len(x), device=x.device))
+    weights = torch.full((len(x),), 1 / len(x), device=x.device)
+    return gradient_sum(module, energy, torch.abs, x, rows, weights, classes)
 
 
 class MAS(Strategy):
@@ -114,8 +119,8 @@ class MAS(Strategy):
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Add the sensitivity at the new weights (equation 3)."""
-        view, _ = sampled_inputs(learner, task, self.num_samples, self.random)
+        view, _, classes = sampled_inputs(learner, task, self.num_samples, self.random)
         with learner.evaluating():
             module = nn.Sequential(learner.backbone, learner.head)
-            self.importance += sensitivity(module, view, learner.competing(task))
+            self.importance += sensitivity(module, view, classes)
         self.anchor.copy_(flat([p.detach() for p in held(learner)]))

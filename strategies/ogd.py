@@ -134,17 +134,21 @@ class OGD(Strategy):
         if task.index + 1 == learner.num_tasks:
             return
         batch = sampled(learner, task, self.num_samples, self.random)
-        one_hot = torch.eye(learner.num_classes, device=learner.device)
-        each = one_hot[learner.competing(task)].expand(len(batch), -1, -1)  # (n, K, C)
-        weights = {"truth": one_hot[batch.y][:, None], "mean": each.mean(1, keepdim=True), "all": each}[self.logits]
+        among = learner.competing(batch.task)  # bool (n, C)
+        rows, classes = torch.arange(len(batch), device=batch.y.device), batch.y
+        if self.logits == "all":
+            rows, classes = among.nonzero(as_tuple=True)
+        weights = torch.eye(learner.num_classes, device=learner.device)[classes]
+        if self.logits == "mean":
+            weights = among / among.sum(1, keepdim=True)
         with learner.evaluating():
-            gradients = self._gradients(learner, learner.prepare(batch.x), weights)
+            gradients = self._gradients(learner, learner.prepare(batch.x)[rows], weights)
         start = task.index * self.rows
         new = orthonormal(gradients, self.basis[:start])
         self.basis[start : start + len(new)] = new
 
     def _gradients(self, learner: Learner, view: Tensor, weights: Tensor) -> Tensor:
-        """Return the gradients of sums of logits with weights (n, k, C), in rows (n k, P)."""
+        """Return the gradients of sums of logits with weights (n, C), in rows (n, P)."""
         module = nn.Sequential(learner.backbone, learner.head)
         theta = {name: p.detach() for name, p in self._theta(learner).items()}
 
@@ -153,6 +157,5 @@ class OGD(Strategy):
             return total
 
         with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap can batch
-            over_logits = vmap(grad(output), in_dims=(None, None, 0))
-            gradients = vmap(over_logits, in_dims=(None, 0, 0))(theta, view, weights)
-        return torch.cat([g.flatten(0, 1).flatten(1) for g in gradients.values()], dim=1)
+            gradients = vmap(grad(output), in_dims=(None, 0, 0))(theta, view, weights)
+        return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)

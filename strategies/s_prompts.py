@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl.by_task import check_apart
 from cl.errors import check_range
 from cl.loader import EvalLoader
 from cl.random import Random
@@ -85,6 +86,7 @@ class SPrompts(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate prompts, heads and centres; freeze the transformer."""
+        check_apart("S-Prompts", learner, stream)
         freeze_transformer("s_prompts", learner.backbone)
         T, D = len(stream), int(learner.backbone.num_features)  # type: ignore[arg-type]
         self.prompts = nn.ParameterList(torch.empty(self.length, D).uniform_(-(D**-0.5), D**-0.5) for _ in stream)

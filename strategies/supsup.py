@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cl.by_task import run_by_task
+from cl.by_task import check_apart, run_by_task
 from cl.errors import InputError, check_range
 from cl.isolation import layer_weights
 from cl.random import Random
@@ -105,6 +105,7 @@ class SupSup(Strategy):
         """Fix the random weights; allocate masks and scores."""
         if not stream.boundaries:
             raise InputError(f"SupSup learns a mask a task, but {stream.name!r} has no boundaries: use another stream.")
+        check_apart("SupSup", learner, stream)
         check_statistics(learner, "SupSup")
         self.random = Random()
         self.scores = nn.ParameterList()

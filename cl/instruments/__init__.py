@@ -155,6 +155,12 @@ def watching(learner: Learner) -> Iterator[None]:
             module.training = mode
 
 
+def own_examples(task: Task) -> TaskData:
+    """Return the training examples that are a task's own, where those of others come with it; all where none is."""
+    own = (task.train.tasks == task.index).nonzero().flatten()
+    return task.train.take(own) if 0 < len(own) < len(task.train) else task.train
+
+
 def subset(data: TaskData, rows: int) -> TaskData:
     """Return a fixed random part of some examples, all of them where there are no more.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import InputError, unknown
-from cl.instruments import Instrument, features, subset, watching
+from cl.instruments import Instrument, features, own_examples, subset, watching
 from cl.learner import Learner
 from cl.task import Stream, Task
 from cl.transferability import ESTIMATORS, covariance_similarity
@@ -64,7 +64,7 @@ class Estimates(Instrument):
             self.add((task.index + 1, kind, value))
 
     def _features(self, learner: Learner, task: Task) -> tuple[Tensor, Tensor]:
-        data = subset(task.train, self._rows)
+        data = subset(own_examples(task), self._rows)
         return features(learner, data).cpu().to(torch.float64), data.labels.cpu()
 
     def column(self, kind: str) -> list[float]:

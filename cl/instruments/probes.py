@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.errors import InputError, unknown
-from cl.instruments import Instrument, features, subset, watching
+from cl.instruments import Instrument, features, own_examples, subset, watching
 from cl.learner import Learner
 from cl.metrics.representation import knn_probe, linear_cka, ridge_probe
 from cl.task import Stream
@@ -67,7 +67,7 @@ class Probes(Instrument):
                 test = subset(task.test, self._rows)
                 test_x = features(learner, test)
                 if any(PROBES[kind] for kind in found):
-                    train = subset(task.train, self._rows)
+                    train = subset(own_examples(task), self._rows)
                     train_x = features(learner, train)
             for kind, row in found.items():
                 fit = PROBES[kind]

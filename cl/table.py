@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,9 @@ from typing import Any
 
 from cl.errors import InputError
 from cl.files import place
+
+_log = logging.getLogger(__name__)
+_SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", " ": "a blank"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,11 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    r"""Read a CSV file with a header (UTF-8, commas), or a Parquet file where its name ends in .parquet.
+    r"""Read a CSV file with a header (UTF-8), or a Parquet file where its name ends in .parquet.
 
-    In Parquet a list becomes its items with ";" between, and a time of a zone becomes UTC.
+    Between cells stands what stands in the header: commas; where it has none, tabs; then semicolons; then blanks, of
+    which several count as one. Another than the comma is told. In Parquet a list becomes its items with ";" between,
+    and a time of a zone becomes UTC.
 
     Raises:
         InputError: If it cannot be read, has no rows, or a row has another number of cells than the header.
@@ -84,7 +91,14 @@ def read_table(path: str | Path) -> Table:
 
 def _read_csv(path: Path) -> Table:
     with open(path, encoding="utf-8-sig", newline="") as stream:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(stream)]
+        text = stream.read()
+    separator = _separator(text.partition("\n")[0])
+    if separator != ",":
+        _log.info("%s is read with %s between its cells.", path, _SEPARATORS[separator])
+    runs = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator == " ")
+    lines = [[cell.strip() for cell in line] for line in runs]
+    if separator == " ":
+        lines = [line[:-1] if line and not line[-1] else line for line in lines]  # a blank at the end of a line
     if not lines:
         raise InputError(f"{path} is empty: give it a header, such as path,label,task,split.")
     header, rows = lines[0], [number for number, line in enumerate(lines, 1) if number > 1 and any(line)]
@@ -92,12 +106,17 @@ def _read_csv(path: Path) -> Table:
     if odd is not None:
         raise InputError(
             f"Row {odd} of {path} has {len(lines[odd - 1])} cells where the header has {len(header)}: "
-            "bring it to one a column, in quotes where a cell holds a comma."
+            f"bring it to one a column, in quotes where a cell holds {_SEPARATORS[separator]}."
         )
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{path} has two columns called {twice!r}: rename one.")
     return Table(path, {name: [lines[number - 1][k] for number in rows] for k, name in enumerate(header)}, rows)
+
+
+def _separator(header: str) -> str:
+    """Return what stands between the names of a header: the first of comma, tab, semicolon and blank that does."""
+    return next((separator for separator in _SEPARATORS if separator in header.strip()), ",")
 
 
 def _read_parquet(path: Path) -> Table:

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl.errors import InputError
+from cl.errors import InputError, unknown
 from cl.interop import drawing, quietly
 from cl.random import derive
 from cl.task import Order, Scenario, Stream, Task, TaskData
 
+TESTS = ("given", "own")
 _VALIDATION = ("valid", "validation", "val")  # what Avalanche and its users call it
 
 
 def avalanche(
-    benchmark: Any, lazy: bool = False, scenario: Scenario | None = None, order: Order = None, seed: int = 0
+    benchmark: Any,
+    lazy: bool = False,
+    scenario: Scenario | None = None,
+    order: Order = None,
+    seed: int = 0,
+    tests: str = "given",
 ) -> Stream:
     """Turn a benchmark's experiences into tasks.
 
@@ -36,6 +42,9 @@ def avalanche(
             experiences share classes, else "class". Classes that come again in a class-incremental stream may.
         order: Order of the tasks, see `cl.task.Stream`.
         seed: Seed of a shuffled order, and of transforms that are read once.
+        tests: "given", as above; or "own": each task tests on those rows of its test experience whose classes it
+            trains, for one complete test set whose classes come one by one (CORe50's NICv2), and for test sets that
+            grow. Every class is then tested where it is trained, and a class of several tasks in each of them.
 
     Raises:
         InputError: If it is no such benchmark, has no experiences, or they do not fit together.
@@ -56,7 +65,12 @@ def avalanche(
     if scenario is None:
         again = len(torch.cat(classes)) > len(torch.cat(classes).unique())
         scenario = "task" if len(set(heads)) > 1 else "domain" if again else "class"
-    if scenario != "domain" and all(data is parts["test"][0] for data in parts["test"][1:]):
+    if tests not in TESTS:
+        raise unknown("tests", tests, TESTS)
+    one_for_all = all(data is parts["test"][0] for data in parts["test"][1:])
+    if tests == "given":
+        _check_tests(parts["test"], classes, one_for_all and scenario != "domain")
+    if tests == "own" or (scenario != "domain" and one_for_all):
         own = [torch.isin(data.labels, seen) for data, seen in zip(parts["test"], classes, strict=True)]
         parts["test"] = [data.take(rows.nonzero().flatten()) for data, rows in zip(parts["test"], own, strict=True)]
     offsets = _offsets(heads, list(zip(*parts.values(), strict=True))) if scenario == "task" else [0] * len(heads)
@@ -144,6 +158,22 @@ def _read_one(what: str, dataset: Any, lazy: bool) -> TaskData:
     if data.y.ndim != 1 or data.y.is_floating_point():
         raise InputError(f"{what} has labels of {data.y.dtype}, shape {tuple(data.y.shape)}: give one integer a row.")
     return data
+
+
+def _check_tests(tests: Sequence[TaskData], classes: Sequence[Tensor], shared_out: bool) -> None:
+    """Refuse test sets with classes that their task does not train, and say what can be done."""
+    for t, (data, own) in enumerate(zip(tests, classes, strict=True)):
+        strange = data.labels[~torch.isin(data.labels, own)].unique().tolist()
+        if strange and not shared_out:
+            raise InputError(
+                f"The test set of experience {t} has classes {_some(strange)} that it never trains: where there is one "
+                "complete test set, or test sets grow, give stream.tests=own, by which each task tests on its own "
+                "classes."
+            )
+
+
+def _some(classes: list[int]) -> str:
+    return f"{classes if len(classes) <= 5 else [*classes[:5], '...']}".replace("'", "")
 
 
 def _move(data: TaskData, task: int, offset: int) -> TaskData:

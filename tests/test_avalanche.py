@@ -263,6 +263,35 @@ def test_one_test_experience_of_a_class_incremental_benchmark_is_shared_out_by_c
     assert by_image(stream, "test") == by_image(paired, "test")
 
 
+def of_classes(side: str, *classes: int, part: slice = slice(None)):
+    """The digits of some classes, or some of them."""
+    x, y = getattr(DIGITS, f"{side}_x"), getattr(DIGITS, f"{side}_y")
+    rows = torch.isin(y, torch.tensor(classes)).nonzero().flatten()[part]
+    return tensors(x[rows], y[rows])
+
+
+@pytest.mark.parametrize("shape", ["one complete", "growing", "one a task"])
+def test_test_sets_with_classes_of_other_tasks_are_tested_by_ones_own(shape):
+    """As in NICv2 of CORe50: the first experience has ten classes, every later one a class that may come again."""
+    plan = [(0, 1, 2), (3,), (1,), (3,)] if shape == "one complete" else [(0, 1), (2,), (3,)]
+    seen = [sorted({c for own in plan[: t + 1] for c in own}) for t in range(len(plan))]
+    tested = {"one complete": [(0, 1, 2, 3)], "growing": seen, "one a task": [(0, 1, 2, 3)] * len(plan)}[shape]
+    with quietly():
+        train = [of_classes("train", *own, part=slice(t, None, len(plan))) for t, own in enumerate(plan)]
+        benchmark = benchmark_from_datasets(train=train, test=[of_classes("test", *own) for own in tested])
+    with pytest.raises(InputError, match=r"The test set of experience [01] has classes \[.*give stream.tests=own"):
+        avalanche(benchmark)
+    stream = avalanche(benchmark, tests="own")
+    stream.check()
+    assert stream.scenario == ("domain" if shape == "one complete" else "class")
+    for task, own in zip(stream, plan, strict=True):
+        assert task.classes == own and torch.equal(task.test.labels.unique(), torch.tensor(own))
+        assert len(task.test) == sum(int((DIGITS.test_y == c).sum()) for c in own)
+    assert trained(stream).isfinite().all()
+    with pytest.raises(InputError, match="no tests called 'mine'"):
+        avalanche(benchmark, tests="mine")
+
+
 @pytest.mark.parametrize("how", ["class ids from zero", "task-incremental", "pairs of one head"])
 def test_labels_of_tasks_of_their_own_do_not_collide(how):
     with quietly():

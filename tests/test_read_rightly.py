@@ -560,3 +560,29 @@ MIXED = [
 def test_a_column_holds_dates_or_numbers(images, cells, words):
     path = table(images, "label,timestamp", [f"a,{cell}" for cell in cells])
     refuses(words + ": give all rows a date, or all a number", manifest, path, by="time", num_tasks=1, cache=False)
+
+
+@pytest.mark.parametrize(
+    ("separator", "told"), [(",", ""), ("\t", "a tab"), (";", "a semicolon"), (" ", "a blank"), ("  ", "a blank")]
+)
+def test_what_stands_between_cells_is_what_stands_in_the_header(images, separator, told, caplog):
+    lines = ["path,label,task,split", *(f"{k}.png,a,1,{'train' if k < 4 else 'test'}" for k in range(6)), ""]
+    (images / "all.txt").write_text("\n".join(line.replace(",", separator) for line in lines))
+    with caplog.at_level(logging.INFO):
+        stream = manifest(images / "all.txt", cache=False)
+    assert [len(stream[0].train), len(stream[0].test)] == [4, 2] and stream.class_names == ("a",)
+    assert (f"read with {told} between" in caplog.text) == bool(told)
+    (images / "all.txt").write_text((images / "all.txt").read_text() + f"a{separator}b c{separator}d e.png{separator}x")
+    if told != "a blank":
+        refuses("Row 8 of .* names .*a, which is no file|Row 8 of .* has the split 'x'", manifest, images / "all.txt")
+    else:
+        refuses("Row 8 of .* has 6 cells where the header has 4: .*in quotes where a cell holds a blank", manifest,
+                images / "all.txt")  # fmt: skip
+
+
+def test_labels_may_be_joined_by_what_does_not_stand_in_the_header(images):
+    rows = [f"{k}.png\ta;b\t1\t{'train' if k < 4 else 'test'}" for k in range(6)]
+    (images / "all.tsv").write_text("\n".join(["path\tlabel\ttask\tsplit", *rows]))
+    assert manifest(images / "all.tsv", target="multilabel", cache=False).class_names == ("a", "b")
+    (images / "list.txt").write_text("0.png 1\n1.png 2\n")
+    refuses("list.txt has no column 'path' among 0.png, 1: add it", manifest, images / "list.txt")

@@ -150,6 +150,7 @@ class Experiment:
             notes=[*notes, *learner.strategies.remarks(learner)],
             order=stream.order,
             boundaries=stream.boundaries,
+            test_rows=tuple(len(task.test) for task in stream),
         )
         self.columns, self.keep = columns, keep
         self._config = checkpoint.kept_config(config or {}, directory or Path())

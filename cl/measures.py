@@ -20,12 +20,14 @@ from cl.metrics import lifelong
 from cl.metrics import references as against
 from cl.metrics import resources as cost
 from cl.report import Run, percent
-from cl.transfer import bwt_gem, fwt_gem, intransigence_chaudhry
+from cl.transfer import average_accuracy, bwt_gem, fwt_gem, intransigence_chaudhry
 
 # What a measure may need, and how a run gets it.
 NEEDS = {
     "curves": "report.points=10 (or report.every=N) evaluates inside tasks",
     "even": "report.points=10 gives every task's curve the same number of points",
+    "rows": "the sizes of the test sets are not known",
+    "accuracy": "only an accuracy over all rows is a mean of those of the tasks",
     "experts": "references=[experts] trains one on each task",
     "joint": "references=[joint] trains one on tasks 1 to k",
     "flops": "report.flops=true counts operations",
@@ -57,6 +59,8 @@ class Evidence:
             return self.missing("curves") or len({len(curve) for curve in self.own_curves}) != 1
         here = {
             "curves": lambda: self._curves is not None and len(self._curves) > 0,
+            "rows": lambda: len(self.run.test_rows) >= self.k,
+            "accuracy": lambda: self.run.primary.metric == "accuracy",
             "experts": lambda: "experts" in self.run.references,
             "joint": lambda: "joint" in self.run.references,
             "flops": lambda: self._resources is not None and not any(map(math.isnan, self.column("flops"))),
@@ -167,6 +171,11 @@ _SIGNED, _RATIO = "fraction, [-1, 1]", "ratio, [0, inf), 1 is neutral"
 _BOTH = ("even", "experts")
 
 MEASURES: dict[str, Measure] = {
+    "accuracy_all_rows": Measure(
+        lambda e: average_accuracy(e.R, e.run.test_rows[: e.k]),
+        ("rows", "accuracy"), "sum_j n_j R[T,j] / sum_j n_j, n_j rows of test set j", "Lopez-Paz & Ranzato 2017 (GEM)",
+        divisor="test rows", weighting="row mean",
+    ),
     "average_anytime_accuracy": Measure(
         lambda e: inside.average_anytime_accuracy(*e.inside),
         ("curves",), "mean_n mean_{j<=k(n)} acc(j, n)", "Caccia et al. 2020", divisor="points, tasks seen inside",
@@ -325,6 +334,7 @@ def _measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
     return values, absent
 
 
+_UNEVEN = 1.2  # of the largest test set to the smallest: where means over tasks and over rows may differ
 # Those that a reader looks for first, and whether they are signed.
 _HEADLINE = {
     "worst_case_accuracy": ("worst-case accuracy", False),
@@ -346,6 +356,11 @@ def beside(run: Run) -> str:
     """
     values, _ = measure(run)
     found = [f"{words} {percent(values[n], signed)}" for n, (words, signed) in _HEADLINE.items() if n in values]
+    sizes = run.test_rows[: run.tasks_learned]
+    if "accuracy_all_rows" in values and max(sizes) > _UNEVEN * min(sizes):
+        least, most = min(sizes), max(sizes)
+        whole = percent(values["accuracy_all_rows"])
+        found.insert(0, f"accuracy over all rows {whole} (tasks have {least} to {most} test rows and count alike in R)")
     return ", ".join(found)
 
 

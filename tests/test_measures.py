@@ -20,12 +20,13 @@ from cl.instruments.curves import LearningCurves
 from cl.instruments.estimates import Estimates
 from cl.instruments.resources import Resources
 from cl.learner import Learner
-from cl.measures import MEASURES, NEEDS, forecasts, measure
+from cl.measures import MEASURES, NEEDS, beside, forecasts, measure
 from cl.protocol import Protocol, first, rest
 from cl.report import Run
 from cl.report.curves import draw
 from cl.report.files import transfer_json
 from cl.report.l2 import L2Log
+from cl.strategy import Batch
 from cl.task import Stream, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.transfer import TransferMatrix, worked_example
@@ -80,10 +81,12 @@ def example(*, curves: bool = True, references: bool = True, flops: bool = True)
         calibration={"task": calibration},
         instruments=instruments,
         references=found if references else {},
+        test_rows=(5, 1, 2),
     )
 
 
 WORKED = {
+    "accuracy_all_rows": (5 * 0.84 + 1 * 0.88 + 2 * 0.80) / 8,
     "average_anytime_accuracy": 0.718704,
     "min_accuracy": 0.475,
     "worst_case_accuracy": 0.583333,
@@ -118,6 +121,22 @@ def test_the_worked_example_of_every_measure() -> None:
     alone = [(0.8 + s) / 4 for s in (0.88, 0.86, 0.83)]
     expected = sum((a - b) / (1 - b) for a, b in zip(own, alone, strict=True)) / 3
     assert values["fwt_continual_world"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_accuracy_over_all_rows_is_that_of_the_union_and_is_shown_where_sizes_differ() -> None:
+    """Against a count of right answers; tasks of 24 and 12 rows."""
+    source = toy_stream(num_tasks=3)
+    stream = source.derive(lambda t: replace(source[t], test=source[t].test.take(torch.arange(24 if t == 0 else 12))))
+    learner = Learner(stream, ToyBackbone(), {}, partial(torch.optim.SGD, lr=0.1), batch_size=8)
+    run = Experiment(learner, stream, trainer, epochs=1).run()
+    assert run.test_rows == (24, 12, 12)
+    batches = [Batch(*task.test.tensors()) for task in stream]
+    right = sum(int((learner.predict(batch).argmax(1) == batch.y).sum()) for batch in batches)
+    assert measure(run)[0]["accuracy_all_rows"] == pytest.approx(right / 48)
+    assert "accuracy over all rows" in beside(run) and "12 to 24 test rows" in beside(run)
+    assert json.loads(transfer_json(run))["test_rows"] == [24, 12, 12]
+    assert "all rows" not in beside(replace(example(), test_rows=(6, 6, 5)))
+    assert "accuracy_all_rows" not in measure(replace(example(), test_rows=()))[0]
 
 
 def test_what_is_not_measured_is_absent_with_the_remedy() -> None:

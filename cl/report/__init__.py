@@ -44,6 +44,7 @@ class Run:
         tuning: How hyper-parameters were chosen, and what that cost; see `cl.protocol`.
         total_steps: Steps over the stream from which the run goes on, where it is a continued one.
         settled: What the reports' `settle` returned for the checkpoint from which it goes on.
+        test_rows: The size of each task's test set, in the order of learning.
 
     Example:
         >>> from cl.transfer import TransferMatrix
@@ -66,6 +67,7 @@ class Run:
     tuning: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
     settled: dict[str, Any] = field(default_factory=dict)
+    test_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}

@@ -100,6 +100,7 @@ def transfer_json(run: Run) -> str:
             "num_tasks": len(run.task_names),
             "tasks_learned": run.tasks_learned,
             "task_names": run.task_names,
+            "test_rows": list(run.test_rows),
             "order": list(run.order),
             "rows": run.rows,
             "notes": run.notes,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.errors import InputError, check_range, unknown
+from cl.files import place
 from cl.vit import Timm as Timm
 from cl.vit import ViT as ViT
 from cl.vit import image_shape
@@ -228,7 +229,7 @@ def load_backbone(module: nn.Module, path: str | Path) -> None:
     Raises:
         InputError: If the file is missing or no such checkpoint, or the weights are another backbone's.
     """
-    path = Path(path)
+    path = place(path)
     if not path.is_file():
         raise InputError(f"{path} is no file: name a checkpoint of a run.")
     try:

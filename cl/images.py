@@ -74,16 +74,30 @@ def list_images(folder: Path) -> list[tuple[Path, str]]:
         found += [(Path(file), label) for file in sorted(files)]
     if not found:
         raise InputError(f"{folder} holds no class: put one folder of images a class into it.")
+    within = sorted({parts[1] for f, _ in found if len(parts := f.relative_to(folder).parts) > 2})
+    if len(within) > 1:
+        classes = sorted({label for _, label in found})
+        _log.info(
+            "The %d classes of %s are %s; folders within them, such as %s, are no classes.",
+            len(classes), folder, _some(classes), _some(within),
+        )  # fmt: skip
     return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= 3 else [*names[:3], "..."])
 
 
 def folders_in(folder: Path) -> list[str]:
     """Return the names of a person's folders in a folder, in no order.
 
     Raises:
-        InputError: If one is a link that leads nowhere.
+        InputError: If one is a link that leads nowhere, or its name is no UTF-8.
     """
     entries = [entry for entry in os.scandir(folder) if of_a_person(entry.name)]
+    odd = next((e.name for e in entries if e.is_dir() and e.name != e.name.encode(errors="replace").decode()), None)
+    if odd is not None:
+        raise InputError(f"{folder} holds a folder called {odd!r}, which is no UTF-8: rename it.")
     for entry in entries:
         if entry.is_symlink() and not entry.name.lower().endswith(SUFFIXES):
             _check_link(entry.path)

@@ -17,6 +17,7 @@ from cl.files import place
 from cl.pictures import eight_bits
 
 RESIDENT = 2**30  # bytes; what takes more stays in its file
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 PART = 2**26  # bytes that are read at a time
 
 
@@ -185,13 +186,9 @@ def to_tensor(x: Any, what: str = "An input") -> Tensor:
                 "or give an array of floats."
             ) from error
         return torch.from_numpy(pixels[None].copy() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    check_plain(x, what)
     if isinstance(x, Tensor):
-        if x.layout != torch.strided or x.is_nested or x.is_complex():
-            kind = "complex" if x.is_complex() else "sparse or nested"
-            raise InputError(f"{what} is a {kind} tensor: give a dense one of real numbers.")
-        return x.detach().cpu()
-    if isinstance(x, np.ma.MaskedArray):
-        raise InputError(f"{what} is a masked array, whose mask would be lost: fill it, by x.filled(value).")
+        return (x.to(torch.int64) if x.dtype in _UNSIGNED else x).detach().cpu()
     try:
         array = np.asarray(x)
     except (TypeError, ValueError):
@@ -204,6 +201,24 @@ def to_tensor(x: Any, what: str = "An input") -> Tensor:
         return torch.from_numpy(array.astype(np.int64))
     native = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     return torch.from_numpy(np.array(array, dtype=native))
+
+
+def check_plain(x: Any, what: str) -> None:
+    """Refuse tensors that are not dense or not of real numbers, and arrays with a mask.
+
+    Example:
+        >>> check_plain(torch.eye(2).to_sparse(), "train_x")
+        Traceback (most recent call last):
+        cl.errors.InputError: train_x is a sparse or nested tensor: give a dense one of real numbers.
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        raise InputError(f"{what} is a masked array, whose mask would be lost: fill it, by x.filled(value).")
+    if isinstance(x, Tensor):
+        dense = x.layout == torch.strided and not x.is_nested
+        number = not (x.is_complex() or x.is_quantized or (x.is_floating_point() and x.element_size() < 2))
+        if not dense or not number:
+            kind = str(x.dtype)[6:] if dense else "sparse or nested"
+            raise InputError(f"{what} is a {kind} tensor: give a dense one of real numbers.")
 
 
 def row_bytes(x: Rows) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cl.data import Array, Dataset, Numbers, make_dataset
 from cl.errors import InputError, unknown
 from cl.own_data import Float32, by_task
-from cl.rows import Rows, open_array
+from cl.rows import Rows, check_plain, open_array
 from cl.target import TARGETS
 from cl.task import Order, Scenario, Stream
 
@@ -125,6 +125,7 @@ def _inputs(what: str, given: Given) -> Rows:
 def _open(what: str, given: Given) -> Rows:
     if isinstance(given, str | os.PathLike):
         return open_array(str(given))
+    check_plain(given, what)
     if isinstance(given, Tensor):
         return given.detach().cpu()
     try:

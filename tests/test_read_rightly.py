@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import struct
 import zlib
 from functools import partial
@@ -31,6 +32,7 @@ from cl.learner import Learner
 from cl.rows import open_array, to_tensor
 from cl.sources import map_style, synthetic
 from cl.streams.domains import domains
+from cl.streams.from_arrays import from_arrays
 from cl.streams.image_folders import image_folders
 from cl.streams.manifest import manifest
 from cl.streams.split import split
@@ -284,6 +286,28 @@ def test_links_that_lead_nowhere_or_in_a_circle(tmp_path):
     refuses("c is a link to elsewhere, which is not there", image_folder, tmp_path, test=None)
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    tree(tmp_path, ["train/a", "train/b"])
+    name = os.fsdecode(b"\xff.png")
+    save(tmp_path / "train" / "a" / "2.png", picture(9)).rename(tmp_path / "train" / "a" / name)
+    for _ in range(2):
+        assert len(image_folder(tmp_path, test=None, test_fraction=0.4).train_y) == 3
+    (tmp_path / "train" / os.fsdecode(b"c\xff")).mkdir()
+    refuses(r"train.* holds a folder called 'c.udcff', which is no UTF-8: rename it", image_folder, tmp_path, test=None)
+
+
+def test_folders_within_classes_are_told(tmp_path, caplog):
+    tree(tmp_path, ["train/day/cat", "train/day/dog", "train/night/cat"])
+    with caplog.at_level(logging.INFO):
+        assert image_folder(tmp_path, test=None, test_fraction=0.5, cache=False).class_names == ("day", "night")
+    assert "The 2 classes of" in caplog.text and "folders within them, such as cat, dog, are no classes" in caplog.text
+    caplog.clear()
+    tree(tmp_path / "tiny", ["train/a/images", "train/b/images"])
+    with caplog.at_level(logging.INFO):
+        image_folder(tmp_path / "tiny", test=None, test_fraction=0.5, cache=False)
+    assert "no classes" not in caplog.text
+
+
 def test_the_split_may_stand_above_the_tasks(tmp_path):
     below = tree(tmp_path / "below", [f"{t}/{p}/{c}" for t in ("t2", "t10") for p in ("train", "test") for c in "ab"])
     above = tmp_path / "above"
@@ -417,6 +441,7 @@ def test_only_bytes_are_pixels():
         "int64": (torch.tensor([[42, 7]]), [42.0, 7.0]),
         "int16": (torch.tensor([[300, -2]], dtype=torch.int16), [300.0, -2.0]),
         "uint16": (np.array([[42, 60_000]], dtype=np.uint16), [42.0, 60_000.0]),
+        "torch's uint16": (torch.tensor([[42, 60_000]]).to(torch.uint16), [42.0, 60_000.0]),
         "bool": (torch.tensor([[True, False]]), [1.0, 0.0]),
         "uint8": (torch.tensor([[51, 255]], dtype=torch.uint8), [51 / 255, 1.0]),
         "float64": (torch.tensor([[42.5, 1.0]], dtype=torch.float64), [42.5, 1.0]),
@@ -441,7 +466,7 @@ class Numbers(IterableDataset[Any]):
 ONE = torch.zeros(2)
 BAD_ITEMS: list[tuple[Any, str]] = [
     ([(ONE, 0), (torch.eye(2).to_sparse(), 1)], "The input of item 1 of the dataset is a sparse or nested tensor"),
-    ([(ONE.to(torch.complex64), 1)], "item 0 of the dataset is a complex tensor"),
+    ([(ONE.to(torch.complex64), 1)], "item 0 of the dataset is a complex64 tensor"),
     ([({"ids": ONE}, 0)], "The input of item 0 of the dataset is of type dict"),
     ([((ONE, torch.zeros(3)), 0)], "The input of item 0 of the dataset is of type tuple"),
     ([("a text", 0)], "item 0 of the dataset is of type str"),
@@ -470,6 +495,16 @@ def test_items_that_are_no_pairs_of_an_array_and_a_label(items, words):
         good = [(ONE, 0)]
         for make in (lambda: map_style(items, good), lambda: Stream.from_datasets([good, good], [good, items])):
             refuses("can only be gone|of the training set|of the test set of task 1", make)
+
+
+@pytest.mark.parametrize("part", ["train_x", "train_y"])
+def test_arrays_that_are_not_plain_are_refused(part):
+    arrays = {"train_x": torch.rand(6, 3), "train_y": np.arange(6) % 2}
+    arrays |= {"test_x": arrays["train_x"], "test_y": arrays["train_y"]}
+    for x in (torch.eye(6).to_sparse(), torch.eye(6).to(torch.complex64), torch.zeros(6, 3).to(torch.float8_e4m3fn)):
+        refuses(f"{part} is a .* tensor: give a dense one of real numbers", from_arrays, **arrays | {part: x})
+    masked = np.ma.masked_array(np.zeros((6, 3)), np.eye(6, 3))
+    refuses(f"{part} is a masked array, whose mask would be lost", from_arrays, **arrays | {part: masked})
 
 
 def test_a_file_with_one_number_is_no_array(tmp_path):

@@ -26,9 +26,9 @@ from cl.instruments.resources import Resources
 from cl.learner import Learner
 from cl.loader import EvalLoader, evaluation
 from cl.pause import Pause
+from cl.preflight import preflight
 from cl.processes import replicated
 from cl.report import Report, Run, write_result
-from cl.schedules import check_schedule
 from cl.task import Stream, Task
 from cl.trainer import TrainerFactory, check_arguments
 
@@ -126,7 +126,7 @@ class Experiment:
         if keep is not None and keep < 1:
             raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, or null.")
         self.learner, self.stream, self.epochs = learner, stream, epochs
-        check_schedule(learner, stream, epochs, getattr(trainer, "keywords", {}))
+        preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
         self.pause = Pause(every, self._save_inside)

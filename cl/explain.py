@@ -134,8 +134,8 @@ def _one_row(error: BaseException | None) -> InputError | None:
     if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)):
         return None
     return InputError(
-        "The last minibatch of an epoch has a single row, which batch norm cannot take: choose another batch_size, or "
-        "a backbone without batch norm, and another hydra.run.dir."
+        "A single row came to batch norm, which needs two or more: of a minibatch (then choose another batch_size), or "
+        "of a memory that holds or draws one (make it larger). Or use a backbone without batch norm."
     )
 
 

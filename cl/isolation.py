@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from cl.by_task import check_apart
 from cl.errors import InputError
@@ -108,7 +109,8 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
 
     Raises:
         InputError: If task labels are not given at test, tasks share outputs or have no boundaries, the head has
-            weights that are no class's own, batch norm keeps running statistics, or the optimizer decays weights.
+            weights that are no class's own, batch norm keeps running statistics, or the optimizer moves weights whose
+            gradient is 0.
     """
     name = type(strategy).__name__
     if learner.scenario != "task":
@@ -129,14 +131,35 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
 
 
 def check_optimizer(name: str, learner: Learner) -> None:
-    """Refuse weight decay, which moves weights that get no gradient.
+    """Refuse an optimizer that moves weights whose gradient is 0, found out by letting it make steps.
 
     Raises:
-        InputError: Naming the method.
+        InputError: Naming method and optimizer.
     """
-    decay = learner.new_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = learner.new_optimizer([weight])
+    kind, decay = type(optimizer).__name__, optimizer.param_groups[0].get("weight_decay", 0)
     if decay:
         raise InputError(
             f"{name} keeps the weights of old tasks by gradients of 0, and weight_decay={decay} moves them all the "
             "same: use optimizer.weight_decay=0."
         )
+    if _moves(optimizer, weight, [0.0]):
+        raise InputError(
+            f"{name} keeps the weights of old tasks by gradients of 0, and {kind} moves them all the same: use "
+            "optimizer=sgd or adam."
+        )
+    if learner.keeps_optimizer and _moves(learner.new_optimizer([weight]), weight, [1.0, 0.0]):
+        raise InputError(
+            f"{name} keeps the weights of old tasks by gradients of 0, and what {kind} holds of the task before moves "
+            "them all the same: use optimizer_state=reset."
+        )
+
+
+def _moves(optimizer: Optimizer, weight: nn.Parameter, gradients: Sequence[float]) -> bool:
+    """Say whether the last of some steps, each with one gradient, moves a weight."""
+    for gradient in gradients:
+        before = weight.detach().clone()
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+    return not torch.equal(before, weight.detach())

@@ -20,6 +20,7 @@ from cl.errors import DivergenceError, InputError, unknown
 from cl.head import Head, Mask, competing
 from cl.loader import TrainLoader, evaluation
 from cl.plain import is_plain
+from cl.preflight import check_rows
 from cl.random import Random, derive
 from cl.schedules import SchedulerFactory, known_interval, schedule_of, updates
 from cl.score import calibrations, matrices, start
@@ -176,6 +177,11 @@ class Learner(pl.LightningModule):
         trunk: nn.ModuleDict = self.__dict__["_trunk"]
         return trunk
 
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether an optimizer goes on with what the one of the task before held."""
+        return self._carried.on
+
     def forget_optimizer(self) -> None:
         """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
         self._carried.forget()
@@ -254,6 +260,7 @@ class Learner(pl.LightningModule):
         if len(data):
             self._data = data.on(self.device)
             self.seen[list(classes_of(data.labels))] = True
+            check_rows(self, len(data))
         self._update_masks()
 
     @property

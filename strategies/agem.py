@@ -24,6 +24,7 @@ from torch import Tensor
 from cl.distributed import from_first, mean_gradients, own, share
 from cl.errors import check_range
 from cl.memory import Memory
+from cl.preflight import check_draws
 from cl.strategy import Batch, Strategy
 from cl.subspace import remark_rescaled
 
@@ -70,6 +71,7 @@ class AGEM(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory."""
+        check_draws("agem", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         self.batch_size = share("agem.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, policy="ring", storage=self.storage)
 

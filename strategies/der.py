@@ -25,6 +25,7 @@ from torch import Tensor
 from cl.distributed import share
 from cl.errors import check_range
 from cl.memory import Memory
+from cl.preflight import check_draws
 from cl.strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class DER(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory, with a row of logits beside each exemplar."""
+        check_draws("der", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         if self.batch_size is not None:
             self.batch_size = share("der.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, extras={"logits": (stream.num_classes,)}, storage=self.storage)

@@ -23,6 +23,7 @@ from torch import Tensor
 from cl.distributed import share
 from cl.errors import check_range
 from cl.memory import Memory
+from cl.preflight import check_draws
 from cl.strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class DERpp(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory, with a row of logits beside each exemplar."""
+        check_draws("derpp", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         if self.batch_size is not None:
             self.batch_size = share("derpp.batch_size", self.batch_size)
         logits = {"logits": (stream.num_classes,)}

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from cl.distributed import from_first, mean_gradients, own
 from cl.errors import InputError, check_range
 from cl.memory import Memory
+from cl.preflight import check_draws
 from cl.strategy import Batch, Strategy
 from cl.subspace import remark_rescaled
 from cl.weights import flat
@@ -133,6 +134,7 @@ class GEM(Strategy):
                 f"gem.memory_size={self.memory_size} is less than one exemplar for each of {len(stream)} tasks: set it "
                 f"to {len(stream)} or more."
             )
+        check_draws("gem", learner, stream, len(stream), memory_size=self.memory_size)
         size = self.memory_size // len(stream)
         self.memories = nn.ModuleList(Memory(size, stream, storage=self.storage) for _ in range(len(stream) - 1))
 

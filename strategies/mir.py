@@ -34,6 +34,7 @@ from torch.func import functional_call
 from cl.distributed import mean_gradients, share
 from cl.errors import InputError, check_range
 from cl.memory import Memory
+from cl.preflight import check_draws
 from cl.strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class MIR(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the memory."""
+        check_draws("mir", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         size = self.batch_size or learner.batch_size
         if self.num_candidates < size:
             raise InputError(

@@ -87,6 +87,20 @@ class PackNet(Strategy):
             self.register_buffer(f"owner_{i}", torch.ones(weight.shape, dtype=torch.int32))
         self.register_buffer("pruned", torch.zeros((), dtype=torch.bool))
 
+    def remark(self, learner: Learner) -> str | None:
+        """Say from which task on a layer has no weights left."""
+        first: dict[int, list[str]] = {}
+        for name, weight in layer_weights(learner.backbone).items():
+            free, task = weight.numel(), 1
+            while free and task <= learner.num_tasks:
+                free, task = round(self.share * free), task + 1
+            if task <= learner.num_tasks:
+                first.setdefault(task, []).append(name.removesuffix(".weight"))
+        if not first:
+            return None
+        told = "; ".join(f"{', '.join(names)} from task {task} on" for task, names in sorted(first.items()))
+        return f"PackNet has no free weights left in {told}: raise packnet.share, or use a wider backbone."
+
     def _owned(self, learner: Learner) -> list[tuple[str, Tensor, Tensor]]:
         """Return the layers' weights with their names and owners."""
         weights = layer_weights(learner.backbone).items()

@@ -132,6 +132,7 @@ class SupSup(Strategy):
     def before_task(self, learner: Learner, task: Task) -> None:
         """Start new scores."""
         self._draw()
+        learner.forget_optimizer()
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Keep the mask."""

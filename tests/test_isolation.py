@@ -172,6 +172,40 @@ def test_old_answers_of_packnet_are_kept_to_the_bit(net, optimizer):
     assert all(weights), "each task trained something"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_optimizer_that_moves_weights_without_a_gradient_is_refused(method):
+    """By what it does: ASGD calls its decay lambd, and has no argument that is known for one."""
+
+    class Drifting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p *= 0.999
+
+    for factory in (partial(torch.optim.ASGD, lr=0.1), partial(Drifting, lr=0.1)):
+        with pytest.raises(InputError, match=r"by gradients of 0, and (ASGD|Drifting) moves them all the same"):
+            build(method(), optimizer=factory)
+    for factory in (partial(torch.optim.Adam, lr=0.01), partial(torch.optim.SGD, lr=0.1, momentum=0.9)):
+        with pytest.raises(InputError, match=r"of the task before moves them .* use optimizer_state=reset"):
+            build(method(), optimizer=factory, optimizer_state="keep")
+    build(method(), optimizer=partial(torch.optim.SGD, lr=0.1), optimizer_state="keep")
+
+
+def test_packnet_says_where_its_weights_run_out():
+    def told(share: float, hidden: list[int]) -> str | None:
+        learner, _ = build(PackNet(share), partial(MLP, (1, 4, 4), hidden=hidden))
+        return learner.strategies["method"].remark(learner)
+
+    assert told(0.5, [16, 12]) is None
+    assert told(0.0, [16, 12]) == (
+        "PackNet has no free weights left in layers.0, layers.2 from task 2 on: raise packnet.share, or use a wider "
+        "backbone."
+    ).replace("layers.0, layers.2", "1, 3")
+    # 32 weights, a tenth of a tenth is none; 2 of 20 are none at once
+    assert "in 3 from task 2 on; 1 from task 3 on" in str(told(0.05, [2, 4]))
+
+
 def test_what_packnet_refuses_would_change_old_answers(monkeypatch):
     monkeypatch.setattr("cl.isolation.check_optimizer", lambda name, learner: None)
     learner, stream = build(PackNet(), optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=0.01))

@@ -7,11 +7,21 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from cl.backbones import MLP
+from cl.experiment import Experiment
+from cl.learner import Learner
+from cl.strategies.er import ER
+from cl.testing import check_stream
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -36,6 +46,21 @@ packages = ["blobs", "blobs.conf"]
 [tool.setuptools.package-data]
 "blobs.conf" = ["**/*.yaml"]
 """
+
+
+def test_the_readmes_stream_is_learned():
+    """All tasks well above chance, with the settings of the command beside it."""
+    found: dict[str, Any] = {}
+    exec(compile(STREAM, "README.md", "exec", dont_inherit=True), found)
+    check_stream(found["blobs"])
+    for scenario, chance in (("class", 1 / 8), ("task", 1 / 2)):
+        stream = found["blobs"](num_tasks=4, scenario=scenario)
+        torch.manual_seed(0)
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        learner = Learner(stream, MLP(stream.input_shape), {"er": ER()}, sgd, batch_size=10)
+        job = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
+        run = Experiment(learner, stream, job, epochs=5).run()
+        assert float(run.matrices[scenario].R[-1].min()) > chance + 0.35
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ class Experiment:
         if keep is not None and keep < 1:
             raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, or null.")
         self.learner, self.stream, self.epochs = learner, stream, epochs
-        preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
+        told = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
         self.pause = Pause(every, self._save_inside)
@@ -147,7 +147,7 @@ class Experiment:
             calibration=dict(learner.calibration.items()),  # type: ignore[arg-type]
             instruments=dict(self.instruments.items()),
             tuning=dict(tuning or {}),
-            notes=[*notes, *learner.strategies.remarks(learner)],
+            notes=[*notes, *told, *learner.strategies.remarks(learner)],
             order=stream.order,
             boundaries=stream.boundaries,
             test_rows=tuple(len(task.test) for task in stream),

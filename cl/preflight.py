@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from cl.task import Stream
 
 
-def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> None:
-    """Refuse a training that would fail or do nothing, before anything is measured or written.
+def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> list[str]:
+    """Refuse a training that would fail, before anything is measured or written; return what should be known of it.
 
     Args:
         learner: In its initial state.
@@ -27,15 +27,15 @@ def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[st
         trainer: Options of the Trainer.
 
     Raises:
-        InputError: If the schedule cannot move, or a minibatch of a single row meets batch norm.
+        InputError: If optimizer and schedule cannot step, or a minibatch of a single row meets batch norm.
     """
-    check_schedule(learner, stream, epochs, trainer)
-    if epochs == 0 or any(learner.strategies.owned(hook) for hook in ("training_data", "encode")):
-        return
+    told = check_schedule(learner, stream, epochs, trainer)
+    unknown = epochs == 0 or any(learner.strategies.owned(hook) for hook in ("training_data", "encode"))
     limit = trainer.get("limit_train_batches") or 1.0
-    for task in stream:
+    for task in () if unknown else stream:
         if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, stream):
             raise _refusal(learner, f"task {task.index + 1} of {stream.name!r} has {len(task.train)} rows")
+    return [told] if told else []
 
 
 def check_rows(learner: Learner, num_rows: int) -> None:

@@ -93,7 +93,7 @@ def updates(num_rows: int, batch_size: int, limit: int | float, accumulate: int 
     return -(-min(steps, limit if isinstance(limit, int) else share) // accumulate)
 
 
-def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> None:
+def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> str | None:
     """Try a learner's optimizer and schedule out on a weight of their own, before anything is trained.
 
     Args:
@@ -102,12 +102,15 @@ def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mappi
         epochs: Passes over a task.
         trainer: Options of the Trainer, of which those count that say how many steps an epoch has.
 
+    Returns:
+        A sentence where the schedule would never move the learning rate, as it ends too late; else None.
+
     Raises:
-        InputError: If they cannot make their steps, or the schedule would never move the learning rate.
+        InputError: If they cannot make their steps.
     """
     by_step, factory = learner.scheduler_interval == "step", learner._scheduler
     if factory is None or (by_step and learner.strategies.owned("training_data")):  # whose rows are not known yet
-        return
+        return None
     if by_step and getattr(factory, "func", factory) is ReduceLROnPlateau:
         raise InputError("ReduceLROnPlateau watches the validation loss of every epoch: use scheduler_interval=epoch.")
     limits = trainer.get("limit_train_batches") or 1.0, trainer.get("accumulate_grad_batches") or 1
@@ -116,15 +119,15 @@ def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mappi
     longest = max(steps) if stream.boundaries else sum(steps)
     name, rates = _rates(learner, factory, longest, min(longest, _TRIED))
     if longest > _TRIED or len(set(rates)) != 1:
-        return
-    if len(set(_rates(learner, factory, longest, min(1000 * longest, _TRIED), past_end=True)[1])) > 1:
-        unit, instead = ("step", "a shorter schedule") if by_step else ("epoch", "scheduler_interval=step")
-        number = f"{longest} {unit}{'s' * (longest > 1)}"
-        raise InputError(
-            f"{name} would leave the learning rate at {rates[0]:g}: it has {number} "
-            f"{'in a task' if stream.boundaries else 'in all'}, and does not move before their end. Use {instead}, "
-            "more epochs, or scheduler=constant."
-        )
+        return None
+    if len(set(_rates(learner, factory, longest, min(1000 * longest, _TRIED), past_end=True)[1])) == 1:
+        return None  # it is constant
+    unit, instead = ("step", "a shorter schedule") if by_step else ("epoch", "scheduler_interval=step")
+    number = f"{longest} {unit}{'s' * (longest > 1)} {'in a task' if stream.boundaries else 'in all'}"
+    return (
+        f"{name} leaves the learning rate at {rates[0]:g}: it has {number}, and does not move before their end. Use "
+        f"{instead}, more epochs, or scheduler=constant."
+    )
 
 
 def _rates(

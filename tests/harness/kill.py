@@ -42,6 +42,14 @@ _WATCHED = ["report.points=3", "report.subset=20", "report.flops=true", "probes=
 CASES: dict[str, list[str]] = {
     "finetune": ["strategy=finetune", "optimizer.momentum=0.9", "scheduler=cosine", *_STEPS],
     "er": ["strategy=er", "strategy.er.memory_size=20", "+trainer.accumulate_grad_batches=3", *_STEPS],
+    "kept": [
+        "strategy=er",
+        "optimizer=adam",
+        "optimizer_state=keep",
+        "scheduler=cosine",
+        "scheduler_interval=step",
+        *_STEPS,
+    ],
     "er on disk": ["strategy=er", "strategy.er.storage=disk", "strategy.er.policy=class_balanced", "optimizer=adam"],
     "er watched": [
         "strategy=er",

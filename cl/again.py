@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,8 +21,9 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
 
     Args:
         arguments: Of the command line. `resume=DIR` stands for what the run of DIR was begun with, in the same
-            directory; `verify=DIR` for the same in a new one. What stands beside them is added. The value of
-            `from=DIR:task=3` is put in quotes, which Hydra wants.
+            directory; `verify=DIR` for the same in a new one. Both are run from where the command was given, so that
+            relative paths are found. What stands beside them is added. The value of `from=DIR:task=3` is put in quotes,
+            which Hydra wants.
 
     Raises:
         InputError: If DIR holds no command, or what is to be verified is not finished.
@@ -39,8 +41,9 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
     from cl.report import read_result
 
     what, text = next(iter(given.items()))
-    directory = Path(text)
+    directory = Path(text).resolve()
     command = overrides(directory)
+    _go_back(directory)
     if what == "resume":
         return [*command, f"hydra.run.dir={_quote(str(directory))}", *rest], None
     if read_result(directory) is None:
@@ -48,6 +51,18 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
     differences(directory, directory)  # what cannot be read is told before anything is repeated
     place = tempfile.mkdtemp(prefix="clsim-verify-")
     return [*command, f"hydra.run.dir={_quote(place)}", "logger=none", *rest], (directory, Path(place))
+
+
+def _go_back(directory: Path) -> None:
+    """Change to the folder where the command of a run was given, if it is there still."""
+    from omegaconf import OmegaConf
+
+    try:
+        place = str(OmegaConf.load(directory / _HYDRA / "hydra.yaml").hydra.runtime.cwd)
+    except Exception:  # not there, torn, or of an earlier version
+        return
+    if Path(place).is_dir():
+        os.chdir(place)
 
 
 def overrides(directory: Path) -> list[str]:

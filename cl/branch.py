@@ -12,6 +12,7 @@ from cl.errors import InputError
 from cl.explain import flatten
 from cl.instruments import Instruments
 from cl.learner import Learner
+from cl.settle import read_config
 
 _ALIKE = ("stream", "scenario", "backbone", "head")
 
@@ -50,8 +51,6 @@ class Branch:
         Raises:
             InputError: If the configurations do not agree, or all tasks are learned there.
         """
-        from omegaconf import OmegaConf
-
         if self.task >= num_tasks:
             raise InputError(f"from={self.directory}:task={self.task} leaves none of {num_tasks} tasks to learn.")
         path = self.directory / "config.yaml"
@@ -59,7 +58,7 @@ class Branch:
             raise InputError(
                 f"from={self.directory}: there is no {path}, so nothing to begin from; name a run's place."
             )
-        there, here = flatten(OmegaConf.to_container(OmegaConf.load(path))), flatten(config)
+        there, here = flatten(read_config(path)), flatten(config)
         keys = [key for key in there.keys() | here.keys() if key.partition(".")[0] in _ALIKE]
         changed = sorted(key for key in keys if there.get(key) != here.get(key))
         if changed:

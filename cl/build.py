@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cl import sweep
 from cl.errors import InputError
 from cl.make import made, make, takes
 from cl.settle import keep, protocol_of, settle
@@ -29,17 +30,10 @@ def build(cfg: Any, directory: Path) -> Any:
     from cl.distributed import rank
     from cl.experiment import Experiment
     from cl.strategy import Strategy
-    from cl.task import Stream
 
     config = settle(cfg, directory)
     protocol = protocol_of(cfg) if cfg.get("protocol") else None
-    stream = made(cfg.stream, Stream)
-    if cfg.scenario is not None and cfg.scenario != stream.scenario:
-        raise InputError(
-            f"scenario={cfg.scenario}, but {stream.name!r} is {stream.scenario}-incremental: drop it, or pass "
-            "scenario: ${scenario} on in the YAML of the stream."
-        )
-    stream = protocol.apply(stream) if protocol else stream
+    stream = _stream(cfg, protocol)
     strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     learner = _learner(cfg, stream, strategies)
     reports, loggers, callbacks = _reports(cfg)
@@ -53,7 +47,7 @@ def build(cfg: Any, directory: Path) -> Any:
         logger=loggers,
         callbacks=callbacks,
         config=config,
-        notes=_notes(cfg, learner.backbone) + ([protocol.remark] if protocol else []),
+        notes=_notes(cfg, learner.backbone, stream.normalize) + ([protocol.remark] if protocol else []),
         tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
         columns=(cfg.get("report") or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
@@ -61,10 +55,38 @@ def build(cfg: Any, directory: Path) -> Any:
         instruments=_instruments(cfg, stream),
         references=_references(cfg, config, reports),
         branch=Branch.parse(cfg["from"]) if cfg["from"] else None,
+        allow_changed=cfg.allow_changed,
     )
     if rank() == 0:
         keep(config, directory)  # only now: what cannot be built is no run to continue
     return experiment
+
+
+def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str]:
+    """Return what of the data and of the user's code has changed since a directory's run finished, a few words each.
+
+    Raises:
+        InputError: If the stream cannot be made any more.
+    """
+    from cl.provenance import changes, provenance, recall
+
+    kept = recall(directory)
+    if kept is None:  # of an earlier version
+        return []
+    found = provenance(_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), config)
+    return changes(kept, {**found, "code": {**kept["code"], **found["code"]}})
+
+
+def _stream(cfg: Any, protocol: Any) -> Any:
+    from cl.task import Stream
+
+    stream = made(cfg.stream, Stream)
+    if cfg.scenario is not None and cfg.scenario != stream.scenario:
+        raise InputError(
+            f"scenario={cfg.scenario}, but {stream.name!r} is {stream.scenario}-incremental: drop it, or pass "
+            "scenario: ${scenario} on in the YAML of the stream."
+        )
+    return protocol.apply(stream) if protocol else stream
 
 
 def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
@@ -155,12 +177,26 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
     return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, say).measure
 
 
-def _notes(cfg: Any, backbone: Any) -> list[str]:
+def _notes(cfg: Any, backbone: Any, normalize: Any) -> list[str]:
+    from cl.augment import Normalize
+
+    notes = []
     weights = list(backbone.parameters())
     frozen = not any(p.requires_grad for p in weights)
     if weights and frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
-        return ["The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones."]
-    return []
+        notes.append("The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones.")
+    wanted = None if cfg.weights else getattr(backbone, "input_statistics", None)
+    if wanted is not None and isinstance(normalize, Normalize):
+        scale, shift = normalize.scale.flatten(), normalize.shift.flatten()
+        given = (-shift / scale).tolist(), (1 / scale).tolist()
+        pairs = [(w, g[i % len(g)]) for own, g in zip(wanted, given, strict=True) for i, w in enumerate(own)]
+        if any(abs(w - g) > 0.02 for w, g in pairs):
+            mean, std = (f"[{','.join(f'{v:g}' for v in values)}]" for values in wanted)
+            notes.append(
+                "The backbone's weights were trained on inputs with other statistics than this stream gives: "
+                f"dataset.mean={mean} dataset.std={std} are their own."
+            )
+    return notes
 
 
 def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
@@ -200,6 +236,8 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     ]
     for part in parts:
         _check_inside(part)
+        if sweep.running() and hasattr(part, "brief"):
+            part.brief = True
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
     if rank() > 0:  # process 0 alone speaks

@@ -23,7 +23,7 @@ from torch import nn
 from cl.distributed import pack, rank, unpack
 from cl.errors import InputError
 from cl.explain import changes, flatten
-from cl.files import replace_file
+from cl.files import relative, replace_file
 from cl.instruments import Instruments
 from cl.learner import Learner
 
@@ -241,8 +241,7 @@ def kept_config(config: dict[str, Any], directory: Path) -> str:
     """Return a configuration as a checkpoint keeps it: JSON of dotted keys, the run's directory as "."."""
     if not config:
         return ""
-    text = json.dumps(flatten(config), sort_keys=True, default=str)
-    return text.replace(str(directory), ".") if directory.is_absolute() else text
+    return json.dumps(flatten(relative(config, directory)), sort_keys=True, default=str)
 
 
 def _compare(there: Any, here: str, path: Path) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 from cl import again, explain
 from cl.errors import Preempted
+from cl.pipes import outlive_readers
 
 _GO_ON = "All checkpoints are kept: run again with the same hydra.run.dir, or resume=DIR, to go on."
 
 
 def main() -> None:
     """Run `cl-run`; errors of the user's are one sentence, without a traceback."""
+    outlive_readers()
     try:
         _main()
     except Preempted as error:
@@ -37,15 +39,16 @@ def _main() -> None:
     from cl import plugins, sweep
     from cl.quote import at_home, quote_paths
 
-    sys.path.append(os.getcwd())  # for a stream or strategy of one's own that is not installed
     plugins.register()
     jobs = sweep.watch()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over as they are; they are made readable below
     application = hydra.main(version_base="1.3", config_path="pkg://cl.conf", config_name="config")(run)
     try:
         sys.argv[1:], repeated = again.expand(at_home(sys.argv[1:]))
+        sys.path.append(os.getcwd())  # for a stream or strategy of one's own that is not installed
         sys.argv[1:] = quote_paths(sys.argv[1:])
         application()
+        sweep.compare(jobs)
         verdict = sweep.verdict(jobs)
         if repeated is not None and not verdict:
             print(again.verify(*repeated))
@@ -78,10 +81,13 @@ def run(cfg: Any) -> float | str:
     from cl.settle import keep, settle
 
     directory = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().job.chdir:  # paths of data are meant from where the command was given
+        os.chdir(HydraConfig.get().runtime.cwd)
     try:
         config = settle(cfg, directory)
         finished = read_result(directory)
         if finished is not None:
+            refuse_changed(cfg, config, directory)
             keep(config, directory)  # mends what was damaged
             for name in changed_since(directory):
                 print(
@@ -99,6 +105,24 @@ def run(cfg: Any) -> float | str:
         if cause is None:
             raise
         sys.exit(str(cause))  # Hydra would put a line and a traceback around the sentence
+
+
+def refuse_changed(cfg: Any, config: dict[str, Any], directory: Path) -> None:
+    """Refuse to call a run finished whose data or code are not what they were; tell where nobody can say."""
+    from cl.build import changed_since
+    from cl.errors import InputError
+    from cl.provenance import listed
+
+    try:
+        changed = changed_since(cfg, config, directory)
+    except InputError as error:
+        print(f"Whether the data have changed since then cannot be said: {error}", file=sys.stderr)
+        return
+    if changed and not cfg.allow_changed:
+        raise InputError(
+            f"{directory} finished with other data or code: {listed(changed)}. Another hydra.run.dir runs what there "
+            "is now; allow_changed=true takes the result as it is."
+        )
 
 
 def learn(cfg: Any, directory: Path) -> float:

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import Logger
 
-from cl import checkpoint, distributed
+from cl import checkpoint, distributed, provenance
 from cl.branch import Branch
 from cl.errors import InputError
-from cl.files import remove_leftovers
+from cl.files import gone, remove_leftovers
 from cl.finite import check_finite
 from cl.instruments import Instrument, Instruments
 from cl.instruments.probes import Probes
@@ -47,6 +47,9 @@ _NOISE = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*torch.jit.script. is deprecated.*",  # torch, of its own forward derivatives
 )
+
+
+_AMPLE, _FEW = 10 * 2**30, 3  # bytes of all checkpoints up to which all are kept; how many are beyond
 
 
 @contextmanager
@@ -80,12 +83,14 @@ class Experiment:
         notes: Sentences that belong beside the numbers; those of the strategies come behind them.
         columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
             the k newest of these. The first and the last row are measured on all.
-        keep: The newest checkpoints of ends of tasks that stay; None keeps all.
+        keep: The newest checkpoints of ends of tasks that stay; None keeps all; "auto" does, too, but where all would
+            take more than ten gibibytes the three newest.
         every: Between two checkpoints inside a task: steps, a time such as "10min", or None; see `cl.pause`.
         instruments: What is measured beside R, by name; what a task costs is measured anyway.
         references: Makes what the run is compared with, after the last row of R; see `cl.references`.
         tuning: How hyper-parameters were chosen, for reports.
         branch: Where the run begins, if not with an untrained learner.
+        allow_changed: Whether a run goes on although its data or the user's code have changed; see `cl.provenance`.
 
     Raises:
         InputError: If columns or keep make no sense.
@@ -113,18 +118,19 @@ class Experiment:
         config: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
         columns: str | int = "all",
-        keep: int | None = None,
+        keep: int | Literal["auto"] | None = "auto",
         every: int | str | None = None,
         instruments: Mapping[str, Instrument] | None = None,
         references: Callable[[Stream], dict[str, list[dict[str, Any]]]] | None = None,
         tuning: Mapping[str, Any] | None = None,
         branch: Branch | None = None,
+        allow_changed: bool = False,
     ) -> None:
         check_arguments(trainer)
         if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
             raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
-        if keep is not None and keep < 1:
-            raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, or null.")
+        if not (keep in (None, "auto") or (isinstance(keep, int) and keep >= 1)):
+            raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, null or auto.")
         self.learner, self.stream, self.epochs = learner, stream, epochs
         told = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
@@ -135,7 +141,7 @@ class Experiment:
         self.resources: Resources = self.instruments["resources"]  # type: ignore[assignment]
         self.resources.watch(self.instruments)
         self.references, self.branch = references, branch
-        if branch is not None:
+        if branch is not None and (self.checkpoints is None or checkpoint.latest(self.checkpoints) is None):
             branch.check(config or {}, len(stream))
         probes = [m.matrices for m in self.instruments.values() if isinstance(m, Probes)]
         self.run_view = Run(
@@ -152,9 +158,11 @@ class Experiment:
             boundaries=stream.boundaries,
             test_rows=tuple(len(task.test) for task in stream),
         )
-        self.columns, self.keep = columns, keep
+        self.columns, self.allow_changed = columns, allow_changed
+        self._wanted, self.keep = keep, None if keep == "auto" else keep
         self._config = checkpoint.kept_config(config or {}, directory or Path())
         self._all: EvalLoader | None = None
+        self._begun = False  # whether the directory has a checkpoint of this sitting
         self._inside: Path | None = None  # the checkpoint inside the task that comes next
 
     def run(self) -> Run:
@@ -188,7 +196,11 @@ class Experiment:
         """Take up the run of the directory, or a branch of another, or measure the untrained learner."""
         distributed.align(self.learner)
         found = distributed.from_first(self._find)
+        if self.checkpoints is not None:
+            self.run_view.notes += distributed.from_first(lambda: self._settle_provenance(found is not None))
         if found is not None:
+            if self._wanted == "auto" and found.stat().st_size * (len(self.stream) + 1) > _AMPLE:
+                self.keep = _FEW
             checkpoint.load(self.learner, found, self.instruments, self._config)
             self._inside = distributed.from_first(lambda: self._find_inside(found))
             self.run_view.settled = checkpoint.position(self._inside or found)
@@ -204,6 +216,23 @@ class Experiment:
             self.evaluate()
         if found is None:
             self._save()
+
+    def _settle_provenance(self, begun: bool) -> list[str]:
+        """Refuse other data or code than those of before; return sentences on what was allowed to change."""
+        assert self.checkpoints is not None
+        directory = self.checkpoints.parent
+        provenance.recall(directory)
+        before = provenance.recall(self.branch.directory) if self.branch is not None and not begun else None
+        objects = [*self.learner.strategies.values(), self.learner.backbone, self.learner.head]
+        made_from = provenance.provenance(self.stream, self.run_view.config, objects)
+        changed = provenance.changes(before, made_from, code=False) if before is not None else []
+        if changed and not self.allow_changed:
+            raise InputError(
+                f"from={self.branch.directory} learned other data ({provenance.listed(changed)}): bring back what was "  # type: ignore[union-attr]
+                "there, or say allow_changed=true, which is told beside the numbers."
+            )
+        told = [f"Data changed since the run it begins from: {provenance.listed(changed)}."] * bool(changed)
+        return told + provenance.settle(directory, made_from, self.allow_changed, begun)
 
     def _find(self) -> Path | None:
         """Return the newest whole checkpoint of the end of a task, if the directory holds one."""
@@ -297,10 +326,35 @@ class Experiment:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments, self._beside())
+            self._check_place(self.checkpoints.parent)
+            path = checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments, self._beside())
+            if self.learner.tasks_learned == 0:
+                self._foresee(path)
+
+    def _foresee(self, path: Path) -> None:
+        """Say, from the size of one, what the checkpoints will take; keep few where all would take too much."""
+        size = distributed.from_first(lambda: path.stat().st_size)
+        total = size * (len(self.stream) + 1)
+        if total <= _AMPLE:
+            return
+        if self._wanted == "auto":
+            self.keep = _FEW
+        some = "all are kept" if self.keep is None else f"the {self.keep} newest are kept"
+        for report in self.reports:
+            report.say(
+                f"A checkpoint takes {size / 1e6:.0f} MB, and one after each of {len(self.stream)} tasks "
+                f"{total / 1e9:.0f} GB: {some}. checkpoint.keep says how many; null keeps all, for from=DIR:task=k."
+            )
+
+    def _check_place(self, directory: Path) -> None:
+        """Refuse to begin another directory where that of the run was renamed."""
+        if self._begun and distributed.rank() == 0 and not directory.is_dir():
+            raise gone(directory)
+        self._begun = True
 
     def _save_inside(self, state: dict[str, Any]) -> None:
         if self.checkpoints is not None:
+            self._check_place(self.checkpoints.parent)
             checkpoint.save_inside(self.learner, self.checkpoints, state, self.instruments, self._beside())
 
     def _beside(self) -> dict[str, Any]:

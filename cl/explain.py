@@ -59,7 +59,7 @@ def nearest(key: str, known: Iterable[str], count: int = 3) -> list[str]:
     return whole or [k for word in words for k in sorted(keys) if k.rpartition(".")[2] == word][:count]
 
 
-FREE = ("checkpoint", "launcher", "trainer.accelerator")  # may change when a run goes on
+FREE = ("checkpoint", "launcher", "trainer.accelerator", "allow_changed")  # may change when a run goes on
 
 
 def changes(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -67,7 +67,17 @@ def _named(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            raise gone(path.parent) from error
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def gone(folder: Path) -> InputError:
+    """Return the sentence on a run's folder that somebody has renamed or removed."""
+    return InputError(
+        f"{folder} is not there any more, since it was renamed or removed while the run went on: name its new place by "
+        "hydra.run.dir, and the run goes on from its last checkpoint."
+    )
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -162,6 +172,23 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 def _digest(name: str, content: Any) -> str:
     return hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
+
+
+def relative(tree: Any, directory: Path) -> Any:
+    """Return nested dicts and lists in which paths inside a directory begin with ".", so that it can be moved.
+
+    Example:
+        >>> relative({"a": "/runs/x/refs", "b": ["/runs/x_refs", "/runs/x"]}, Path("/runs/x"))
+        {'a': './refs', 'b': ['/runs/x_refs', '.']}
+    """
+    if isinstance(tree, dict):
+        return {key: relative(value, directory) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [relative(value, directory) for value in tree]
+    whole = str(directory)
+    if isinstance(tree, str) and (tree == whole or tree.startswith((f"{whole}/", f"{whole}{os.sep}"))):
+        return f".{tree[len(whole) :]}"
+    return tree
 
 
 def digest_of(path: Path) -> str:

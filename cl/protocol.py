@@ -122,8 +122,27 @@ class Protocol:
                 f"protocol.tuned={self._tuned} holds no {file.name}: name the directory (hydra.sweep.dir) of a "
                 "finished `cl-run -m hydra/sweeper=tune protocol=tune_first ...`."
             )
-        values: Any = OmegaConf.to_container(OmegaConf.load(file))["best_params"]  # type: ignore[index, call-overload]
-        return {str(key): value for key, value in values.items()}
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(file))
+        except Exception as error:  # of the file system, of YAML, of OmegaConf
+            raise self._unreadable(file, " ".join(str(error).split())) from error
+        values = content.get("best_params") if isinstance(content, dict) else None
+        if not isinstance(values, dict):
+            raise self._unreadable(file, "it holds no best_params")
+        for key, value in values.items():
+            if not is_hyperparameter(key) or not isinstance(value, str | int | float | bool | None):
+                raise self._unreadable(
+                    file,
+                    f"best_params.{key}={value!r} is not the number, word, true or false of a hyper-parameter "
+                    f"({', '.join(_SEARCHED)})",
+                )
+        return dict(values)
+
+    def _unreadable(self, file: Path, reason: str) -> InputError:
+        return InputError(
+            f"protocol.tuned={self._tuned}: {file.name} cannot be used ({reason}): name the directory "
+            "(hydra.sweep.dir) of a finished search, or write the values on the command line."
+        )
 
     def budget(self) -> dict[str, float]:
         """Return what the search cost: trials, and over all of them seconds, steps and (where counted) FLOPs."""
@@ -134,4 +153,20 @@ class Protocol:
         return {"trials": len(tables), **total}
 
 
+def is_hyperparameter(key: Any) -> bool:
+    """Say whether a dotted key is of a value that a search may choose: no path, and nothing that names code.
+
+    Example:
+        >>> [is_hyperparameter(key) for key in ("optimizer.lr", "epochs", "optimizer._target_", "weights")]
+        [True, True, False, False]
+    """
+    parts = str(key).split(".")
+    return parts[0] in _SEARCHED and not any(part.startswith("_") or not part for part in parts)
+
+
+# What a search may choose; what another file says of any other key would let a stranger load or run something.
+_SEARCHED = (
+    *("optimizer", "scheduler", "strategy", "backbone", "head", "epochs", "batch_size", "gradient_clip", "init"),
+    *("train_mask", "optimizer_state", "scheduler_interval"),
+)
 _COSTS = ("seconds", "steps", "flops")

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 import cl
 from cl.distributed import from_first, rank
 from cl.errors import DivergenceError, InputError, unknown
 from cl.files import read_sealed, remove_leftovers, write_sealed
+from cl.provenance import digest as digest_of
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
 
@@ -36,7 +36,7 @@ KINDS = ("experts", "joint")
 # Of a configuration, what a reference does not depend on; its data and initial weights are looked at themselves.
 _ELSEWHERE = (
     *("strategy", "report", "logger", "group", "tags", "checkpoint", "log_every", "chunk_size", "eval_batch_size"),
-    *("references", "reference_dir", "probes", "estimators", "weights", "protocol", "from"),
+    *("references", "reference_dir", "probes", "estimators", "weights", "protocol", "from", "allow_changed"),
 )
 Reference = dict[str, Any]
 
@@ -150,23 +150,13 @@ class References:
         versions = cl.__version__, torch.__version__
         digest.update(json.dumps([kind, versions, self._config], sort_keys=True, default=str).encode())
         for name, value in experiment.learner.trunk().state_dict().items():
-            digest.update(name.encode())
-            _add(digest, value)
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        seen: dict[Any, str] = {}
         for task in tasks:
             for part in (task.train, task.val, task.test):
-                for tensor in () if part is None else _sample(part):
-                    _add(digest, tensor)
+                digest.update("".join(digest_of(part, seen) if part is not None else ()).encode())
         return digest.hexdigest()
-
-
-def _sample(data: TaskData) -> tuple[Tensor, ...]:
-    """Return what tells a set of examples from others: all of it, or of what is read from files a part."""
-    return data.tensors() if data.resident else (data.labels, *data.take(torch.arange(min(64, len(data)))).tensors())
-
-
-def _add(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _train(experiment: Experiment) -> Reference:

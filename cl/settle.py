@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cl.again import keep_command
-from cl.arguments import check_value
+from cl.arguments import check_call, check_value
 from cl.errors import InputError, check_range
 from cl.explain import changes, flatten, nearest
-from cl.files import write_text
+from cl.files import relative, write_text
 
 Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
 # The keys that no `_target_` takes, and what they are.
@@ -21,20 +21,28 @@ _KEYS: dict[str, Any] = {
     **{"probes": Sequence[str], "estimators": Sequence[str], "references": Sequence[str], "reference_dir": str},
     **{
         "checkpoint": dict[str, Any],
-        "checkpoint.keep": Whole,
+        "checkpoint.keep": int | Literal["auto"] | None,
         "checkpoint.every": int | str | None,
         "report.columns": str | int,
         "report.every": Whole,
     },
     **{"report.points": Whole, "report.subset": int, "report.flops": bool, "scenario": Text, "strategy": Options},
     **{"report": Options, "logger": Options, "protocol": Options, "protocol.name": str, "protocol.num_tasks": Whole},
-    **{"protocol.tuned": Text, "from": Text, "deterministic": bool, "group": Text, "tags": Sequence[str]},
+    **{
+        "protocol.tuned": Text,
+        "from": Text,
+        "deterministic": bool,
+        "allow_changed": bool,
+        "group": Text,
+        "tags": Sequence[str],
+    },
     **{"callbacks": Options},
     **{"optimizer_state": Literal["reset", "keep"], "scheduler_interval": Literal["epoch", "step"]},
 }
 _NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
 _ROOT = {key.partition(".")[0] for key in _KEYS} | {*_NEEDED, "dataset", "scheduler"}
 _NAMED = ("report", "logger", "callbacks")  # groups of parts by name, each with a _target_
+_CONTINUED = "remove it, and the run is continued as it is configured now"
 _INTERPOLATED = re.compile(r"\$\{(\w+)")
 
 
@@ -52,6 +60,10 @@ def settle(cfg: Any, directory: Path) -> dict[str, Any]:
 
     _check(cfg)
     for key, value in (protocol_of(cfg).found() if cfg.get("protocol") else {}).items():
+        if OmegaConf.is_config(OmegaConf.select(cfg, key)):
+            raise InputError(
+                f"protocol.tuned gives {key}={value}, which is a group here: write it on the command line."
+            )
         OmegaConf.update(cfg, key, value)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     _compare(config, directory)
@@ -62,6 +74,7 @@ def protocol_of(cfg: Any) -> Any:
     """Return the protocol of tuning that a configuration names."""
     from cl.protocol import Protocol
 
+    check_call("protocol", Protocol, dict(cfg.protocol))
     return Protocol(**cfg.protocol)
 
 
@@ -77,7 +90,7 @@ def _text(config: dict[str, Any], directory: Path) -> str:
     """Return a configuration as it is kept: the directory is ".", so that a run may be moved or copied."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(config)).replace(str(directory), ".")
+    return OmegaConf.to_yaml(OmegaConf.create(relative(config, directory)))
 
 
 def _compare(config: dict[str, Any], directory: Path) -> None:
@@ -88,7 +101,10 @@ def _compare(config: dict[str, Any], directory: Path) -> None:
     begun = any((directory / name).exists() for name in ("checkpoints", "result.json"))
     if not (begun and path.exists()):
         return
-    changed = changes(flatten(_read(path)), flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory)))))
+    changed = changes(
+        flatten(read_config(path, _CONTINUED)),
+        flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory)))),
+    )
     if changed:
         raise InputError(
             f"{directory} holds a run of another configuration ({changed}; see {path.name}): choose another "
@@ -96,16 +112,25 @@ def _compare(config: dict[str, Any], directory: Path) -> None:
         )
 
 
-def _read(path: Path) -> Any:
+def read_config(path: Path, remedy: str = "name the directory of another run") -> dict[str, Any]:
+    """Return the configuration of a run from its `config.yaml`.
+
+    Args:
+        path: Of the file.
+        remedy: What a reader may do where it cannot be read.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
     from omegaconf import OmegaConf
 
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
+        found = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of the file system, of YAML, of OmegaConf
-        raise InputError(
-            f"{path} cannot be read ({' '.join(str(error).split())}): remove it, and the run is continued as it is "
-            "configured now."
-        ) from error
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {remedy}.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} cannot be read (it holds no configuration): {remedy}.")
+    return {str(key): value for key, value in found.items()}
 
 
 def _check(cfg: Any) -> None:
@@ -121,6 +146,9 @@ def _check(cfg: Any) -> None:
     for group in _NEEDED:
         if cfg.get(group) is None:
             raise InputError(f"There is no {group}: choose one, as cl-run --help lists them.")
+    for group in ("head", "optimizer", "scheduler", "trainer"):
+        if OmegaConf.is_dict(cfg.get(group)) and cfg[group].get("_partial_") in (None, False):
+            raise InputError(f"{group}._partial_ must be true, since a run makes it when it knows the rest: leave it.")
     for key, annotation in _KEYS.items():
         parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
         if OmegaConf.is_dict(parent) and key.rpartition(".")[2] in parent:

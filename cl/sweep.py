@@ -7,8 +7,11 @@ jobs beside it, and a search counts the trial as failed.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +22,9 @@ from cl import explain
 from cl.errors import InputError
 
 _LISTED = 5
+PLACES = ("from", "dataset.root", "weights", "reference_dir", "protocol.tuned")  # where things lie names no job
+_FOLDERS = re.compile(r"[^,\[\]{}:]*/(?=[^/])")  # of a path, all but its last part
+_ODD = re.compile(r"[^\w.,=+@-]+")
 
 
 def failed(error: Exception, directory: Path) -> str:
@@ -29,6 +35,30 @@ def failed(error: Exception, directory: Path) -> str:
     sentence = " ".join(str(cause or f"{type(error).__name__}: {error}").split())
     print(f"{_short(directory)}: {sentence}", file=sys.stderr, flush=True)
     return sentence
+
+
+def running() -> bool:
+    """Say whether the present job is one of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def compare(jobs: Sequence[Any]) -> None:
+    """Print the comparison of the jobs of a sweep that finished, and leave its page in the sweep's directory."""
+    from cl.compare.cli import parser
+    from cl.compare.cli import run as compare_runs
+    from cl.report import read_result
+
+    places = [Path(job.hydra_cfg.hydra.runtime.output_dir) for job in jobs if not _is_lost(job)]
+    finished = [place for place in places if read_result(place) is not None]
+    if len(finished) < 2:
+        return
+    try:
+        compare_runs(parser().parse_args([*map(str, finished), "--out", jobs[0].hydra_cfg.hydra.sweep.dir]))
+    except InputError as error:
+        print(f"The jobs are not compared: {error}", file=sys.stderr)
 
 
 def watch() -> list[Any]:
@@ -48,10 +78,11 @@ def _watched(launch: Callable[..., Sequence[Any]], jobs: list[Any]) -> Callable[
 
     @functools.wraps(launch)
     def watched(self: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        _stay_inside(self, job_overrides)
         _share_cores(self, len(job_overrides))
+        # a job says by itself what came of it, in a line
+        logging.getLogger(type(self).__module__).addFilter(lambda record: not str(record.msg).startswith("\t#"))
         try:
-            returned = launch(self, job_overrides, initial_job_idx)
+            returned = launch(self, _named(self, job_overrides, initial_job_idx), initial_job_idx)
         except HydraException:
             raise
         except Exception as error:  # no job's: those are returned
@@ -66,16 +97,59 @@ def _watched(launch: Callable[..., Sequence[Any]], jobs: list[Any]) -> Callable[
     return watched
 
 
-def _stay_inside(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> None:
-    """Refuse values that would lead out of the sweep's directory, of which the jobs' directories bear the names."""
-    free = launcher.config.hydra.job.config.override_dirname.exclude_keys
-    for override in (override for job in job_overrides for override in job):
-        key, _, value = override.lstrip("+~").partition("=")
-        if ".." in value.strip("'\"").split("/") and key not in free and "=" not in key:
-            raise InputError(
-                f"{override} would be part of the name of a job's directory, and lead out of the sweep's: set "
-                "hydra.sweep.subdir='${hydra:job.num}'."
-            )
+def _named(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) -> list[list[str]]:
+    """Return the overrides of each job with a name for its directory: its number and the values that vary."""
+    task = [str(override) for override in launcher.config.hydra.overrides.task]
+    given = {override.partition("=")[0] for override in launcher.config.hydra.overrides.hydra}
+    if "hydra.sweep.subdir" in given:  # the user's own
+        return [list(overrides) for overrides in job_overrides]
+    varied = {key(override) for override in task if _is_sweep(override)}
+    varied |= {str(name) for name in (launcher.config.hydra.sweeper.get("params") or {})}
+    # what a sweeper adds by itself varies, too
+    varied |= {key(override) for overrides in job_overrides for override in overrides} - {key(o) for o in task}
+    named = []
+    for number, overrides in enumerate(job_overrides, start=first):
+        own = [override for override in overrides if key(override) in varied and key(override) not in PLACES]
+        named.append([*overrides, f"hydra.sweep.subdir='{job_name(number, own)}'"])
+    return named
+
+
+def key(override: str) -> str:
+    """Return the key of an override.
+
+    Example:
+        >>> key("+stream@stream.source=split")
+        'stream@stream.source'
+    """
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _is_sweep(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+
+
+def job_name(number: int, overrides: Sequence[str], longest: int = 100) -> str:
+    """Return the name of a job's directory: flat, of plain characters, cut with a digest where it would be long.
+
+    Args:
+        number: Of the job.
+        overrides: Those that vary in the sweep.
+        longest: The most characters.
+
+    Example:
+        >>> job_name(3, ["strategy=[er,gpm]", "seed=1", "stream.train_x=a/b/x.npy"])
+        '3_seed=1,strategy=er,gpm,stream.train_x=x.npy'
+        >>> len(job_name(0, [f"stream.class_order={list(range(100))}"]))
+        100
+    """
+    said = ",".join(sorted(f"{key(o)}={_FOLDERS.sub('', o.partition('=')[2])}" for o in overrides))
+    plain = _ODD.sub("_", said.translate({ord(c): None for c in "[]{}'\" "}))
+    name = f"{number}_{plain}" if plain else str(number)
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest - 10]}..{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
 
 def _share_cores(launcher: Any, num_jobs: int) -> None:

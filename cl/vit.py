@@ -239,6 +239,10 @@ class Timm(nn.Module):
                 f"timm cannot make {name!r} for inputs {tuple(input_shape)} ({reason}): {remedy}."
             ) from error
         self.model.train()
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        self.input_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # that its weights expect
+        if pretrained and config.get("mean") and config.get("std"):
+            self.input_statistics = tuple(config["mean"]), tuple(config["std"])
 
     @property
     def embed(self) -> Callable[[Tensor], Tensor]:

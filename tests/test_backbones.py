@@ -277,3 +277,16 @@ def test_configured_datasets(file: Path, tmp_path: Path) -> None:
     changes = place | ({"download": False} if "download" in config else {})
     with pytest.raises(InstantiationException, match=r"could not be loaded|is not a folder|cannot be read|huggingface"):
         instantiate(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "told"), [(((0.5,) * 3, (0.5,) * 3), True), (((0.25,) * 3, (0.75,) * 3), False)]
+)
+def test_weights_that_expect_inputs_of_other_statistics_are_told(mean, std, told):
+    from cl.augment import Normalize
+    from cl.build import _notes
+
+    net = MLP((3, 4, 4), hidden=[2])
+    net.input_statistics = (mean,) * 3, (std,) * 3
+    notes = _notes(OmegaConf.create({"weights": None, "backbone": {}}), net, Normalize([0.25], [0.75]))
+    assert any("dataset.mean=[0.5,0.5,0.5] dataset.std=[0.5,0.5,0.5]" in note for note in notes) == told

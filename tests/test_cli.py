@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -322,3 +323,125 @@ def test_debug_trains_five_minibatches_a_task(cl_run, tmp_path):
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "out" / "resources.csv").read_text().splitlines()))
     assert [int(row["steps"]) for row in rows] == [5, 5]
+
+
+QUICK = ["dataset=synthetic", "dataset.num_train=40", "dataset.num_test=20", "dataset.num_classes=4", *SMALL]
+QUIET = ["report=quiet", "logger=none"]
+
+
+def test_a_refused_command_leaves_every_file_of_the_run_as_it_was(cl_run, tmp_path):
+    assert cl_run(*QUICK, *QUIET, "hydra.run.dir=out", cwd=tmp_path).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.suffix not in ("", ".log")}
+    assert any(path.parent.name == ".hydra" for path in before)
+    refused = cl_run(*QUICK, *QUIET, "hydra.run.dir=out", "seed=1", cwd=tmp_path)
+    assert refused.returncode == 1 and "another configuration" in refused.stderr
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_paths_that_begin_like_the_directory_are_kept_whole(cl_run, tmp_path):
+    out = tmp_path / "exp"
+    places = [f"hydra.run.dir={out}", f"reference_dir={out}_refs", f"tags=[{out}/inside]"]
+    assert cl_run(*QUICK, *QUIET, *places, cwd=tmp_path).returncode == 0
+    kept = OmegaConf.load(out / "config.yaml")
+    assert kept.reference_dir == f"{out}_refs" and list(kept.tags) == ["./inside"]
+
+
+@pytest.fixture(scope="module")
+def from_files(cl_run, tmp_path_factory):
+    """A run on arrays that it was given by relative paths, stopped after its first task."""
+    place = tmp_path_factory.mktemp("relative")
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 40), ("test", 20)):
+        np.save(place / f"{name}_x.npy", draw.normal(size=(count, 4)).astype(np.float32))
+        np.save(place / f"{name}_y.npy", np.arange(count) % 4)
+    arrays = [f"stream.{name}={name}.npy" for name in ("train_x", "train_y", "test_x", "test_y")]
+    command = ["stream=from_arrays", *arrays, "stream.num_tasks=2", "epochs=1", "trainer.accelerator=cpu", *QUIET]
+    done = cl_run(*command, "hydra.run.dir=out", "hydra.job.chdir=true", cwd=place)
+    assert done.returncode == 0, done.stderr
+    for name in ("result.json", "checkpoints/after_task_002.ckpt"):
+        (place / "out" / name).unlink()
+    return place, command
+
+
+def test_relative_paths_are_found_from_elsewhere(cl_run, from_files, tmp_path):
+    place, _ = from_files
+    done = cl_run(f"resume={place / 'out'}", cwd=tmp_path)
+    assert done.returncode == 0 and (place / "out" / "result.json").exists(), done.stderr
+
+
+def test_a_branch_that_has_its_own_checkpoints_needs_its_parent_no_more(cl_run, tmp_path):
+    command = [*QUICK, *QUIET, "hydra.run.dir=branch", "from=parent:task=1"]
+    assert cl_run(*QUICK, *QUIET, "hydra.run.dir=parent", cwd=tmp_path).returncode == 0
+    assert cl_run(*command, cwd=tmp_path).returncode == 0
+    (tmp_path / "branch" / "result.json").unlink()
+    (tmp_path / "branch" / "checkpoints" / "after_task_002.ckpt").unlink()
+    (tmp_path / "parent").rename(tmp_path / "p2")
+    done = cl_run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    refused = cl_run(*[*command[:-2], "hydra.run.dir=new", "from=parent:task=1"], cwd=tmp_path)
+    assert refused.returncode == 1 and "nothing to begin from" in refused.stderr
+    (tmp_path / "p2" / "config.yaml").write_text("a: [1")
+    torn = cl_run(*[*command[:-2], "hydra.run.dir=new", "from=p2:task=1"], cwd=tmp_path)
+    assert torn.returncode == 1 and "config.yaml cannot be read" in torn.stderr and "Traceback" not in torn.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "it holds no best_params"),
+        ("[]", "it holds no best_params"),
+        ("word", "it holds no best_params"),
+        ("best_params: 3", "it holds no best_params"),
+        ("best_params: {optimizer.lr", "cannot be used"),
+        ("best_params: {optimizer.lr: {_target_: torch.load, f: x.pt}}", "best_params.optimizer.lr="),
+        ("best_params: {optimizer._target_: found.evil.SGD}", "best_params.optimizer._target_="),
+        ("best_params: {weights: x.ckpt}", "best_params.weights="),
+        ("best_params: {strategy.er.memory_size: [1]}", "best_params.strategy.er.memory_size="),
+        ("best_params: {hydra.run.dir: /tmp}", "best_params.hydra.run.dir="),
+        ("best_params: {optimizer: 3}", "optimizer=3, which is a group"),
+    ],
+)
+def test_what_a_search_found_is_values_for_hyperparameters_and_nothing_else(text, words, tmp_path, monkeypatch):
+    (tmp_path / "optimization_results.yaml").write_text(text)
+    protocol = ["protocol=score_rest", f"protocol.tuned={tmp_path}", "protocol.num_tasks=1", "hydra.run.dir=out"]
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["cl-run", *QUICK, *protocol])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert words in str(stopped.value)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell with pipes")
+def test_a_reader_that_leaves_takes_no_run_with_it(tmp_path):
+    command = f"{sys.executable} -u -m cl {' '.join(QUICK)} hydra.run.dir=out"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "result.json").exists() and "Nobody reads the output" in done.stderr
+
+
+MOVING = """
+from pathlib import Path
+from cl.strategy import Strategy
+
+class Moving(Strategy):
+    def after_task(self, learner, task):
+        if task.index == 0:
+            Path("out").rename("elsewhere")
+"""
+
+
+def test_a_directory_that_is_renamed_meanwhile_is_one_sentence_and_goes_on_there(cl_run, tmp_path):
+    (tmp_path / "moving.py").write_text(MOVING)
+    command = [*QUICK, "strategy=[]", "+strategy.m._target_=moving.Moving"]
+    for more in ([], QUIET):
+        done = cl_run(*command, *more, "hydra.run.dir=out", cwd=tmp_path)
+        assert done.returncode == 1 and "renamed or removed while the run went on" in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+        (tmp_path / "moving.py").write_text(MOVING.replace('rename("elsewhere")', "exists()"))
+        gone_on = cl_run(*command, *more, "hydra.run.dir=elsewhere", "allow_changed=true", cwd=tmp_path)
+        assert gone_on.returncode == 0, gone_on.stderr
+        (tmp_path / "moving.py").write_text(MOVING)
+        shutil.rmtree(tmp_path / "elsewhere")

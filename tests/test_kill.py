@@ -16,11 +16,12 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
+import cl.experiment
 from cl import again, checkpoint, explain
 from cl.errors import InputError, Preempted
 from cl.experiment import Experiment
 from cl.files import append_text, read_sealed, remove_leftovers, replace_file, write_sealed
-from cl.report import changed_since, read_result
+from cl.report import Report, changed_since, read_result
 from cl.report.files import FileReport
 from cl.report.training import TrainingReport
 from cl.settle import keep, settle
@@ -276,3 +277,24 @@ def test_the_harness_kills_every_strategy():
     killed = {name for found in re.findall(r"strategy=\[?([\w,]+)", text) for name in found.split(",")}
     known = {path.stem for path in (HARNESS.parents[1] / "conf" / "strategy").glob("*.yaml")}
     assert killed == known - {"avalanche"}, "which cannot be continued, and refuses to be"
+
+
+@pytest.mark.parametrize(("keep", "left"), [("auto", [1, 2, 3]), (None, [0, 1, 2, 3]), (2, [2, 3])])
+def test_of_checkpoints_that_would_take_too_much_few_are_kept_and_that_is_said(keep, left, tmp_path, monkeypatch):
+    said: list[str] = []
+
+    class Listener(Report):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    monkeypatch.setattr(cl.experiment, "_AMPLE", 10)
+    learner, stream = toy_learner(num_tasks=3)
+    Experiment(learner, stream, trainer, directory=tmp_path, reports=[Listener()], keep=keep).run()
+    assert sorted(int(p.stem[-3:]) for p in (tmp_path / "checkpoints").glob("after*")) == left
+    assert len(said) == 1 and "after each of 3 tasks" in said[0]
+
+
+def test_few_checkpoints_that_fit_are_all_kept_without_a_word(tmp_path):
+    learner, stream = toy_learner(num_tasks=3)
+    Experiment(learner, stream, trainer, directory=tmp_path).run()
+    assert len(list((tmp_path / "checkpoints").glob("after*"))) == 4

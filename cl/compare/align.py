@@ -13,7 +13,7 @@ from cl.errors import InputError
 IGNORED = (
     *("seed", "group", "tags", "logger", "report", "hydra", "checkpoint", "log_every"),
     *("eval_batch_size", "chunk_size", "compile", "trainer.accelerator", "trainer.devices"),
-    *("probes", "estimators", "references", "reference_dir"),
+    *("probes", "estimators", "references", "reference_dir", "allow_changed"),
 )
 _PLACES = {"root", "cache", "cache_dir", "download", "save_dir", "storage"}  # last parts of keys that are ignored too
 BOUNDS = {"joint": "upper bound", "cumulative": "upper bound", "finetune": "lower bound"}

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
+from cl.files import relative
 from cl.report import Run
 
 _PACKAGES = {
@@ -42,7 +43,7 @@ def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[s
         >>> found["seed"], len(found["sittings"])
         (3, 1)
     """
-    config = json.dumps(run.config, sort_keys=True, default=str)
+    config = json.dumps(relative(run.config, run.directory), sort_keys=True, default=str)
     sitting = {
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "after_task": max(after_task, 0),
@@ -54,7 +55,7 @@ def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[s
     return {
         "versions": sitting["versions"],
         "seed": run.config.get("seed"),
-        "config_sha256": hashlib.sha256(config.replace(str(run.directory), ".").encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "sittings": [*earlier, sitting],
     }
 

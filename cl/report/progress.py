@@ -27,6 +27,8 @@ class ProgressBar(pl.Callback):
         True
     """
 
+    brief = False  # whether the run is one of many, of which no task has a line
+
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
         import rich
@@ -38,7 +40,7 @@ class ProgressBar(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bars, the second one back at the task's first step."""
         self._started = time.monotonic()
-        if not self._console.is_interactive:
+        if self.brief or not self._console.is_interactive:
             return
         if self._bars is None:
             self._bars = _make_bars(self._console)
@@ -55,6 +57,8 @@ class ProgressBar(pl.Callback):
         """Take the bars away, or print the task's line."""
         if self._bars is not None:
             self._bars.stop()
+            return
+        if self.brief:
             return
         seconds = time.monotonic() - self._started
         line = f"{_title(pl_module)}: {pl_module.step} steps in {seconds:.1f} s, loss {_loss(pl_module)}"

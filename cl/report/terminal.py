@@ -6,6 +6,7 @@ On a terminal the cells are coloured; elsewhere (a log file, a pipe) the same nu
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -148,11 +149,14 @@ class TerminalReport(Report):
         untrained (task):   10.0   20.0   25.0
     """
 
+    brief = False  # whether the run is one of many, of which a line each is enough
+
     def __init__(self, console: Console | None = None) -> None:
         import rich
 
         self._console = console or rich.get_console()
         self._drawn = False  # whether the last row came with the whole of R
+        self._began = time.monotonic()
 
     def _print(self, text: Text | str) -> None:
         # soft_wrap: neither wrapped nor cropped, so that a log file holds whole rows
@@ -160,6 +164,8 @@ class TerminalReport(Report):
 
     def start(self, run: Run, after_task: int) -> None:
         """Print what is about to be learned, or from where it goes on."""
+        if self.brief:
+            return
         names = [f"{i}: {name}" for i, name in enumerate(run.task_names[:MAX_TASKS], start=1)]
         more = len(run.task_names) - len(names)
         self._print(
@@ -172,6 +178,8 @@ class TerminalReport(Report):
     def row(self, run: Run, after_task: int) -> None:
         """Print R as far as it is known (on a terminal), or its new row."""
         self._drawn = False
+        if self.brief:
+            return
         for mask, matrix in run.matrices.items():
             whole = accuracy_grid(run, mask, self._console, after_task) if self._console.is_terminal else None
             if whole is None:
@@ -196,6 +204,10 @@ class TerminalReport(Report):
 
     def finish(self, run: Run) -> None:
         """Print every R, the three matrices, the scalars and where the files are."""
+        if self.brief:
+            seconds = time.monotonic() - self._began
+            self._print(f"{run.directory.name}: {headline(run, run.primary.mask)}, in {seconds:.0f} s")
+            return
         from cl.measures import beside
         from cl.transfer import backward_transfer, forward_transfer, step_effect
 

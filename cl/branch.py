@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cl import checkpoint
+from cl.config_file import read_config
 from cl.distributed import unpack
 from cl.errors import InputError
 from cl.explain import flatten
 from cl.instruments import Instruments
 from cl.learner import Learner
-from cl.settle import read_config
 
 _ALIKE = ("stream", "scenario", "backbone", "head")
 

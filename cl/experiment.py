@@ -17,6 +17,8 @@ from pytorch_lightning.loggers import Logger
 
 from cl import checkpoint, distributed, provenance
 from cl.branch import Branch
+from cl.config_file import refuse_other, write_config
+from cl.described import describe
 from cl.errors import InputError
 from cl.files import gone, remove_leftovers
 from cl.finite import check_finite
@@ -79,7 +81,7 @@ class Experiment:
         reports: Told of every row of R.
         logger: Lightning loggers for the training curves.
         callbacks: Lightning callbacks, the same objects in every task; but EarlyStopping begins each one anew.
-        config: Resolved configuration, for reports.
+        config: Resolved configuration, for reports; None reads one off the objects, see `cl.described`, and keeps it.
         notes: Sentences that belong beside the numbers; those of the strategies come behind them.
         columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
             the k newest of these. The first and the last row are measured on all.
@@ -132,6 +134,9 @@ class Experiment:
         if not (keep in (None, "auto") or (isinstance(keep, int) and keep >= 1)):
             raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, null or auto.")
         self.learner, self.stream, self.epochs = learner, stream, epochs
+        self._described = config is None and directory is not None
+        if self._described:
+            config = describe(learner, stream, epochs)
         told = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
@@ -221,6 +226,8 @@ class Experiment:
         """Refuse other data or code than those of before; return sentences on what was allowed to change."""
         assert self.checkpoints is not None
         directory = self.checkpoints.parent
+        if self._described:
+            refuse_other(self.run_view.config, directory)
         provenance.recall(directory)
         before = provenance.recall(self.branch.directory) if self.branch is not None and not begun else None
         objects = [*self.learner.strategies.values(), self.learner.backbone, self.learner.head]
@@ -232,7 +239,10 @@ class Experiment:
                 "there, or say allow_changed=true, which is told beside the numbers."
             )
         told = [f"Data changed since the run it begins from: {provenance.listed(changed)}."] * bool(changed)
-        return told + provenance.settle(directory, made_from, self.allow_changed, begun)
+        told += provenance.settle(directory, made_from, self.allow_changed, begun)
+        if self._described:
+            write_config(self.run_view.config, directory)
+        return told
 
     def _find(self) -> Path | None:
         """Return the newest whole checkpoint of the end of a task, if the directory holds one."""

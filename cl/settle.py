@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from cl.again import keep_command
 from cl.arguments import check_call, check_value
+from cl.config_file import refuse_other, write_config
 from cl.errors import InputError, check_range
-from cl.explain import changes, flatten, nearest
-from cl.files import relative, write_text
+from cl.explain import flatten, nearest
 
 Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
 # The keys that no `_target_` takes, and what they are.
@@ -42,7 +42,6 @@ _KEYS: dict[str, Any] = {
 _NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
 _ROOT = {key.partition(".")[0] for key in _KEYS} | {*_NEEDED, "dataset", "scheduler"}
 _NAMED = ("report", "logger", "callbacks")  # groups of parts by name, each with a _target_
-_CONTINUED = "remove it, and the run is continued as it is configured now"
 _INTERPOLATED = re.compile(r"\$\{(\w+)")
 
 
@@ -66,7 +65,7 @@ def settle(cfg: Any, directory: Path) -> dict[str, Any]:
             )
         OmegaConf.update(cfg, key, value)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    _compare(config, directory)
+    refuse_other(config, directory)
     return config
 
 
@@ -80,57 +79,8 @@ def protocol_of(cfg: Any) -> Any:
 
 def keep(config: dict[str, Any], directory: Path) -> None:
     """Write `config.yaml` and the command, where they are not the same already; `settle` has compared the values."""
-    path, text = directory / "config.yaml", _text(config, directory)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    write_config(config, directory)
     keep_command(directory)
-
-
-def _text(config: dict[str, Any], directory: Path) -> str:
-    """Return a configuration as it is kept: the directory is ".", so that a run may be moved or copied."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(relative(config, directory)))
-
-
-def _compare(config: dict[str, Any], directory: Path) -> None:
-    """Refuse another configuration than that of the run begun in the directory."""
-    from omegaconf import OmegaConf
-
-    path = directory / "config.yaml"
-    begun = any((directory / name).exists() for name in ("checkpoints", "result.json"))
-    if not (begun and path.exists()):
-        return
-    changed = changes(
-        flatten(read_config(path, _CONTINUED)),
-        flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory)))),
-    )
-    if changed:
-        raise InputError(
-            f"{directory} holds a run of another configuration ({changed}; see {path.name}): choose another "
-            "hydra.run.dir, or repeat that configuration to continue it."
-        )
-
-
-def read_config(path: Path, remedy: str = "name the directory of another run") -> dict[str, Any]:
-    """Return the configuration of a run from its `config.yaml`.
-
-    Args:
-        path: Of the file.
-        remedy: What a reader may do where it cannot be read.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
-    from omegaconf import OmegaConf
-
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of the file system, of YAML, of OmegaConf
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {remedy}.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} cannot be read (it holds no configuration): {remedy}.")
-    return {str(key): value for key, value in found.items()}
 
 
 def _check(cfg: Any) -> None:

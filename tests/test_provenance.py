@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from cl import provenance, rows
+from cl.compare.cli import parser
+from cl.compare.cli import run as compare
+from cl.config_file import read_config
 from cl.errors import InputError
+from cl.experiment import Experiment
 from cl.provenance import changes, digest
+from cl.report.files import FileReport
 from cl.rows import Mapped
+from cl.strategies.er import ER
 from cl.task import Stream, Task, TaskData
-from cl.testing import toy_stream
+from cl.testing import toy_learner, toy_stream
+
+cpu = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 
@@ -195,3 +205,28 @@ def test_a_torn_record_is_no_reason_to_stop(tmp_path):
     with pytest.raises(InputError, match="inputs of task 1 train"):
         other = {**found, "data": {**found["data"], "task 1 train": [found["data"]["task 1 train"][0], "", ""]}}
         provenance.settle(tmp_path, other, allowed=False, begun=True)
+
+
+def test_a_run_made_from_python_keeps_its_configuration_and_can_be_compared(tmp_path):
+    for seed in (0, 1):
+        for name, strategy in (("er", ER(memory_size=10)), ("finetune", None)):
+            learner, stream = toy_learner({name: strategy} if strategy else {}, num_tasks=2, seed=seed)
+            place = tmp_path / f"{name}_{seed}"
+            Experiment(learner, stream, cpu, directory=place, reports=[FileReport()]).run()
+    config = read_config(tmp_path / "er_0" / "config.yaml")
+    assert config["strategy"]["er"] == {"_target_": "cl.strategies.er.ER", "memory_size": 10} | {
+        key: config["strategy"]["er"][key] for key in config["strategy"]["er"].keys() - {"_target_", "memory_size"}
+    }
+    compare(parser().parse_args([str(tmp_path), "--out", str(tmp_path)]))
+    assert "er" in (tmp_path / "comparison.csv").read_text()
+
+
+def test_another_learner_from_python_is_refused_in_the_same_directory(tmp_path):
+    for rate, refused in ((0.1, False), (0.1, False), (0.2, True)):
+        learner, stream = toy_learner({"er": ER(memory_size=10)}, num_tasks=2, lr=rate)
+        work = Experiment(learner, stream, cpu, directory=tmp_path).run
+        if not refused:
+            work()
+            continue
+        with pytest.raises(InputError, match=r"another configuration \(optimizer\.lr: 0\.1 there, 0\.2 here"):
+            work()

@@ -1,0 +1,64 @@
+"""The configuration of a run that was made from Python, read off its objects, so that it can be told and compared."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from cl.learner import Learner
+from cl.task import Stream
+
+_LEARNER = ("seed", "scenario", "batch_size", "gradient_clip", "train_mask", "scheduler_interval")
+
+
+def describe(learner: Learner, stream: Stream, epochs: int) -> dict[str, Any]:
+    """Return what a run is made of, under the keys that a configuration of `cl-run` has.
+
+    Arguments are those of the constructors that the objects keep under the same name and that are plain values.
+
+    Args:
+        learner: With its strategies, network, optimizer and schedule.
+        stream: Its name, length and order.
+        epochs: Passes over a task's training data.
+
+    Example:
+        >>> from cl.testing import toy_learner
+        >>> config = describe(*toy_learner(num_tasks=2), epochs=3)
+        >>> config["epochs"], config["stream"]["num_tasks"], config["optimizer"]["_target_"]
+        (3, 2, 'torch.optim.sgd.SGD')
+    """
+    return {
+        **{key: getattr(learner, key) for key in _LEARNER},
+        "epochs": epochs,
+        "stream": {"name": stream.name, "num_tasks": len(stream), "order": list(stream.order)},
+        "backbone": _object(learner.backbone),
+        "head": _object(learner.head),
+        "optimizer": _factory(learner._optimizer),
+        "scheduler": _factory(learner._scheduler),
+        "strategy": {str(name): _object(strategy) for name, strategy in learner.strategies.items()},
+    }
+
+
+def _object(thing: Any) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(thing)).parameters if name not in ("args", "kwargs", "self")]
+    kept = {name: vars(thing)[name] for name in names if name in vars(thing)}
+    return {"_target_": _name(type(thing)), **{name: value for name, value in kept.items() if _is_plain(value)}}
+
+
+def _factory(thing: Any) -> dict[str, Any] | None:
+    if thing is None:
+        return None
+    if isinstance(thing, functools.partial):
+        return {"_target_": _name(thing.func), **{k: v for k, v in thing.keywords.items() if _is_plain(v)}}
+    return {"_target_": _name(thing)}
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, str | int | float | bool | None)

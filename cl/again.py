@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,9 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
 
 
 def _go_back(directory: Path) -> None:
-    """Change to the folder where the command of a run was given, if it is there still."""
-    from omegaconf import OmegaConf
-
-    try:
-        place = str(OmegaConf.load(directory / _HYDRA / "hydra.yaml").hydra.runtime.cwd)
-    except Exception:  # not there, torn, or of an earlier version
-        return
-    if Path(place).is_dir():
+    """Change to the folder where the command of a run was given, as seen from its directory: both may have moved."""
+    place = directory / str((read_sealed(directory / _COMMAND) or {}).get("given_in", ""))
+    if place != directory and place.is_dir():
         os.chdir(place)
 
 
@@ -102,6 +98,8 @@ def keep_command(directory: Path) -> None:
         return
     job: Any = HydraConfig.instance().cfg
     command = {"overrides": list(job.hydra.overrides.task)}
+    with suppress(ValueError):  # on another drive
+        command["given_in"] = os.path.relpath(job.hydra.runtime.cwd, directory)
     if read_sealed(directory / _COMMAND) != command:
         write_text(directory / _HYDRA / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.masked_copy(job, "hydra")))
         write_text(directory / _OVERRIDES, OmegaConf.to_yaml(job.hydra.overrides.task))

@@ -69,6 +69,24 @@ def _quiet() -> Iterator[None]:
             talker.setLevel(level)
 
 
+def _check_counts(columns: str | int, keep: int | str | None) -> None:
+    if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
+        raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
+    if not (keep in (None, "auto") or (isinstance(keep, int) and keep >= 1)):
+        raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, null or auto.")
+
+
+def _what_is_learned(stream: Stream) -> dict[str, Any]:
+    """Return what reports are told of a stream."""
+    return {
+        "task_names": stream.task_names,
+        "scenario": stream.scenario,
+        "order": stream.order,
+        "boundaries": stream.boundaries,
+        "test_rows": tuple(len(task.test) for task in stream),
+    }
+
+
 class Experiment:
     """One learner on one stream, from the untrained row of R to the last.
 
@@ -129,10 +147,7 @@ class Experiment:
         allow_changed: bool = False,
     ) -> None:
         check_arguments(trainer)
-        if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
-            raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
-        if not (keep in (None, "auto") or (isinstance(keep, int) and keep >= 1)):
-            raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, null or auto.")
+        _check_counts(columns, keep)
         self.learner, self.stream, self.epochs = learner, stream, epochs
         self._described = config is None and directory is not None
         if self._described:
@@ -152,16 +167,12 @@ class Experiment:
         self.run_view = Run(
             directory=directory or Path(),
             config=config or {},
-            task_names=stream.task_names,
-            scenario=stream.scenario,
             matrices={k: m for kept in (learner.matrices, *probes) for k, m in kept.items()},  # type: ignore[misc]
             calibration=dict(learner.calibration.items()),  # type: ignore[arg-type]
             instruments=dict(self.instruments.items()),
             tuning=dict(tuning or {}),
             notes=[*notes, *told, *learner.strategies.remarks(learner)],
-            order=stream.order,
-            boundaries=stream.boundaries,
-            test_rows=tuple(len(task.test) for task in stream),
+            **_what_is_learned(stream),
         )
         self.columns, self.allow_changed = columns, allow_changed
         self._wanted, self.keep = keep, None if keep == "auto" else keep

@@ -45,11 +45,12 @@ class Evidence:
 
     Attributes:
         R: (k + 1, k) under the mask of the scenario, float64.
+        fair_R: The same where only the classes of the task compete, as they do for an expert on it.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.k = run, max(run.tasks_learned, 0)
-        self.R = run.primary.R[: self.k + 1, : self.k].double().cpu()
+        self.R, self.fair_R = (m.R[: self.k + 1, : self.k].double().cpu() for m in (run.primary, run.zero_shot))
         self._curves = run.instruments.get("curves")
         self._resources = run.instruments.get("resources")
 
@@ -217,9 +218,9 @@ MEASURES: dict[str, Measure] = {
         ("even",), "mean_k (FWT_k + sum_{i>k} R[i,k]) / (T - k + 1)", _LIBERO,
     ),
     "fwt_expert": Measure(
-        lambda e: against.fwt_expert(e.R, e.values("experts")),
+        lambda e: against.fwt_expert(e.fair_R, e.values("experts")),
         ("experts",), "sum_{j>=2} (R[j,j] - s_j), s_j an expert on task j alone", "Wang et al. 2023",
-        _SIGNED, "T - 1",
+        _SIGNED, "T - 1", fair=True,
     ),
     "fwt_continual_world": Measure(
         lambda e: against.fwt_continual_world(e.fair_curves, e.expert_curves).mean(),

@@ -22,7 +22,7 @@ def derive(seed: int, *position: int | str) -> int:
     if seed < 0:
         raise InputError(f"seed={seed} must be 0 or more.")
     key = [zlib.crc32(p.encode()) if isinstance(p, str) else p for p in position]
-    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Random(nn.Module):

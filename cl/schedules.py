@@ -123,6 +123,8 @@ def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mappi
     if len(set(_rates(learner, factory, longest, min(1000 * longest, _TRIED), past_end=True)[1])) == 1:
         return None  # it is constant
     unit, instead = ("step", "a shorter schedule") if by_step else ("epoch", "scheduler_interval=step")
+    if getattr(factory, "func", factory) is ReduceLROnPlateau:
+        instead = "a smaller patience"
     number = f"{longest} {unit}{'s' * (longest > 1)} {'in a task' if stream.boundaries else 'in all'}"
     return (
         f"{name} leaves the learning rate at {rates[0]:g}: it has {number}, and does not move before their end. Use "

@@ -40,6 +40,8 @@ gradient of its own, `total` where it adds up in `after_step`, `share` for a num
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -228,6 +230,36 @@ CHAINED = ("before_task", "after_task", "extend_batch", "loss", "project_gradien
 ONE_OWNER = ("training_data", "configure_optimizer", "encode", "classify", "criterion", "predict")
 
 
+def misspelt(kind: type[Strategy]) -> str | None:
+    """Return a sentence on a method that nobody calls and whose name is nearly a hook's, None where there is none.
+
+    Example:
+        >>> class Mine(Strategy):
+        ...     def after_tasks(self, learner, task):
+        ...         pass
+        >>> misspelt(Mine)
+        'Mine: there is no hook called after_tasks; did you mean after_task?'
+    """
+    hooks = [*CHAINED, *ONE_OWNER, "setup", "remark"]
+    for part in kind.__mro__[: kind.__mro__.index(Strategy)]:
+        for name, method in vars(part).items():
+            if hasattr(Strategy, name) or not inspect.isfunction(method):
+                continue
+            near = difflib.get_close_matches(name.strip("_"), hooks, n=1, cutoff=0.85)
+            takes_learner = list(inspect.signature(method).parameters)[1:2] == ["learner"]
+            if near and takes_learner and not _calls(part, name):
+                return f"{kind.__name__}: there is no hook called {name}; did you mean {near[0]}?"
+    return None
+
+
+def _calls(kind: type[Strategy], name: str) -> bool:
+    """Say whether the source of a class mentions one of its methods beside its definition, or cannot be read."""
+    try:
+        return len(re.findall(rf"\b{name}\b", inspect.getsource(kind))) > 1
+    except (OSError, TypeError):
+        return False
+
+
 def overrides(strategy: Strategy, hook: str) -> bool:
     """Say whether a strategy's class defines a hook itself."""
     return getattr(type(strategy), hook) is not getattr(Strategy, hook)
@@ -241,7 +273,7 @@ class Composition(nn.ModuleDict):
         owners: Hook with one owner to its method, which is the default where nobody defines it.
 
     Raises:
-        InputError: If two strategies own one hook, or a name cannot be one.
+        InputError: If two strategies own one hook, a name cannot be one, or a hook's is misspelt.
 
     Example:
         >>> Composition({"plain": Strategy()}).chains["loss"]
@@ -256,6 +288,10 @@ class Composition(nn.ModuleDict):
                     f"A strategy cannot be called {name!r}, which names its part of a checkpoint and a curve: choose a "
                     "word of letters, digits, _ and - that is not taken."
                 )
+        for strategy in strategies.values():
+            said = misspelt(type(strategy))
+            if said is not None:
+                raise InputError(said)
         self.update(dict(strategies))
         self.chains = {h: [(n, getattr(s, h)) for n, s in strategies.items() if overrides(s, h)] for h in CHAINED}
         self.owners = {h: self._owner(h, strategies) for h in ONE_OWNER}

@@ -20,7 +20,7 @@ from cl.errors import InputError
 from cl.experiment import Experiment
 from cl.learner import Learner
 from cl.report import Run
-from cl.strategy import Batch, Strategy
+from cl.strategy import Batch, Strategy, misspelt
 from cl.stream_checks import check_stream, same
 from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
 
@@ -149,6 +149,9 @@ def check_strategy(
         made = make(**options)
         return made if isinstance(made, Mapping) else {"method": made}
 
+    for strategy in build().values():
+        said = misspelt(type(strategy))
+        assert said is None, said
     _check_manners(build, partial(toy_learner, scenario=scenarios[0], backbone=backbone))
     for scenario in scenarios:
         toy = partial(toy_learner, scenario=scenario, backbone=backbone)

@@ -787,13 +787,26 @@ def test_scales_of_differences_are_symmetric_and_shared(made):
 
 
 def test_no_button_of_plotly_sends_a_figure_away():
-    import plotly
-
-    bundle = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    bundle = (Path(cl.compare.__file__).parent / "plotly-cartesian.min.js").read_text(encoding="utf-8")
     script = (Path(cl.compare.__file__).parent / "report.js").read_text(encoding="utf-8")
     removed = re.search(r"UPLOADS = \[(.*)\]", script).group(1)
     senders = set(re.findall(r'name:"(send\w+)"', bundle))
     assert senders <= set(re.findall(r'"(\w+)"', removed)) and "...UPLOADS" in script
+
+
+def test_the_bundle_of_plotly_draws_every_kind_of_figure(made):
+    """The page holds a bundle without maps and three dimensions, a third of the whole of plotly."""
+    bundle = (Path(cl.compare.__file__).parent / "plotly-cartesian.min.js").read_text(encoding="utf-8")
+    assert "Licensed under the MIT license" in bundle[:300] and "</script" not in bundle
+    drawn = {
+        t["type"]
+        for b in json.loads(made[0].scripts["figures"])
+        for v in b["views"]
+        for p in v["panels"]
+        for t in p["figure"]["data"]
+    }
+    known = set(re.findall(r'moduleType:"trace",name:"(\w+)"', bundle))
+    assert {"scatter", "heatmap", "bar"} <= known and drawn <= known
 
 
 def test_plotly_knows_every_attribute(made):

@@ -491,6 +491,47 @@ def test_their_repaired_twins_pass(right):
     check_strategy(right, scenarios=("class",))
 
 
+class Misspelt(Strategy):
+    def after_tasks(self, learner, task):
+        pass
+
+
+class Misspelt2(Strategy):
+    def before_task(self, learner, task):
+        pass
+
+    def extend_batchs(self, learner, batch):
+        return batch
+
+
+class Helper(Strategy):
+    """Methods of its own, called or unlike a hook's, are no mistake."""
+
+    def loss(self, learner, batch, logits):
+        return self.losses(learner, batch)
+
+    def losses(self, learner, batch):
+        return None
+
+    def teach(self, learner):
+        pass
+
+    def predicts(self, x):
+        pass
+
+
+@pytest.mark.parametrize(("kind", "hook"), [(Misspelt, "after_task"), (Misspelt2, "extend_batch")])
+def test_a_misspelt_hook_is_told_wherever_the_strategy_goes(kind, hook):
+    with pytest.raises(AssertionError, match=f"did you mean {hook}"):
+        check_strategy(kind)
+    with pytest.raises(InputError, match=f"did you mean {hook}"):
+        toy_learner({"mine": kind()})
+
+
+def test_a_helper_is_no_misspelt_hook():
+    toy_learner({"mine": Helper()})
+
+
 def test_two_owners_of_one_hook_are_named():
     with pytest.raises(InputError, match="'a' and 'b' both define predict, which has one owner"):
         check_strategy(lambda: {"a": NCM(), "b": NCM()})

@@ -120,7 +120,7 @@ def test_a_single_run_stays_as_it_is(monkeypatch, tmp_path) -> None:
 
 
 def test_what_a_launcher_itself_cannot_do_is_one_sentence(monkeypatch, tmp_path) -> None:
-    said = run_main(monkeypatch, tmp_path, "-m", f"+word={'x' * 300}", "hydra.sweep.dir=out")
+    said = run_main(monkeypatch, tmp_path, "-m", f"hydra.sweep.subdir={'x' * 300}", "seed=0", "hydra.sweep.dir=out")
     assert (
         said.startswith("BasicLauncher could not go on (OSError") and "File name too long" in said and "\n" not in said
     )

@@ -168,7 +168,9 @@ def test_stopping_early_begins_anew_with_each_task_and_stays_stopped(tmp_path: P
         learner, stream = toy_learner({"halt": Halt(halt)})
         watched = stream.derive(lambda t: replace(stream[t], val=stream[t].test))
         patient = pl.callbacks.EarlyStopping("val/loss", min_delta=9.0, patience=1)  # nothing is better than the first
-        return Experiment(learner, watched, trainer, epochs=5, directory=folder, every=1, callbacks=[patient])
+        return Experiment(
+            learner, watched, trainer, epochs=5, directory=folder, every=1, callbacks=[patient], config={}
+        )
 
     whole = stopping(tmp_path / "whole", None)
     whole.run()

@@ -48,8 +48,6 @@ def page(
         bases: Groups that matrices are subtracted from.
         forecasts: By stream.
     """
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-
     stages = {stage.name: stage for stage in comparison.stages}
     parts, drawn = [], []
     for i, board in enumerate(boards, start=1):
@@ -81,7 +79,8 @@ def page(
     return (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n<a class="skip" href="#main">Skip to the'
         f' leaderboard</a>\n<div class="page">\n{chr(10).join(part for part in body if part)}\n</div>\n'
-        f'<script type="application/json" id="figures">{figures}</script>\n<script>{get_plotlyjs()}</script>\n'
+        f'<script type="application/json" id="figures">{figures}</script>\n'
+        f"<script>{_asset('plotly-cartesian.min.js')}</script>\n"
         f"<script>{_asset('report.js')}</script>\n</body>\n</html>\n"
     )
 

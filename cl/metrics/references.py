@@ -19,8 +19,9 @@ def fwt_expert(R: Table, experts: Values, from_first: bool = False) -> Tensor:
     """Forward transfer against experts: how far each task, just learned, is above a learner of that task alone.
 
     FWT = 1/(T-1) sum_{j>=2} (R[j,j] - experts[j]), in [-1, 1], higher is better, NaN for T = 1. With `from_first` the
-    first task, where nothing could be transferred, counts too and the divisor is T. Unlike fwt_gem it is defined in
-    class-incremental learning. Source: Wang et al. 2023 (survey, arXiv 2302.00487).
+    first task, where nothing could be transferred, counts too and the divisor is T. An expert knows the classes of its
+    task alone, so a class-incremental run is read under the mask of the task, too: among all classes seen so far it
+    would be compared on a harder question. Source: Wang et al. 2023 (survey, arXiv 2302.00487).
 
     Raises:
         InputError: if a shape is wrong.

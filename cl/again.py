@@ -97,7 +97,7 @@ def keep_command(directory: Path) -> None:
     if not HydraConfig.initialized():
         return
     job: Any = HydraConfig.instance().cfg
-    command = {"overrides": list(job.hydra.overrides.task)}
+    command: dict[str, Any] = {"overrides": list(job.hydra.overrides.task)}
     with suppress(ValueError):  # on another drive
         command["given_in"] = os.path.relpath(job.hydra.runtime.cwd, directory)
     if read_sealed(directory / _COMMAND) != command:

@@ -146,8 +146,48 @@ def cell_intervals(matrices: ArrayLike, level: float = 0.95) -> CellIntervals:
     return CellIntervals(mean, mean - half, mean + half, sd, num)
 
 
-def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """Return the mean and its t interval.
+def bounded(cells: CellIntervals, low: float = -math.inf, high: float = math.inf) -> CellIntervals:
+    r"""Return t intervals of the same means that stay within the range of the quantity.
+
+    An accuracy has no interval up to 131 %. With u the mean's place in the range, the t interval is taken on the scale
+    of :math:`\\log (u / (1 - u))`, or of :math:`\\log |m - b|` where one bound b is finite, and mapped back; its half
+    width there is that of the values divided by the slope (the delta method; Agresti 2013, Categorical Data Analysis,
+    section 3.1.6, for one proportion). Mean and standard deviation stay; where the mean is a bound, it is the interval.
+
+    Args:
+        cells: Intervals symmetric about their means.
+        low: Least value of the quantity.
+        high: Greatest.
+
+    Example:
+        >>> plain = cell_intervals([0.80, 0.98, 0.99])
+        >>> near = bounded(plain, 0, 1)
+        >>> [round(float(x), 3) for x in (plain.low, plain.high, near.low, near.high)]
+        [0.658, 1.189, 0.22, 0.998]
+    """
+    from scipy.special import expit, logit
+
+    half = (cells.high - cells.low) / 2
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        if math.isfinite(low) and math.isfinite(high):
+            u = (cells.mean - low) / (high - low)
+            width = half / (high - low) / (u * (1 - u))
+            ends = [low + (high - low) * expit(logit(u) + sign * width) for sign in (-1, 1)]
+        elif math.isfinite(high):
+            left = high - cells.mean
+            ends = [high - left * np.exp(sign * half / left) for sign in (1, -1)]
+        elif math.isfinite(low):
+            above = cells.mean - low
+            ends = [low + above * np.exp(sign * half / above) for sign in (-1, 1)]
+        else:
+            return cells
+    at_bound = (cells.mean <= low) | (cells.mean >= high) | (half == 0)
+    kept = [np.where(at_bound & np.isfinite(half), cells.mean, end) for end in ends]
+    return replace(cells, low=kept[0], high=kept[1])
+
+
+def t_interval(values: ArrayLike, level: float = 0.95, low: float = -math.inf, high: float = math.inf) -> Interval:
+    """Return the mean and its t interval, kept within a range as `bounded` does.
 
     mean ± t_{(1 + level)/2, n - 1} sd / sqrt(n), where sd has the divisor n - 1. Exact for normal values.
     Source: Student 1908. NaN values are left out; one value has NaN bounds and sd, no value a NaN mean too. A
@@ -156,6 +196,8 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     Args:
         values: One a seed, (n,).
         level: Confidence, in (0, 1).
+        low: Least value of the quantity.
+        high: Greatest.
 
     Raises:
         InputError: If the values are no vector, one is infinite, or the level is not in (0, 1).
@@ -165,7 +207,7 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
         >>> f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}], sd {interval.sd:.3f}, n={interval.num}"
         '0.900 [0.652, 1.148], sd 0.100, n=3'
     """
-    cell = cell_intervals(_measured(values), level)
+    cell = bounded(cell_intervals(_measured(values), level), low, high)
     return Interval(float(cell.mean), float(cell.low), float(cell.high), float(cell.sd), int(cell.num))
 
 

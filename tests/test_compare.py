@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import io
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from cl.compare.forecasts import forecasts
 from cl.compare.lines import front
 from cl.compare.numbers import Number, summarise
 from cl.compare.read import RunFiles, find_runs, read_run
-from cl.compare.table import leaderboard, number
+from cl.compare.table import cell_text, leaderboard, number, terminal_tables
 from cl.compare.tuning import MARKS
 from cl.errors import InputError
 from cl.report import Run
@@ -169,9 +170,12 @@ def test_scalars_are_of_each_run_first_and_then_mean_sd_and_t_interval(tmp_path)
     rows = compare(many(tmp_path / "runs", seeds=4), "--out", tmp_path, "--level", "0.9")
     values = [SCALARS["forgetting_chaudhry"].function(random_R(10 + seed).double()).item() for seed in range(4)]
     row = one(rows, kind="group", group="er", mask="class", quantity="forgetting_chaudhry", after_task="")
-    low, high = stats.t.interval(0.9, 3, np.mean(values), stats.sem(values))
+    # within [-1, 1]: a t interval of log((1 + m) / (1 - m)), whose slope is 2 / (1 - m^2)
+    mean = np.mean(values)
+    ends = stats.t.interval(0.9, 3, np.log((1 + mean) / (1 - mean)), stats.sem(values) * 2 / (1 - mean**2))
+    low, high = np.tanh(np.array(ends) / 2)
     assert [float(row[k]) for k in ("mean", "sd", "low", "high")] == pytest.approx(
-        [np.mean(values), np.std(values, ddof=1), low, high]
+        [mean, np.std(values, ddof=1), low, high]
     )
     single = select(rows, kind="run", group="er", mask="class", quantity="forgetting_chaudhry")
     assert [float(r["mean"]) for r in single] == pytest.approx(values) and [r["seed"] for r in single] == list("0123")
@@ -634,6 +638,30 @@ def test_versions_that_differ_are_said(tmp_path):
 
 
 CHECKED = ("Leaderboard", "How estimates")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_cuts_no_number(width, tmp_path):
+    """Columns that do not fit stand in further tables, each with the groups."""
+    from rich.console import Console
+
+    for name in ("er", "a_long_name_of_a_strategy"):
+        for seed in (0, 1):
+            make_run(tmp_path / f"{name}{seed}", name, seed, torch.rand(4, 3))
+    found = align([read_run(path) for path in find_runs([tmp_path])])
+    numbers = summarise(found, 0.95, [])
+    board = leaderboard(found, found.stages[0], numbers, "average_accuracy")
+    console = Console(width=width, record=True, file=io.StringIO())
+    for table in terminal_tables(board, width):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    shown = [
+        line
+        for c, cell in zip(board.columns, board.rows[0].cells, strict=True)
+        for line in cell_text(c, cell).splitlines()
+    ]
+    assert all(line in text for line in shown)
 
 
 class Page(HTMLParser):

@@ -12,7 +12,7 @@ from cl.compare.forecasts import forecasts
 from cl.compare.html import page
 from cl.compare.numbers import Numbers, summarise
 from cl.compare.read import find_runs, read_run
-from cl.compare.table import Board, Ranks, caveats, column, leaderboard, ranks, terminal_table
+from cl.compare.table import Board, Ranks, caveats, column, leaderboard, ranks, terminal_tables
 from cl.errors import InputError, unknown
 from cl.files import write_text
 
@@ -94,7 +94,8 @@ def show(comparison: Comparison, boards: Sequence[Board], over: Ranks | None) ->
     if not console.is_terminal:
         console = Console(width=200)
     for board in boards:
-        console.print(terminal_table(board))
+        for table in terminal_tables(board, console.width):
+            console.print(table)
     if over:
         text = ", ".join(f"{name} {number.mean:.2f}" for name, number in over.groups.items())
         text += f"; critical difference {over.critical.mean:.2f}"

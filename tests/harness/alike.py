@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,33 @@ def differences(whole: Path, killed: Path) -> list[str]:
         elif name in ("out/config.yaml", "out/command.json"):
             found += [f"{name} differs"] * (one.read_bytes() != two.read_bytes())
     return found
+
+
+def history(place: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return the points that the files of Weights & Biases hold, of all sittings: their steps and what they say.
+
+    Times are left out, and a table stands there as its content.
+    """
+    from cl.report.points import read_records
+
+    found = []
+    for path in sorted(place.glob("wandb/*run-*/run-*.wandb")):
+        for record, _ in read_records(path.read_bytes()):
+            if record.WhichOneof("record_type") == "history":
+                found.append(_point(record.history, path.parent / "files"))
+    return found
+
+
+def _point(entry: Any, files: Path) -> tuple[int, dict[str, Any]]:
+    values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in entry.item}
+    own = {k: v for k, v in values.items() if k[0] != "_" and "/R/" not in k and "heat_map" not in k}
+    own = {name: value for name, value in own.items() if name.rpartition("/")[2] not in _CLOCKS}
+    for key, value in values.items():
+        if key.endswith("/R/path"):
+            own[key] = json.loads((files / value).read_text())["data"]
+        elif key.endswith("/R_heat_map/path"):
+            own[key] = hashlib.sha256((files / value).read_bytes()).hexdigest()
+    return entry.step.num, own
 
 
 def _checkpoint(path: Path) -> Any:

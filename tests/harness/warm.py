@@ -29,6 +29,7 @@ def child(arguments: list[str], cwd: str, path: list[str], out: str, err: str) -
 
 if __name__ == "__main__":
     warm()
+    os.environ.pop("WANDB_SERVICE", None)  # of the tests' process, which would keep what a killed command has begun
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cl.errors import InputError, unknown
 from cl.task import Stream, Task
 
@@ -46,7 +48,8 @@ def first(stream: Stream, num_tasks: int) -> Stream:
                 f"protocol=tune_first scores validation sets, and task {t + 1} of {stream.name!r} has none: "
                 "set stream.val_fraction=0.1."
             )
-        return replace(task, test=task.val, val=None)
+        train = task.train.of_tasks(range(num_tasks))  # where tasks blend, rows of those to come stand in it, too
+        return replace(task, train=train, test=task.val, val=None)
 
     return stream.derive(build, num_tasks=num_tasks)
 
@@ -65,7 +68,8 @@ def rest(stream: Stream, num_tasks: int) -> Stream:
     _check(stream, num_tasks)
 
     def build(t: int) -> Task:
-        return stream[t + num_tasks].each(lambda part: part.renumbered(t), index=t)
+        own = stream[t + num_tasks].each(lambda part: part.of_tasks(range(num_tasks, len(stream))))
+        return own.each(lambda part: part.renumbered(t, torch.arange(len(stream)) - num_tasks), index=t)
 
     return stream.derive(build, num_tasks=len(stream) - num_tasks)
 

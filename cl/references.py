@@ -99,12 +99,13 @@ class References:
         return {kind: [make[kind](stream, t) for t in range(len(stream))] for kind in self.kinds}
 
     def _expert(self, stream: Stream, t: int) -> Reference:
-        task = stream[t].each(lambda part: replace(part, task=0), index=0)
+        task = stream[t].each(lambda part: replace(part.of_tasks([t]), task=0), index=0)  # its own rows alone
         alone = stream.derive([task].__getitem__, num_tasks=1)
         return self._find("expert", t, alone, {}, [task], len(stream))
 
     def _joint(self, stream: Stream, t: int) -> Reference:
-        tasks = list(stream[: t + 1])
+        known = range(t + 1)  # where tasks blend, rows of those to come stand in the earlier ones
+        tasks = [task.each(lambda part: part.of_tasks(known)) for task in stream[: t + 1]]
         together = stream.derive(tasks.__getitem__, num_tasks=t + 1)
         return self._find("joint", t, together, {"union": Union()}, tasks, len(stream))
 

@@ -98,6 +98,17 @@ class TaskData:
             return torch.full((len(self),), self.task, dtype=torch.int64, device=self.y.device)
         return self.task if self.index is None else self.task[self.index]
 
+    def of_tasks(self, labels: Sequence[int]) -> TaskData:
+        """Return the examples with some task labels; the same object where all have them.
+
+        Example:
+            >>> data = TaskData(torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+            >>> data.of_tasks([0, 2]).tasks.tolist(), data.of_tasks(range(3)) is data
+            ([0, 2], True)
+        """
+        own = torch.isin(self.tasks, torch.tensor(list(labels)).to(self.tasks.device))
+        return self if bool(own.all()) else self.take(own.nonzero().flatten())
+
     def renumbered(self, task: int, moved: Tensor | None = None) -> TaskData:
         """Return the same examples with another task label.
 

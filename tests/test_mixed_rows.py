@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,9 @@ from cl.experiment import Experiment
 from cl.fisher import _of_linear_layers, _one_by_one, diagonal_fisher, gradient_sum, label_weights, task_fisher
 from cl.instruments import own_examples
 from cl.learner import Learner
+from cl.protocol import first, rest
 from cl.random import Random
+from cl.references import References
 from cl.sources import digits
 from cl.strategies.cuber import CUBER
 from cl.strategies.ewc import EWC
@@ -176,6 +179,33 @@ def test_what_is_measured_of_a_task_is_measured_on_its_own_rows():
     assert 0 < len(own) < len(stream[1].train) and bool((own.tasks == 1).all())
     plain = split(digits(), num_tasks=2)[0]
     assert own_examples(plain) is plain.train
+
+
+@pytest.mark.parametrize("kind", ["i-blurry", "boundary-free"])
+def test_references_and_protocols_leave_out_rows_of_tasks_that_they_do_not_have(kind, tmp_path):
+    stream, made = stream_of(kind), []
+
+    def make(part: Stream, strategies: dict[str, Strategy]) -> Experiment:
+        made.append(part)
+        return Experiment(learner_of(part, Strategy()) if not strategies else joint_of(part, strategies), part, trainer)
+
+    def joint_of(part: Stream, strategies: dict[str, Strategy]) -> Learner:
+        torch.manual_seed(0)
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        return Learner(part, MLP(part.input_shape, [12]), strategies, sgd, batch_size=32)
+
+    found = References(["experts", "joint"], make, tmp_path, {}).measure(stream)
+    assert all(row["value"] > 0.5 for kind in found.values() for row in kind)
+    assert [len(part) for part in made] == [1, 1, 1, 1, 2, 3]
+    for t, alone in enumerate(made[:3]):
+        assert len(alone[0].train) == int((stream[t].train.tasks == t).sum())
+    for part in made:
+        for task in part:
+            assert int(task.train.tasks.max()) < len(part)
+    with_val = stream.derive([replace(task, val=task.test) for task in stream].__getitem__)
+    for part in (first(with_val, 2), rest(stream, 1)):
+        assert len(part) == 2 and {int(label) for task in part for label in task.train.tasks} == {0, 1}
+        part.check()
 
 
 # ------------------------------------------------------------------ linear layers in closed form

@@ -157,8 +157,8 @@ def watching(learner: Learner) -> Iterator[None]:
 
 def own_examples(task: Task) -> TaskData:
     """Return the training examples that are a task's own, where those of others come with it; all where none is."""
-    own = (task.train.tasks == task.index).nonzero().flatten()
-    return task.train.take(own) if 0 < len(own) < len(task.train) else task.train
+    own = task.train.of_tasks([task.index])
+    return own if len(own) else task.train
 
 
 def subset(data: TaskData, rows: int) -> TaskData:

@@ -79,8 +79,10 @@ def _one_by_one(
 ) -> dict[str, Tensor]:
     """Return the sums over gradients that are all written out, by the names of parameters."""
 
+    others = {name: p.detach() for name, p in module.named_parameters() if name not in theta}
+
     def scalar(theta: dict[str, Tensor], some: Tensor, *column: Tensor) -> Tensor:
-        return of(functional_call(module, theta, (some,)), *column)
+        return of(functional_call(module, {**others, **theta}, (some,)), *column)
 
     totals = {name: torch.zeros(p.numel(), device=x.device) for name, p in theta.items()}
     chunk = max(1, _HELD_AT_ONCE // sum(p.numel() for p in theta.values()))

@@ -248,6 +248,7 @@ def test_the_closed_form_is_the_sum_row_by_row(name, shape):
     for key, value in found.items():
         torch.testing.assert_close(value / scale, expected[key] / scale, rtol=1e-5, atol=1e-7)
     whole = gradient_sum(net, log_p, shape, x, rows, weights, y)
+    assert not whole.requires_grad
     torch.testing.assert_close(whole / scale, flat(list(expected.values())) / scale, rtol=1e-5, atol=1e-7)
 
 

@@ -78,7 +78,6 @@ def _one_by_one(
     columns: Sequence[Tensor],
 ) -> dict[str, Tensor]:
     """Return the sums over gradients that are all written out, by the names of parameters."""
-
     others = {name: p.detach() for name, p in module.named_parameters() if name not in theta}
 
     def scalar(theta: dict[str, Tensor], some: Tensor, *column: Tensor) -> Tensor:

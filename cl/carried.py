@@ -84,4 +84,5 @@ class Carried:
 def _by_place(learner: Learner, optimizer: Optimizer) -> list[tuple[str, Any]]:
     """Return the weights of an optimizer by name, in its order."""
     names = {id(p): name for name, p in learner.named_parameters()}
-    return [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(names.get(id(p), f"weight {i}"), p) for i, p in enumerate(weights)]  # some may not be the learner's

@@ -8,6 +8,7 @@ A run, with each hook marked where it is called (`cl/experiment.py` and `cl/lear
         strategy.before_task(learner, task)                # teacher copy, masks
         data = strategy.training_data(learner, task)       # one owner; default: task.train
         optimizer = strategy.configure_optimizer(learner, factory)       # one owner; default: factory(parameters)
+        optimizer goes on with the last one's state            # where optimizer_state=keep or there are no boundaries
         for epoch in range(epochs):
             for batch in shuffled(data):                   # raw rows on the device: a function of (seed, task, epoch)
                 batch = strategy.extend_batch(learner, batch)            # may only append rows: replay

@@ -16,7 +16,8 @@ running mean with :math:`\beta_2` = 0.999, both freed of their bias).
 Differences from the paper: none known. Differences from the reference code: Adam's bias counts the steps of the task,
 there those of the epoch; a direction of zero, as of another task's outputs, agrees with none, where it divides by 0.
 The learning rate is that of the configured optimizer, and follows its schedule; nothing else of it is used. The paper's
-is .00025 for "rmsprop" on CIFAR-100, a twentieth of its plain RMSProp's: compare each at its own.
+is .00025 for "rmsprop" on CIFAR-100, a twentieth of its plain RMSProp's: compare each at its own. They belong to its
+network (`backbone.block=half`) and pixels in [0, 1]; its plain optimizers keep their state over all tasks.
 State: V and the directions of all tasks, and m: (2 T + 1) |theta| numbers.
 Scenarios: all. Refused: momentum and weight decay of the configured optimizer, strategies with weights of their own.
 """

@@ -203,14 +203,27 @@ TEAMS = [
     Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
     Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),
 ]
-CASES = [(row, scenario) for row in METHODS + TEAMS for scenario in row.scenarios]
 
 
 def name_of(row: Row) -> str:
     return " ".join([row.name, *(f"{k}={v}" for k, v in row.options.items()), row.backbone])
 
 
-@pytest.mark.parametrize(("row", "scenario"), CASES, ids=[f"{name_of(r)} {s}" for r, s in CASES])
+def slow_unless(fast: bool) -> list[pytest.MarkDecorator]:
+    return [] if fast else [pytest.mark.slow]
+
+
+# Each method's first row in its first scenario, and one team, every time; options, scenarios and teams by `-m slow`.
+FIRST = [next(row for row in METHODS if row.name == name) for name in dict.fromkeys(row.name for row in METHODS)]
+CASES = [
+    pytest.param(row, scenario, marks=slow_unless(row in [*FIRST, TEAMS[0]] and not i), id=f"{name_of(row)} {scenario}")
+    for row in METHODS + TEAMS
+    for i, scenario in enumerate(row.scenarios)
+]
+ROWS = [pytest.param(row, marks=slow_unless(row in FIRST), id=name_of(row)) for row in METHODS]
+
+
+@pytest.mark.parametrize(("row", "scenario"), CASES)
 def test_strategy_keeps_the_contract(row, scenario):
     check_strategy(
         row.make,
@@ -221,7 +234,7 @@ def test_strategy_keeps_the_contract(row, scenario):
     )
 
 
-@pytest.mark.parametrize("row", METHODS, ids=name_of)
+@pytest.mark.parametrize("row", ROWS)
 def test_a_strategy_learns_in_half_precision(row):
     learner, stream = toy_learner({"it": row.make(**row.options)}, 2, row.scenarios[-1], row.backbone)
     trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, precision="bf16-true")

@@ -56,7 +56,7 @@ def test_the_wheel_holds_exactly_the_files_of_the_checkout(wheel: Path):
         ("conf", "cl/conf"),
     ):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".typed", ".css", ".js") and "__pycache__" not in path.parts:
+            if path.suffix in (".py", ".yaml", ".typed", ".css", ".js", ".LICENSE") and "__pycache__" not in path.parts:
                 expected.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
     assert held == expected
 

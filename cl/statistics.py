@@ -167,20 +167,18 @@ def bounded(cells: CellIntervals, low: float = -math.inf, high: float = math.inf
     """
     from scipy.special import expit, logit
 
+    if not (math.isfinite(low) or math.isfinite(high)):
+        return cells
     half = (cells.high - cells.low) / 2
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if math.isfinite(low) and math.isfinite(high):
             u = (cells.mean - low) / (high - low)
             width = half / (high - low) / (u * (1 - u))
             ends = [low + (high - low) * expit(logit(u) + sign * width) for sign in (-1, 1)]
-        elif math.isfinite(high):
-            left = high - cells.mean
-            ends = [high - left * np.exp(sign * half / left) for sign in (1, -1)]
-        elif math.isfinite(low):
-            above = cells.mean - low
-            ends = [low + above * np.exp(sign * half / above) for sign in (-1, 1)]
         else:
-            return cells
+            bound, side = (low, 1) if math.isfinite(low) else (high, -1)
+            gap = np.abs(cells.mean - bound)
+            ends = [bound + side * gap * np.exp(side * sign * half / gap) for sign in (-1, 1)]
     at_bound = (cells.mean <= low) | (cells.mean >= high) | (half == 0)
     kept = [np.where(at_bound & np.isfinite(half), cells.mean, end) for end in ends]
     return replace(cells, low=kept[0], high=kept[1])

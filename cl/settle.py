@@ -79,8 +79,8 @@ def protocol_of(cfg: Any) -> Any:
 
 def keep(config: dict[str, Any], directory: Path) -> None:
     """Write `config.yaml` and the command, where they are not the same already; `settle` has compared the values."""
+    keep_command(directory)  # first: where config.yaml is, resume= can go on
     write_config(config, directory)
-    keep_command(directory)
 
 
 def _check(cfg: Any) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 _TABLES = ("transfer.csv", "training.csv", "learning_curves.csv", "estimates.csv", "resources.csv")
+History = list[tuple[int, dict[str, Any]]]
 _CLOCKS = ("seconds", "measuring_seconds", "peak_memory_bytes", "model_size_efficiency")
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
     """Return in what two finished runs differ, times left out."""
     names = [{str(f.relative_to(place)) for f in place.rglob("*") if f.is_file()} for place in (whole, killed)]
-    strange = {name for name in names[0] ^ names[1] if name != "note.txt"}
+    strange = {name for name in names[0] ^ names[1] if name != "note.txt" and not _is_of_others(name)}
     found = [f"files of one alone: {sorted(strange)}"] if strange else []
+    found += _other_points(history(whole / "out"), history(killed / "out"))
     for name in sorted(names[0] & names[1]):
         one, two = whole / name, killed / name
         if name.endswith(".ckpt"):
@@ -30,7 +33,28 @@ def differences(whole: Path, killed: Path) -> list[str]:
     return found
 
 
-def history(place: Path) -> list[tuple[int, dict[str, Any]]]:
+def _is_of_others(name: str) -> bool:
+    """Return whether a file is W&B's, a folder a sitting, or the interpreter's."""
+    return name.startswith("out/wandb/") or "__pycache__" in name
+
+
+def _other_points(whole: History, killed: History) -> list[str]:
+    """Return what two histories in Weights & Biases differ in."""
+    steps, expected = Counter(step for step, _ in killed), dict(whole)
+    missing, doubled = expected.keys() - steps.keys(), sum(count - 1 for count in steps.values())
+    strange = steps.keys() - expected.keys()
+    other = [step for step, values in killed if step in expected and values != expected[step]]
+    order = [] if [step for step, _ in killed] == sorted(steps.elements()) else ["points out of order"]
+    counts = (
+        (len(missing), "missing"),
+        (doubled, "doubled"),
+        (len(strange), "too many"),
+        (len(other), "of other values"),
+    )
+    return [f"W&B: {count} points {what} of {len(expected)}" for count, what in counts if count] + order
+
+
+def history(place: Path) -> History:
     """Return the points that the files of Weights & Biases hold, of all sittings: their steps and what they say.
 
     Times are left out, and a table stands there as its content.

@@ -137,8 +137,11 @@ def warm() -> None:
     torch.set_num_threads(1)
 
 
-def run(arguments: list[str], limit: int | None = None, fuse: Fuse | None = None) -> int:
-    """Run `cl-run` in this process; return its exit status."""
+Command = list[str] | Callable[[], None]  # arguments of `cl-run`, or what runs instead
+
+
+def run(command: Command, limit: int | None = None, fuse: Fuse | None = None) -> int:
+    """Run `cl-run`, or a function, in this process; return its exit status."""
     from cl.cli import main
 
     if limit is not None:
@@ -146,9 +149,10 @@ def run(arguments: list[str], limit: int | None = None, fuse: Fuse | None = None
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if fuse is not None:
         fuse.lay()
-    sys.argv = ["cl-run", *arguments]
+    if not callable(command):
+        sys.argv = ["cl-run", *command]
     try:
-        main()
+        command() if callable(command) else main()
         return 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
@@ -165,7 +169,7 @@ class Attempt:
 
     Args:
         place: Its working directory.
-        arguments: Of `cl-run`.
+        command: Arguments of `cl-run`, or a function.
         at: The instant at which a fuse kills it; None lays no fuse.
         limit: Bytes of a file at most.
         cold: Whether to start an interpreter.
@@ -174,7 +178,7 @@ class Attempt:
     def __init__(
         self,
         place: Path,
-        arguments: list[str],
+        command: Command,
         at: int | str | None = None,
         limit: int | None = None,
         cold: bool = False,
@@ -184,9 +188,10 @@ class Attempt:
         self.log.write_text("")
         self.began, self._said = time.monotonic(), None
         if cold:
+            assert not callable(command)
             with self.log.open("w") as log:
-                command = [sys.executable, "-m", "cl", *arguments]
-                self.process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log)
+                asked = [sys.executable, "-m", "cl", *command]
+                self.process = subprocess.Popen(asked, cwd=place, stdout=log, stderr=log)
             self.pid = self.process.pid
             return
         reader, log = os.pipe()  # which no limit of files cuts
@@ -200,7 +205,8 @@ class Attempt:
                 os.chdir(place)
                 os.dup2(log, 1), os.dup2(log, 2)
                 fuse = None if at is None else Fuse(at, self.note)
-                status = run(arguments, limit, fuse)
+                sys.path.insert(0, str(place))
+                status = run(command, limit, fuse)
                 if fuse is not None:
                     self.note.write_text(str(fuse.count))
                 sys.stdout.flush(), sys.stderr.flush()

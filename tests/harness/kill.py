@@ -3,11 +3,17 @@
     python tests/harness/kill.py --kills 300                 all strategies, all kinds of kills, some minutes
     python tests/harness/kill.py --kills 40 --only er,gpm    some
     python tests/harness/kill.py --kills 10 --cold           every attempt is a new interpreter, not a fork
+    python tests/harness/kill.py --kills 200 --wandb         each with Weights & Biases, offline, a point a step
 
 A run goes on by the same command or by `resume=DIR`. Kinds of kills: SIGKILL, SIGTERM, SIGUSR1, SIGINT at a random
 instant; `write`: SIGKILL before, within or after a random one of all writes, syncs, renames and removals; `full disk`:
 no file can grow beyond a random size. At the end every checkpoint (weights, method state, R, generators) and every
-table must be, byte for byte, those of the run that was never stopped, and no file more may be there.
+table must be, byte for byte, those of the run that was never stopped, and no file more may be there; the history that
+the files of Weights & Biases hold must have every point once.
+
+`python` is a run of a script, without `cl-run`. In `own` the data and a strategy are the user's, and after every second
+kill one of them is changed: the run must then be refused in one sentence and leave its directory as it is, go on once
+what was there is back, and, asked with `allow_changed=true`, end with the change told beside its numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,7 +30,8 @@ from collections import Counter
 from pathlib import Path
 
 from alike import differences
-from attempt import SIGNALS, Attempt, warm
+from attempt import SIGNALS, Attempt, Command, warm
+from others import CHANGES, OWN, from_python, write_own
 
 COMMON = [
     *("dataset=synthetic", "dataset.num_classes=6", "dataset.num_train=96", "dataset.num_test=48"),
@@ -102,19 +110,23 @@ CASES: dict[str, list[str]] = {
     "s_prompts": ["strategy=s_prompts", "scenario=domain", *_IMAGES, *_VIT, *_STEPS],
     "ranpac": ["strategy=ranpac", "strategy.ranpac.num_projections=20", "strategy.ranpac.adapt=true", *_STEPS],
 }
+_OTHERS = ("python", "own")
+_WANDB = ["logger=[csv,wandb]", "+logger.wandb.mode=offline", "log_every=1"]
 _KINDS = ("SIGKILL", "SIGKILL", "write", "write", "write", "SIGTERM", "SIGUSR1", "SIGINT", "full disk")
 
 
 class Case:
     """A run that is killed, beside the one that is not."""
 
-    def __init__(self, name: str, folder: Path, draw: random.Random, cold: bool = False) -> None:
+    kinds: tuple[str, ...] = _KINDS
+
+    def __init__(self, name: str, folder: Path, draw: random.Random, cold: bool = False, wandb: bool = False) -> None:
         self.name, self.draw, self.cold = name, draw, cold
-        self.arguments = [*COMMON, *([] if "backbone=vit" in CASES[name] else MLP), *CASES[name]]
+        self.kinds = self.kinds[:1] + _KINDS[5:8] if cold else self.kinds
+        self.command = self.make_command([*COMMON, *(_WANDB if wandb else [])])
         self.folder = folder / name.replace(" ", "_").replace(",", "")
-        self.whole = self.folder / "whole"
-        self.whole.mkdir(parents=True)
-        attempt = Attempt(self.whole, self.arguments, at=None if cold else 0, cold=cold)
+        self.whole = self.make_place("whole")
+        attempt = Attempt(self.whole, self.command, at=None if cold else 0, cold=cold)
         status = attempt.wait()
         if status != 0:
             raise SystemExit(f"{name}: the run that nobody stops ends with {status}:\n{attempt.log.read_text()}")
@@ -123,37 +135,47 @@ class Case:
         sizes = [file.stat().st_size for file in (self.whole / "out").rglob("*") if file.is_file()]
         self.largest = max(sizes)
 
+    def make_command(self, common: list[str]) -> Command:
+        """Return what is run."""
+        return [*common, *([] if "backbone=vit" in CASES[self.name] else MLP), *CASES[self.name]]
+
+    def make_place(self, name: str) -> Path:
+        """Return a new folder that the run begins in."""
+        place = self.folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        return place
+
     def play(self, kills: int) -> tuple[Counter[str], list[str]]:
         """Kill a fresh run up to so many times; return the kills by kind, and what went wrong."""
-        place = self.folder / "killed"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+        place = self.make_place("killed")
         found: Counter[str] = Counter()
         kind = ""
         while found.total() < kills:
-            kind = self.draw.choice(_KINDS if not self.cold else _KINDS[:1] + _KINDS[5:8])
+            kind = self.draw.choice(self.kinds)
             done, wrong = self._once(place, kind, found)
             if wrong:
                 return found, [f"{self.name}, {kind}: {wrong}"]
             if done:
                 break
         else:
-            attempt = Attempt(place, self._command(place), cold=self.cold)
+            attempt = Attempt(place, self.next_command(place), cold=self.cold)
             if attempt.wait() != 0:
                 return found, [f"{self.name}: did not go on after {dict(found)}:\n{attempt.log.read_text()}"]
         wrong = [f"{self.name}, after {dict(found)}: {text}" for text in differences(self.whole, place)]
         return found, wrong + [f"its last attempt ({kind}) said:\n{(place / 'log.txt').read_text()}"] * bool(wrong)
 
-    def _command(self, place: Path) -> list[str]:
+    def next_command(self, place: Path) -> Command:
+        """Return how the run goes on."""
         begun = (place / "out" / "config.yaml").exists()
-        return ["resume=out"] if begun and self.draw.random() < 0.5 else self.arguments
+        return ["resume=out"] if begun and self.draw.random() < 0.5 else self.command
 
     def _once(self, place: Path, kind: str, found: Counter[str]) -> tuple[bool, str]:
         """Attempt once; return whether the run has finished, and what went wrong."""
         at = self.draw.randrange(1, self.instants + 1) if kind == "write" else None
         limit = int(self.largest * self.draw.random()) if kind == "full disk" else None
         random.seed(self.draw.random())
-        attempt = Attempt(place, self._command(place), at, limit, self.cold)
+        attempt = Attempt(place, self.next_command(place), at, limit, self.cold)
         if kind in SIGNALS:
             status = attempt.wait(self.draw.random() * self.seconds)
             if status is None:
@@ -172,11 +194,81 @@ class Case:
         return False, ""
 
 
+class FromPython(Case):
+    """A script, which says what comes from the file system or the keyboard as Python does."""
+
+    kinds = ("SIGKILL", "SIGKILL", "write", "write", "SIGTERM", "SIGUSR1")
+
+    def make_command(self, common: list[str]) -> Command:
+        """Return the function that a script would call."""
+        return from_python
+
+    def next_command(self, place: Path) -> Command:
+        """Return the same: a script has no other way to go on."""
+        return self.command
+
+
+class Own(Case):
+    """Data and code of the user's, which change between two sittings."""
+
+    def make_command(self, common: list[str]) -> Command:
+        """Return a command without the data set of the others."""
+        shared = [part for part in common if not part.startswith("dataset")]
+        return [*shared, *MLP, *OWN, *_STEPS]
+
+    def make_place(self, name: str) -> Path:
+        """Return a folder with the data and the code."""
+        place = super().make_place(name)
+        write_own(place)
+        return place
+
+    def play(self, kills: int) -> tuple[Counter[str], list[str]]:
+        """Kill as ever, and end one of the runs with what was changed."""
+        found, wrong = super().play(kills)
+        return found, wrong or self._allow()
+
+    def next_command(self, place: Path) -> Command:
+        """Change something half of the time, and see that it is refused."""
+        if any((place / "out" / "checkpoints").glob("*.ckpt")) and self.draw.random() < 0.5:
+            name = self.draw.choice(list(CHANGES))
+            before = _content(place / "out")
+            CHANGES[name](place)
+            said = self._said(place, self.command, 1)
+            if "with other data or code" not in said or "Traceback" in said or said.count("\n") > 1:
+                raise SystemExit(f"own: other {name} ends with:\n{said}")
+            if _content(place / "out") != before:
+                raise SystemExit(f"own: other {name} is refused, and files of the run have changed")
+            write_own(place)
+        return super().next_command(place)
+
+    def _allow(self) -> list[str]:
+        place, name = self.make_place("allowed"), self.draw.choice(list(CHANGES))
+        attempt = Attempt(place, self.command, at="after_task_001")
+        if attempt.wait() != -signal.SIGKILL:
+            return [f"own: not killed:\n{attempt.log.read_text()}"]
+        CHANGES[name](place)
+        self._said(place, [*self.command, "allow_changed=true"], 0)
+        told = "Changed between two sittings" in (place / "out" / "transfer.json").read_text()
+        return [] if told else [f"own: other {name} is allowed, and not told beside the numbers"]
+
+    def _said(self, place: Path, command: Command, status: int) -> str:
+        attempt = Attempt(place, command)
+        found = attempt.wait()
+        text = attempt.log.read_text()
+        if found != status:
+            raise SystemExit(f"own: ended with {found} instead of {status}:\n{text}")
+        return text
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
 def play(
-    kills: int, names: list[str], seed: int, cold: bool = False, at_once: int = 6
+    kills: int, names: list[str], seed: int, cold: bool = False, wandb: bool = False, at_once: int = 6
 ) -> tuple[Counter[str], list[str]]:
     """Kill runs of every case until there are so many kills; return them by kind, and what went wrong."""
     draw = random.Random(seed)
@@ -184,7 +276,9 @@ def play(
     wrong: list[str] = []
     runs = 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        cases = [Case(name, Path(folder), draw, cold) for name in names]
+        tempfile.tempdir = os.environ["TMPDIR"] = folder  # where W&B leaves what a killed process began
+        own: dict[str, type[Case]] = {"python": FromPython, "own": Own}
+        cases = [own.get(name, Case)(name, Path(folder), draw, cold, wandb) for name in names]
         while found.total() < kills and not (wrong and len(wrong) > 20):
             for case in cases:
                 these, mismatches = case.play(draw.randrange(1, at_once + 1))
@@ -204,14 +298,18 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--only", default=",".join(CASES).replace("ewc, lwf", "ewc lwf"), help="names of cases")
+    every = ",".join([*CASES, *_OTHERS]).replace("ewc, lwf", "ewc lwf")
+    parser.add_argument("--only", default=every, help="names of cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--wandb", action="store_true")
     options = parser.parse_args()
-    known = {name.replace(",", ""): name for name in CASES}
+    names = options.only.replace(",python", "").replace(",own", "") if options.cold else options.only
+    known = {name.replace(",", ""): name for name in [*CASES, *_OTHERS]}
     if not options.cold:
         warm()
-    _, wrong = play(options.kills, [known[name] for name in options.only.split(",")], options.seed, options.cold)
+    chosen = [known[name] for name in names.split(",")]
+    _, wrong = play(options.kills, chosen, options.seed, options.cold, options.wandb)
     sys.exit(bool(wrong))
 
 

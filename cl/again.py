@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
-from cl.files import read_sealed, write_sealed, write_text
+from cl.files import read_sealed, remove_leftovers, write_sealed, write_text
 
 _HYDRA = Path(".hydra")  # where those who know Hydra look; written by us, once a command was not refused
 _OVERRIDES = _HYDRA / "overrides.yaml"
@@ -100,6 +100,7 @@ def keep_command(directory: Path) -> None:
     command: dict[str, Any] = {"overrides": list(job.hydra.overrides.task)}
     with suppress(ValueError):  # on another drive
         command["given_in"] = os.path.relpath(job.hydra.runtime.cwd, directory)
+    remove_leftovers(directory / _HYDRA)
     if read_sealed(directory / _COMMAND) != command:
         write_text(directory / _HYDRA / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.masked_copy(job, "hydra")))
         write_text(directory / _OVERRIDES, OmegaConf.to_yaml(job.hydra.overrides.task))

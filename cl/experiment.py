@@ -28,7 +28,7 @@ from cl.instruments.resources import Resources
 from cl.learner import Learner
 from cl.loader import EvalLoader, evaluation
 from cl.pause import Pause
-from cl.preflight import preflight
+from cl.preflight import check_watched, preflight
 from cl.processes import replicated
 from cl.report import Report, Run, write_result
 from cl.task import Stream, Task
@@ -153,6 +153,7 @@ class Experiment:
         if self._described:
             config = describe(learner, stream, epochs)
         told = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
+        check_watched(callbacks, stream)
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / "checkpoints" if directory is not None else None
         self.pause = Pause(every, self._save_inside)

@@ -87,11 +87,24 @@ def cause(error: BaseException | None) -> BaseException | None:
     first = error
     while error is not None and not isinstance(error, InputError | DivergenceError):
         error = error.__cause__ or error.__context__
-    return error if error is not None else _exhausted(first) or denied(first) or _one_row(first) or _wrong_call(first)
+    if error is not None:
+        return error
+    return _exhausted(first) or denied(first) or _one_row(first) or _unwatched(first) or _wrong_call(first)
 
 
 _GO_ON = "The checkpoint of the last finished task is kept: run again with the same hydra.run.dir to go on from it"
 _TOO_MUCH = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "alloc_cpu.cpp", "overflow")
+
+
+def _unwatched(error: BaseException | None) -> InputError | None:
+    """Return a sentence where Lightning's EarlyStopping watches what nothing measures."""
+    found = re.match(r"Early stopping conditioned on metric `(.*)` which is not available", str(error))
+    if found is None:
+        return None
+    return InputError(
+        f"EarlyStopping watches {found.group(1)}, which nothing measures: watch val/loss or val/accuracy, with a "
+        "validation set (stream.val_fraction)."
+    )
 
 
 def _exhausted(error: BaseException | None) -> InputError | None:
@@ -210,6 +223,10 @@ def readable(error: Exception) -> str:
     from hydra.core.global_hydra import GlobalHydra
 
     text = str(error)
+    merged = re.match(r"Error merging override (.+?)=(.*)", text, re.DOTALL)
+    if merged is not None:
+        key, value = merged.groups()
+        return _one_line(f"{key}={value} cannot be written over what is there: {key} has keys of its own to write")
     match = re.search(r"Could not (?:override|append to config) '?([\w.@]+)'?|override '([\w.@/]+)'", text)
     if match is None:
         return _one_line(text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 from torch.func import functional_call
 
 from cl.distributed import world_size
@@ -36,6 +37,20 @@ def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[st
         if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, stream):
             raise _refusal(learner, f"task {task.index + 1} of {stream.name!r} has {len(task.train)} rows")
     return [told] if told else []
+
+
+def check_watched(callbacks: Iterable[Callback], stream: Stream) -> None:
+    """Refuse callbacks that stop a task by its validation set where a task has none.
+
+    Raises:
+        InputError: Naming the callback, and what it watches.
+    """
+    for callback in callbacks:
+        watched = str(callback.monitor) if isinstance(callback, EarlyStopping) else ""
+        if watched.startswith("val/") and any(task.val is None for task in stream):
+            raise InputError(
+                f"EarlyStopping watches {watched}, but a task has no validation set: set stream.val_fraction."
+            )
 
 
 def check_rows(learner: Learner, num_rows: int) -> None:

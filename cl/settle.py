@@ -64,6 +64,8 @@ def settle(cfg: Any, directory: Path) -> dict[str, Any]:
                 f"protocol.tuned gives {key}={value}, which is a group here: write it on the command line."
             )
         OmegaConf.update(cfg, key, value)
+    for key in sorted(OmegaConf.missing_keys(cfg)):  # what makes optimizers and trainers would pass over it
+        raise InputError(f"{key} has no default: write {key}=... on the command line.")
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     refuse_other(config, directory)
     return config
@@ -106,17 +108,26 @@ def _check(cfg: Any) -> None:
             check_value(key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, annotation)
     check_range("", 0, seed=cfg.seed, epochs=cfg.epochs)
     check_range("", 0, above=True, gradient_clip=cfg.gradient_clip)
+    if OmegaConf.is_dict(cfg.get("report")):
+        check_range("report", 1, subset=cfg.report.get("subset", 1))
 
 
 def _unread(cfg: Any) -> list[str]:
     """Return the keys that nothing reads: neither a part of ours, nor a `_target_`, nor another value by `${key}`."""
+    from hydra.conf import HydraConf
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     raw: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     read = {key for value in flatten(raw).values() for key in _INTERPOLATED.findall(str(value))}
     found = [key for key in raw if key not in _ROOT | read]
+    given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else ()  # of which it reads what it knows
+    names = [override.lstrip("+").partition("=")[0] for override in given]
+    known = {"env", *HydraConf.__dataclass_fields__}
+    found += [name for name in names if name.startswith("hydra.") and name.split(".")[1] not in known]
     for group in ("checkpoint", "protocol", "report", "logger", "callbacks"):
-        for name, value in (raw.get(group) or {}).items():
+        parts = raw.get(group)
+        for name, value in parts.items() if isinstance(parts, dict) else ():  # else its type is told
             part = group in _NAMED and (value is None or isinstance(value, dict))  # made by its _target_
             if not part and f"{group}.{name}" not in _KEYS:
                 found.append(f"{group}.{name}")

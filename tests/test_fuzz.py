@@ -1,16 +1,21 @@
 """Whatever configuration is written, `cl-run` finishes a run or says one sentence: drawn groups, drawn values.
 
-A case is a list of overrides, and runs as on the command line, in this process. More of them by hand, a line of the log
-for each, failures and all: `CL_FUZZ=2000 CL_FUZZ_SEED=1 CL_FUZZ_LOG=FILE pytest tests/test_fuzz.py -k drawn`.
+A case is a list of overrides, and runs as on the command line, in this process. Some overrides mean nothing whatever
+else is chosen (`meaningless` says which): a run that finishes with one of them has passed over it in silence, and
+fails. More cases by hand, a line of the log for each, failures and all, each with at least one wild override:
+`CL_FUZZ=600 CL_FUZZ_SEED=1 CL_FUZZ_LOG=FILE pytest tests/test_fuzz.py -k drawn`; `python tests/test_fuzz.py FILE`
+counts what is in such a log.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import sys
@@ -21,14 +26,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import yaml
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from cl.cli import main
+from cl.trainer import _HOLDS, INSTEAD
 
 BY_HAND, LOG = int(os.environ.get("CL_FUZZ", "0")), os.environ.get("CL_FUZZ_LOG")
 CONF = Path(__file__).parent.parent / "conf"
@@ -86,6 +92,7 @@ SMALL = {
     "strategy=agem": {"strategy.agem.memory_size": "20", "strategy.agem.batch_size": "8"},
     "strategy=ewc": {"strategy.ewc.num_samples": "10"},
     "strategy=gpm": {"strategy.gpm.num_samples": "20"},
+    "strategy=ranpac": {"strategy.ranpac.num_projections": "20"},
     "strategy=l2p": {"strategy.l2p.pool_size": "5"},
 }
 GROUPS = {
@@ -98,11 +105,11 @@ GROUPS = {
     "logger": ("csv", "none"),
     "report": ("quiet", "default"),
     "protocol": ("tune_first", "score_rest", "tune_everything"),
+    "callbacks": ("model_summary", "early_stopping", "[early_stopping,model_summary]"),
+    "debug": ("default", "profiler"),
     "strategy": tuple(sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))),
 }
 LISTS = {"probes": ("ridge", "knn", "cka"), "references": ("experts", "joint"), "estimators": ("tmi", "log_me", "ped")}
-KNOWN = {"scenario": None, "protocol": None}  # groups that are none where nothing is drawn
-
 VALUES = (
     *("-1", "0", "1", "2", "3", "7", "1000000000000", "99999999999999999999999", "0.5", "1.5", "-0.5", "2.0", "1e-12"),
     *("1e30", "nan", "inf", "-inf", "abc", "''", "null", "true", "false", "[]", "[1]", "[0,1]", "[1,-1]", "[0.5,a]"),
@@ -125,6 +132,7 @@ VALUES = (
 )
 NUMBERS = VALUES[:17]
 ENDLESS = {("epochs", "1000000000000"), ("strategy.avalanche.epochs", "1000000000000")}  # would take what was asked for
+ENDLESS |= {(f"{sign}trainer.devices", number) for sign in ("", "++") for number in ("3", "7")}  # processes that start
 
 
 def leaves(group: str, option: str) -> dict[str, object]:
@@ -167,42 +175,109 @@ ROOT_KEYS = [
         "head",
         "model",
     ),
+    *("optimizer_state", "scheduler_interval", "allow_changed", "deterministic", "callbacks", "debug"),
 ]
+TRAINER = [name for name in inspect.signature(pl.Trainer.__init__).parameters if name != "self"]
+UNKNOWN = ("nonsense", "learning_rte", "epoch_s", "n_tasks", "acumulate", "_hidden", "model2")
+PLACES = (*("", "", "optimizer", "trainer", "head", "backbone", "stream", "dataset", "strategy.er", "report"),)
+PLACES += ("checkpoint", "logger", "callbacks", "protocol", "scheduler", "debug", "hydra", "launcher", "strategy")
+MISSPELT = (
+    "stratgy",
+    "datset",
+    "optimiser",
+    "streem",
+    "backbon",
+    "sheduler",
+    "experment",
+    "callback",
+    "debugg",
+    "sceanrio",
+)
+NO_OPTIONS = ("nonsense", "erc", "early_stoping", "defalt")
+CHOICES = {
+    "optimizer_state": ("reset", "keep"),
+    "scheduler_interval": ("epoch", "step"),
+    "allow_changed": ("true", "false"),
+    "deterministic": ("true", "false"),
+}
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> list[str]:
+def strange(draw: random.Random) -> tuple[str, str]:
+    """Draw an argument of Trainer, a key that nothing reads, a misspelt group or option, or a choice, and a value."""
+    kind = draw.choice(["trainer", "trainer", "unknown", "misspelt", "option", "choice"])
+    value = draw.choice(VALUES)
+    if kind == "trainer":
+        return f"++trainer.{draw.choice(TRAINER)}", value
+    if kind == "unknown":
+        place, sign = draw.choice(PLACES), draw.choice(["+", "+", "++", ""])
+        return sign + f"{place}.{draw.choice(UNKNOWN)}".lstrip("."), value
+    if kind == "misspelt":
+        return draw.choice(["", "+"]) + draw.choice(MISSPELT), draw.choice(["er", "sgd", "1"])
+    if kind == "option":
+        return draw.choice(sorted(GROUPS)), draw.choice(NO_OPTIONS)
+    return draw.choice(sorted(CHOICES)), draw.choice([value, "reset", "keep", "step", "epoch", "1"])
+
+
+def meaningless(overrides: list[str]) -> list[str]:
+    """Return the overrides that mean nothing, so that a run must not finish without a word about them.
+
+    These are values that are none (`???`), keys that nothing reads, groups and options that are not there, values
+    beside the few that a key has, and arguments of Trainer that a run refuses (`cl.trainer.INSTEAD`) with another value
+    than the one that holds anyway.
+    """
+    given = dict(override.partition("=")[::2] for override in overrides if "=" in override)
+    found = []
+    for key, value in given.items():
+        name = key.lstrip("+")
+        place, _, last = name.rpartition(".")
+        parsed = yaml.safe_load(value) if value != "???" else value
+        holds = any(parsed == one and type(parsed) is type(one) for one in (*_HOLDS.get(last, ()), None))
+        if (
+            value == "???"
+            or (last in UNKNOWN and name not in CHOICES)
+            or name in MISSPELT
+            or (name in GROUPS and value in NO_OPTIONS)
+            or (name in CHOICES and value.strip("'") not in CHOICES[name])
+            or (place == "trainer" and last in INSTEAD and not holds)
+        ):
+            found.append(f"{key}={value}")
+    return found
+
+
+def drawn(draw: random.Random) -> list[str]:
     """Draw overrides: a few groups, made small, and none to three wild values."""
     chosen = {"dataset": "synthetic", "stream": "split", "backbone": "mlp", "strategy": "er", "report": "quiet"}
-    for group in draw(st.lists(st.sampled_from(sorted(GROUPS)), max_size=4, unique=True)):
-        chosen[group] = draw(st.sampled_from(GROUPS[group]))
+    for group in draw.sample(sorted(GROUPS), draw.randint(0, 3)):
+        chosen[group] = draw.choice(GROUPS[group])
     strategies = [chosen["strategy"]]
-    if draw(st.integers(0, 3)) == 0:
-        strategies += draw(st.lists(st.sampled_from(GROUPS["strategy"]), max_size=2))
+    if draw.randint(0, 3) == 0:
+        strategies += draw.choices(GROUPS["strategy"], k=draw.randint(0, 2))
     written = {group: option for group, option in chosen.items() if group != "strategy"}
     written["strategy"] = strategies[0] if len(strategies) == 1 else f"[{','.join(strategies)}]"
     written |= TINY
     keys = {**dict.fromkeys(ROOT_KEYS), **leaves("trainer", "default"), **leaves("head", "linear")}
     options = [(g, o) for g, o in chosen.items() if g != "strategy"] + [("strategy", s) for s in strategies]
     for group, option in options:
-        keys |= leaves(group, option)
+        for one in option.strip("[]").split(","):
+            keys |= leaves(group, one)
         if not (group == "dataset" and chosen["stream"] in ("linear_teachers", "domains", "chronological")):
             written |= SMALL.get(f"{group}={option}", {})
     for name, known in LISTS.items():
-        if draw(st.integers(0, 7)) == 0:
-            written[name] = f"[{','.join(draw(st.lists(st.sampled_from(known), max_size=2)))}]"
-    for _ in range(draw(st.integers(0, 3))):
-        key = draw(st.sampled_from(sorted(keys)))
+        if draw.randint(0, 7) == 0:
+            written[name] = f"[{','.join(draw.choices(known, k=draw.randint(0, 2)))}]"
+    for _ in range(draw.choice([1, 1, 2, 3] if BY_HAND else [0, 0, 1, 1, 2, 3])):
+        if draw.randint(0, 1):
+            key, value = strange(draw)
+            written |= {key: value} if (key, value) not in ENDLESS else {}
+            continue
+        key = draw.choice(sorted(keys))
         alike = NUMBERS if isinstance(keys[key], int | float | None) else VALUES
-        value = draw(st.sampled_from(draw(st.sampled_from([alike, alike, VALUES]))))
+        value = draw.choice(draw.choice([alike, alike, VALUES]))
         if (key, value) not in ENDLESS:
             written[key] = value
-    pictures = chosen["report"] != "null" and draw(st.integers(0, 7)) > 0  # which take half of the time
+    pictures = chosen["report"] != "null" and draw.randint(0, 7) > 0  # which take half of the time
     without = ["~report.picture", "~report.curves"] if pictures and written.get("report") != "null" else []
     return [*(f"{key}={value}" for key, value in written.items()), *without]
-
-
-SEEN: set[tuple[str, ...]] = set()
 
 
 class Hang(Exception):
@@ -256,9 +331,13 @@ def check_sentence(said: str) -> None:
 def examine(overrides: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
-        said = outcome(overrides, folder)
+        try:
+            said = outcome(overrides, folder)
+        except Exception as error:
+            raise AssertionError(f"{overrides} ended with {error!r}") from error
         if said:
             check_sentence(said)
+        assert said or not meaningless(overrides), f"passed over in silence: {meaningless(overrides)}"
         strangers = {path.name for path in folder.iterdir()} - {"out", "references"}
         assert not strangers, f"files outside of the run directory: {strangers}"
     finally:
@@ -266,15 +345,13 @@ def examine(overrides: list[str]) -> None:
 
 
 def logged(overrides: list[str]) -> None:
-    """Keep the outcome of a case that was not drawn before, and go on."""
-    if tuple(overrides) in SEEN:
-        return
-    SEEN.add(tuple(overrides))
+    """Keep the outcome of a case, and go on."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     record: dict[str, object] = {"case": overrides}
     try:
         said = outcome(overrides, folder)
-        record["said"] = said
+        record |= {"said": said, "silent": [] if said else meaningless(overrides)}
+        record["strangers"] = sorted({path.name for path in folder.iterdir()} - {"out", "references"})
         if said:
             check_sentence(said)
     except Exception as error:
@@ -287,17 +364,10 @@ def logged(overrides: list[str]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-@seed(int(os.environ.get("CL_FUZZ_SEED", "0")))
-@settings(
-    max_examples=BY_HAND or 30,
-    derandomize=not BY_HAND,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(cases())
-def test_a_drawn_configuration_is_a_run_or_a_sentence(overrides: list[str]) -> None:
-    (logged if LOG else examine)(overrides)
+def test_drawn_configurations_are_runs_or_sentences() -> None:
+    draw = random.Random(int(os.environ.get("CL_FUZZ_SEED", "0")))
+    for _ in range(BY_HAND or 30):
+        (logged if LOG else examine)(drawn(draw))
 
 
 # ------------------------------------------------------------------ each cause that was found, and what is asked for
@@ -391,6 +461,19 @@ def test_what_makes_sense_runs(overrides: str, tmp_path: Path) -> None:
         ("strategy=[ncm,ewc]", "all are frozen"),
         ("strategy=ewc strategy.ewc.weight=-1", "ewc.weight=-1 must be 0 or more."),
         ("reference_dir=/dev/null/x references=[experts]", "reference_dir=/dev/null/x cannot be made"),
+        ("callbacks=early_stopping", "EarlyStopping watches val/loss, but a task has no validation set"),
+        (
+            "callbacks=early_stopping callbacks.early_stopping.monitor=foo stream.val_fraction=0.2",
+            "EarlyStopping watches foo, which nothing measures",
+        ),
+        ("checkpoint=7", "checkpoint=7 must be a mapping"),
+        ("checkpoint=[1]", "checkpoint=[1] cannot be written over what is there: checkpoint has keys of its own"),
+        ("optimizer.lr=???", "optimizer.lr has no default: write optimizer.lr=... on the command line."),
+        ("group=???", "group has no default"),
+        ("probes=[ridge] report.subset=-1", "report.subset=-1 must be 1 or more."),
+        ("report.subset=0", "report.subset=0 must be 1 or more."),
+        ("+hydra.nonsense=1", "Nothing reads the key 'hydra.nonsense'"),
+        ("+trainer.check_val_every_n_epoch=???", "trainer.check_val_every_n_epoch has no default"),
         ("probes=ridge", "probes='ridge' must be a list of texts."),
     ],
 )
@@ -398,3 +481,22 @@ def test_a_cause_that_was_found_is_a_sentence(overrides: str, sentence: str, tmp
     said = example(overrides, tmp_path)
     assert sentence in said
     check_sentence(said)
+
+
+def count(log: Path) -> None:
+    """Print how many cases of a log ran, were told a sentence, failed, or passed over what means nothing."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    failed = [record for record in records if "error" in record]
+    silent = [record for record in records if record.get("silent") or record.get("strangers")]
+    ran = sum(record.get("said") == "" for record in records)
+    bad = sum(bool(meaningless(record["case"])) for record in records)
+    print(
+        f"{len(records)} inputs ({bad} with what means nothing): {ran} runs, {len(records) - ran - len(failed)}", end=""
+    )
+    print(f" sentences, {len(failed)} failures, {len(silent)} silent")
+    for record in failed + silent:
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    count(Path(sys.argv[1]))

@@ -62,6 +62,7 @@ class Journal:
 
     def begin(self, count: int | None) -> list[Point]:
         """Cut the file behind `count` points, all of them where it is None, and go on counting there; return them."""
+        remove_leftovers(self.path.parent)
         points = self._read()[1]
         points = [point for point in points if count is None or point.step < count]
         self.count = count if count is not None else points[-1].step + 1 if points else 0
@@ -111,7 +112,7 @@ def _line(point: Point) -> str:
 
 
 def steps_on_disk(path: Path) -> set[int]:
-    """Return the steps of the history that a `.wandb` file holds.
+    """Return the steps of the history that the `.wandb` file of an earlier sitting holds.
 
     A file whose run was not ended is cut behind its last whole record, as a new file in the place of the old one: W&B's
     own process may outlive ours for a moment, and what it writes now would come twice.
@@ -120,22 +121,24 @@ def steps_on_disk(path: Path) -> set[int]:
         ValueError: If the file is of a format that is not known here.
     """
     remove_leftovers(path.parent, path.name)
+    steps, end = steps_so_far(path)
+    if end is not None:
+        whole = path.read_bytes()[:end]
+        with suppress(OSError):  # no room, or on Windows, where the file is still open: it is read as far as it goes
+            replace_file(path, lambda temporary: temporary.write_bytes(whole))
+    return steps
+
+
+def steps_so_far(path: Path) -> tuple[set[int], int | None]:
+    """Return the steps that a `.wandb` file holds, and where its last whole record ends, None where it has its end."""
     data = path.read_bytes()
     steps: set[int] = set()
-    end, last = min(len(data), len(_HEAD)), ""
+    last, end = "", min(len(data), len(_HEAD))
     for record, end in read_records(data):  # noqa: B007  (the end of the last one is wanted)
         last = record.WhichOneof("record_type")
         if last == "history":
             steps.add(record.history.step.num)
-    if last != "exit" and data:
-        with suppress(PermissionError):  # Windows, where the file is still open
-            replace_file(path, lambda temporary: temporary.write_bytes(data[:end]))
-    return steps
-
-
-def is_ended(path: Path) -> bool:
-    """Return whether W&B has written all of a run, which its last record tells."""
-    return [record.WhichOneof("record_type") for record, _ in read_records(path.read_bytes())][-1:] == ["exit"]
+    return steps, None if last == "exit" else end
 
 
 def read_records(data: bytes) -> Iterator[tuple[Any, int]]:

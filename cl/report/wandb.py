@@ -23,7 +23,7 @@ from pytorch_lightning.loggers import Logger
 
 from cl.files import write_text
 from cl.report import Report, Run
-from cl.report.points import Journal, Point, is_ended, steps_on_disk
+from cl.report.points import Journal, Point, steps_on_disk, steps_so_far
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _TAG = 64  # the longest tag that W&B takes
 _GROUP = 128
-_PATIENCE = 30.0  # seconds for W&B to write the end of its file
+_PATIENCE = 10.0  # seconds in which W&B's file has not grown, after which its end is not waited for
 _OPEN: dict[str, Any] = {}  # W&B's runs of this process that were not ended, by id
 
 
@@ -77,6 +77,7 @@ class WandbReport(Report):
         self._looked = 0  # evaluations inside tasks that are logged
         self._journal: Journal | None = None  # while there is a run, whether W&B works or not
         self._held: Container[int] = ()  # steps of the history that W&B has from earlier sittings
+        self._given: list[int] = []  # steps that W&B was given in this sitting
         self._view: Run | None = None
         self._reason = ""  # why it is not as was asked for
 
@@ -119,6 +120,7 @@ class WandbReport(Report):
         if point.step not in self._held:
             drawn = {} if point.row is None else _draw(self._view, point.row)
             self.run.log({**point.values, **drawn}, step=point.step)
+            self._given.append(point.step)
 
     def _sign(self, identity: Path) -> None:
         write_text(identity, self.run.id)
@@ -162,13 +164,25 @@ class WandbReport(Report):
         self.run = self._journal = None
 
     def _close(self) -> None:
-        """End the W&B run; offline, wait for its file, without which the run must not count as finished."""
-        own = Path(self.run.dir).parent / f"run-{self.run.id}.wandb"
+        """End the W&B run; offline, wait for its file, and say so where it is not whole."""
+        own, offline = Path(self.run.dir).parent / f"run-{self.run.id}.wandb", self.run.offline
         _OPEN.pop(self.run.id, None)
         self.run.finish()
-        until = time.monotonic() + _PATIENCE
-        while self.run.offline and not self.run.disabled and not is_ended(own) and time.monotonic() < until:
-            time.sleep(0.02)
+        if not offline or self._journal is None:
+            return
+        steps = _steps_of_ended(own)
+        lost = sum(step not in steps and step not in self._held for step in self._given)
+        if lost:
+            self._say(f"has not written {lost} of the {self._journal.count} points of this run: is the disk full?")
+
+    def _say(self, what: str) -> None:
+        """Warn of what W&B lacks, and of how it comes to it."""
+        kept = self._journal.path if self._journal is not None else "points.jsonl"
+        warnings.warn(
+            f"Weights & Biases {what} {kept} keeps every point: once that is mended, repeat the command, without "
+            "result.json where the run has finished, and those that are lacking are given.",
+            stacklevel=4,
+        )
 
     def attempt(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function that talks to W&B; if it fails, say so once and go on without W&B."""
@@ -179,7 +193,7 @@ class WandbReport(Report):
                 function(*arguments)
         except Exception as error:
             self.run = None
-            warnings.warn(f"Weights & Biases failed ({_sentence(error)}): the run goes on without it.", stacklevel=2)
+            self._say(f"failed ({_sentence(error)}): the run goes on without it.")
 
     def _begin(self, run: Run, known: str | None) -> Any:
         """Return a W&B run in the first mode that works, None (and one sentence) where none does."""
@@ -196,7 +210,7 @@ class WandbReport(Report):
                     self._reason = _sentence(error)
         except Exception as error:  # not installed, or its own settings are broken
             self._reason = _sentence(error)
-        warnings.warn(f"Weights & Biases cannot start ({self._reason}): the run goes on without it.", stacklevel=3)
+        self._say(f"cannot start ({self._reason}): the run goes on without it.")
         return None
 
     def _options(self, run: Run, mode: str, known: str | None) -> dict[str, Any]:
@@ -374,6 +388,17 @@ def _known(identity: Path) -> str | None:
 
 def _sentence(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+
+
+def _steps_of_ended(path: Path) -> set[int]:
+    """Return the steps that a `.wandb` file holds once W&B has written its end, or writes no more."""
+    steps, end = steps_so_far(path)
+    grew = time.monotonic()
+    while end is not None and time.monotonic() < grew + _PATIENCE:
+        time.sleep(0.02)
+        before, (steps, end) = end, steps_so_far(path)
+        grew = time.monotonic() if end != before else grew
+    return steps
 
 
 def _logged_in() -> bool:

@@ -140,6 +140,16 @@ def warm() -> None:
 Command = list[str] | Callable[[], None]  # arguments of `cl-run`, or what runs instead
 
 
+def warm_wandb() -> None:
+    """Import what Weights & Biases needs, too, and have it look less at the machine."""
+    import PIL.Image  # noqa: F401
+    import wandb.sdk.wandb_init  # noqa: F401
+
+    import cl.report.wandb  # noqa: F401
+
+    os.environ |= {"WANDB_X_DISABLE_STATS": "true", "WANDB_DISABLE_GIT": "true", "WANDB_DISABLE_CODE": "true"}
+
+
 def run(command: Command, limit: int | None = None, fuse: Fuse | None = None) -> int:
     """Run `cl-run`, or a function, in this process; return its exit status."""
     from cl.cli import main

@@ -23,6 +23,7 @@ from cl.files import replace_file, write_text
 from cl.finite import check_finite
 from cl.learner import Learner
 from cl.memory import Memory
+from cl.report import Report, Run
 from cl.report.files import FileReport
 from cl.strategies.er import ER
 from cl.strategy import CHAINED, ONE_OWNER, Composition, Strategy
@@ -151,14 +152,21 @@ def test_an_exception_in_a_datasets_transform(
         torch.manual_seed(0)
         stream, sgd = plain.derive(build), partial(torch.optim.SGD, lr=0.1)
         learner = Learner(stream, ToyBackbone(), {"er": ER(memory_size=10)}, sgd, batch_size=8)
-        return Experiment(learner, stream, trainer, epochs=1, directory=tmp_path, reports=[FileReport()])
+        return Experiment(learner, stream, trainer, epochs=1, directory=tmp_path, reports=[FileReport(), *arm])
 
+    class Arm(Report):
+        """Lets the transform fail from the second task on: a run looks at all data when it starts."""
+
+        def row(self, run: Run, after_task: int) -> None:
+            monkeypatch.setattr(Armed, "now", after_task == 1)
+
+    arm = [Arm()]
     first = made()
-    monkeypatch.setattr(Armed, "now", True)
     with pytest.raises(Bad, match="row 7"):
         first.run()
     assert_intact(tmp_path, tasks=1)
     monkeypatch.setattr(Armed, "now", False)
+    arm.clear()
     again = made()
     again.run()
     assert all(torch.equal(a, b) for a, b in zip(weights(again), whole[1], strict=True))

@@ -106,7 +106,7 @@ def test_as_weights_and_as_a_branch_nothing_is_executed(finished: Path, tmp_path
     (place / "config.yaml").write_text("{}\n")
     seal(file, place / "checkpoints" / "after_task_001.ckpt")
     with pytest.raises(InputError, match="after_task_001"):
-        experiment(tmp_path / "new", branch=Branch(place, 1)).run()
+        experiment(tmp_path / "new", branch=Branch(place, 1), config={}).run()
     assert not mark.exists()
 
 
@@ -151,6 +151,5 @@ def test_arrays_that_hold_objects_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "cache" / "key" / "x.npy"
     raw = (tmp_path / "bare.npy").read_bytes()
     file.write_bytes(raw + bytes(file.stat().st_size - len(raw)))  # of the size that the cache knows
-    with pytest.raises(ValueError, match="pickle"):
-        cached("key", tmp_path / "cache", lambda allocate: {"x": np.ones(3)})
-    assert not mark.exists()
+    rebuilt = cached("key", tmp_path / "cache", lambda allocate: {"x": np.ones(3)})  # its digest tells
+    assert rebuilt["x"].tolist() == [1, 1, 1] and not mark.exists()

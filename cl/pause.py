@@ -94,7 +94,7 @@ class Pause(pl.callbacks.Checkpoint):
         finally:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
-            self._previous = {}
+            self._previous, self._signal = {}, None
 
     def _receive(self, number: int, frame: Any) -> None:
         again, self._signal = self._signal is not None, number
@@ -102,8 +102,12 @@ class Pause(pl.callbacks.Checkpoint):
             self._stop(saved=False)
 
     def _stop(self, saved: bool) -> None:
-        """Do what the signal does without us: others' handlers first, such as the one that puts a job back."""
-        number, self._signal = self._signal or signal.SIGTERM, None  # another process's, where none came here
+        """Do what the signal does without us: others' handlers first, such as the one that puts a job back.
+
+        The signal is remembered: Python drops an exception where it comes within a finalizer, and the next place to
+        save then stops the run.
+        """
+        number = self._signal or signal.SIGTERM  # another process's, where none came here
         handler = self._previous.get(number)
         if callable(handler):
             handler(number, None)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -114,6 +115,20 @@ def test_a_signal_saves_wherever_it_comes_and_its_number_is_the_status(tmp_path,
         Experiment(learner, stream, trainer, epochs=2, directory=tmp_path).run()
     assert stop.value.code == 143 and stop.value.saved
     assert checkpoint.steps(checkpoint.inside(tmp_path / "checkpoints", 0)) == step
+
+
+def test_a_signal_whose_exception_python_drops_stops_the_run_at_the_next_place_to_save(tmp_path):
+    class Dropping(ER):
+        def after_task(self, learner, task):
+            if task.index == 0:
+                with suppress(Preempted):  # as Python does within a finalizer
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    learner, stream = toy_learner({"er": Dropping(memory_size=10)}, chunk_size=1)
+    with pytest.raises(Preempted) as stop:
+        Experiment(learner, stream, trainer, epochs=2, directory=tmp_path).run()
+    assert stop.value.code == 143 and stop.value.saved
+    assert checkpoint.steps(checkpoint.inside(tmp_path / "checkpoints", 1)) == 1
 
 
 def test_a_torn_checkpoint_does_not_count_among_those_that_are_kept(tmp_path, monkeypatch):

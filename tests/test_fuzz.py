@@ -350,7 +350,7 @@ def logged(overrides: list[str]) -> None:
     record: dict[str, object] = {"case": overrides}
     try:
         said = outcome(overrides, folder)
-        record |= {"said": said, "silent": [] if said else meaningless(overrides)}
+        record["said"] = said
         record["strangers"] = sorted({path.name for path in folder.iterdir()} - {"out", "references"})
         if said:
             check_sentence(said)
@@ -487,7 +487,8 @@ def count(log: Path) -> None:
     """Print how many cases of a log ran, were told a sentence, failed, or passed over what means nothing."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
     failed = [record for record in records if "error" in record]
-    silent = [record for record in records if record.get("silent") or record.get("strangers")]
+    passed = [record for record in records if record.get("said") == "" and meaningless(record["case"])]
+    silent = passed + [record for record in records if record.get("strangers")]
     ran = sum(record.get("said") == "" for record in records)
     bad = sum(bool(meaningless(record["case"])) for record in records)
     print(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -32,41 +30,9 @@ from cl.preflight import check_watched, preflight
 from cl.processes import replicated
 from cl.report import Report, Run, write_result
 from cl.task import Stream, Task
-from cl.trainer import TrainerFactory, check_arguments
-
-# Advice that does not apply: data are on the device already, and one Trainer learns one task.
-_NOISE = (
-    ".*does not have many workers.*",
-    ".*in eval mode at the start of training.*",
-    ".*number of training batches.*logging interval.*",
-    ".*`training_step` returned `None`.*",
-    ".*GPU available but not used.*",
-    ".*`srun` command is available.*",
-    ".*Starting from v1.9.0, `tensorboardX`.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
-    ".*total length of `?DataLoader.* is zero.*",
-    ".*grad attribute of a Tensor that is not a leaf.*",  # torch.compile, of features that enter the head
-    ".*isinstance.treespec, LeafSpec.*",
-    ".*torch.jit.script. is deprecated.*",  # torch, of its own forward derivatives
-)
-
+from cl.trainer import TrainerFactory, check_arguments, quiet
 
 _AMPLE, _FEW = 10 * 2**30, 3  # bytes of all checkpoints up to which all are kept; how many are beyond
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Lightning says of every Trainer, of which there are two a task."""
-    talker = logging.getLogger("pytorch_lightning")
-    level = talker.level
-    with warnings.catch_warnings():
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message)
-        talker.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            talker.setLevel(level)
 
 
 def _check_counts(columns: str | int, keep: int | str | None) -> None:
@@ -190,7 +156,7 @@ class Experiment:
             DivergenceError: If a loss is NaN or infinite.
             Preempted: If a signal stops the run; a task in training is saved before.
         """
-        with _quiet(), self.pause.signals() if self.checkpoints is not None else nullcontext():
+        with quiet(), self.pause.signals() if self.checkpoints is not None else nullcontext():
             self._start()
             for task in self.stream[self.learner.tasks_learned :]:
                 self._fit(task)
@@ -206,7 +172,7 @@ class Experiment:
 
     def learn(self, task: Task) -> None:
         """Fit one task and consolidate, with no row measured."""
-        with _quiet():
+        with quiet():
             self._fit(task)
 
     def _start(self) -> None:
@@ -216,8 +182,7 @@ class Experiment:
         if self.checkpoints is not None:
             self.run_view.notes += distributed.from_first(lambda: self._settle_provenance(found is not None))
         if found is not None:
-            if self._wanted == "auto" and found.stat().st_size * (len(self.stream) + 1) > _AMPLE:
-                self.keep = _FEW
+            self._foresee(found)
             checkpoint.load(self.learner, found, self.instruments, self._config)
             self._inside = distributed.from_first(lambda: self._find_inside(found))
             self.run_view.settled = checkpoint.position(self._inside or found)
@@ -251,10 +216,10 @@ class Experiment:
                 "there, or say allow_changed=true, which is told beside the numbers."
             )
         told = [f"Data changed since the run it begins from: {provenance.listed(changed)}."] * bool(changed)
-        told += provenance.settle(directory, made_from, self.allow_changed, begun)
+        history = provenance.settle(directory, made_from, self.allow_changed, begun, told)
         if self._described:
             write_config(self.run_view.config, directory)
-        return told
+        return history
 
     def _find(self) -> Path | None:
         """Return the newest whole checkpoint of the end of a task, if the directory holds one."""
@@ -321,7 +286,7 @@ class Experiment:
 
     def evaluate(self) -> None:
         """Measure the row of R after the tasks learned so far, on every task at once, and report it."""
-        with _quiet():
+        with quiet():
             self._evaluate()
         for report in self.reports:
             report.row(self.run_view, self.learner.tasks_learned)
@@ -351,21 +316,24 @@ class Experiment:
             self._check_place(self.checkpoints.parent)
             path = checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments, self._beside())
             if self.learner.tasks_learned == 0:
-                self._foresee(path)
+                self._tell_size(self._foresee(path))
 
-    def _foresee(self, path: Path) -> None:
-        """Say, from the size of one, what the checkpoints will take; keep few where all would take too much."""
-        size = distributed.from_first(lambda: path.stat().st_size)
-        total = size * (len(self.stream) + 1)
+    def _foresee(self, path: Path) -> int:
+        """Return the bytes of all checkpoints, from the size of one; from now on few are kept where that is much."""
+        total: int = distributed.from_first(lambda: path.stat().st_size) * (len(self.stream) + 1)
+        if self._wanted == "auto" and total > _AMPLE:
+            self.keep = _FEW
+        return total
+
+    def _tell_size(self, total: int) -> None:
         if total <= _AMPLE:
             return
-        if self._wanted == "auto":
-            self.keep = _FEW
         some = "all are kept" if self.keep is None else f"the {self.keep} newest are kept"
         for report in self.reports:
             report.say(
-                f"A checkpoint takes {size / 1e6:.0f} MB, and one after each of {len(self.stream)} tasks "
-                f"{total / 1e9:.0f} GB: {some}. checkpoint.keep says how many; null keeps all, for from=DIR:task=k."
+                f"A checkpoint takes {total / (len(self.stream) + 1) / 1e6:.0f} MB, and one after each of "
+                f"{len(self.stream)} tasks {total / 1e9:.0f} GB: {some}. checkpoint.keep says how many; null keeps "
+                "all, for from=DIR:task=k."
             )
 
     def _check_place(self, directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -10,8 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from cl import distributed
 from cl.errors import InputError
 from cl.explain import cause
-from cl.trainer import TrainerFactory, check_arguments, quiet_trainer
+from cl.trainer import TrainerFactory, check_arguments, quiet, quiet_trainer
 
 _PATIENCE = timedelta(hours=6)  # that the others have with process 0, which may wait for another run's reference
 _GRACE = 5.0  # seconds to end by oneself, once another process has failed
@@ -124,21 +122,8 @@ def _plan(factory: TrainerFactory) -> tuple[int, int]:
 
 
 def _trainer(factory: TrainerFactory) -> pl.Trainer:
-    with _quiet():
+    with quiet():
         return quiet_trainer(factory)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    talkers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [talker.level for talker in talkers]
-    try:
-        for talker in talkers:
-            talker.setLevel(logging.WARNING)
-        yield
-    finally:
-        for talker, level in zip(talkers, levels, strict=True):
-            talker.setLevel(level)
 
 
 def run(factory: TrainerFactory, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -196,7 +181,7 @@ def _join(factory: TrainerFactory, port: int | None = None) -> None:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_PATIENCE)  # type: ignore[attr-defined]
         backend = strategy._get_process_group_backend()
         dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=_PATIENCE)
-    with _quiet():
+    with quiet():
         strategy.setup_environment()
 
 

@@ -201,7 +201,7 @@ def _is_own(module: ModuleType) -> bool:
 # ---- two sittings ---------------------------------------------------------------------------------------------------
 
 
-def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool) -> list[str]:
+def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool, told: Iterable[str] = ()) -> list[str]:
     """Keep what a run is made from, and compare it with what it was made from before.
 
     Args:
@@ -209,15 +209,16 @@ def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool) -
         found: What `provenance` returned.
         allowed: Whether a change is recorded instead of refused.
         begun: Whether anything has been learned or measured there.
+        told: Sentences of this sitting that later ones are to repeat.
 
     Returns:
-        A sentence on each change that was allowed, in this sitting or before.
+        A sentence on each change that was allowed, in this sitting or before, and what was told.
 
     Raises:
         InputError: If something has changed and that is not allowed.
     """
     kept = read_sealed(directory / _FILE) if begun else None
-    history: list[str] = list(kept["history"]) if kept is not None else []
+    history: list[str] = [*(kept["history"] if kept is not None else []), *told]
     if kept is not None:
         changed = changes(kept, found)
         if changed and not allowed:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +21,22 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from cl.errors import InputError
 
 TrainerFactory = Callable[..., pl.Trainer]
+
+# Advice that does not apply: data are on the device already, and one Trainer learns one task.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*in eval mode at the start of training.*",
+    ".*number of training batches.*logging interval.*",
+    ".*`training_step` returned `None`.*",
+    ".*GPU available but not used.*",
+    ".*`srun` command is available.*",
+    ".*Starting from v1.9.0, `tensorboardX`.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*total length of `?DataLoader.* is zero.*",
+    ".*grad attribute of a Tensor that is not a leaf.*",  # torch.compile, of features that enter the head
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*torch.jit.script. is deprecated.*",  # torch, of its own forward derivatives
+)
 
 # Handed on: they say where and how precisely the run computes, or what is looked at beside it.
 PASSED_ON = frozenset(
@@ -177,3 +196,20 @@ def quiet_trainer(factory: TrainerFactory) -> pl.Trainer:
         return factory(**nothing, enable_model_summary=False)
     except MisconfigurationException as error:
         raise InputError(f"The Trainer cannot be made: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning says of every Trainer, of which there are two a task."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Give the package `datasets`, with a cache of the test's own."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    hub = pytest.importorskip("datasets")
+    hub.disable_progress_bars()
+    return hub
 
 
 @pytest.fixture(scope="session")

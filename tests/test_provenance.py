@@ -207,6 +207,14 @@ def test_a_torn_record_is_no_reason_to_stop(tmp_path):
         provenance.settle(tmp_path, other, allowed=False, begun=True)
 
 
+def test_what_was_told_of_a_change_is_told_in_later_sittings(tmp_path):
+    found = provenance.provenance(toy_stream(2), {})
+    assert provenance.settle(tmp_path, found, allowed=True, begun=False, told=["Other data before."]) == [
+        "Other data before."
+    ]
+    assert provenance.settle(tmp_path, found, allowed=False, begun=True) == ["Other data before."]
+
+
 def test_a_run_made_from_python_keeps_its_configuration_and_can_be_compared(tmp_path):
     for seed in (0, 1):
         for name, strategy in (("er", ER(memory_size=10)), ("finetune", None)):

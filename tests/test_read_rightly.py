@@ -65,14 +65,6 @@ def save(file: Path, image: Any, **options: Any) -> Path:
 # Classes by their names
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    hub = pytest.importorskip("datasets")
-    hub.disable_progress_bars()
-    return hub
-
-
 def saved(hub: Any, path: Path, **splits: tuple[list[Any], Any]) -> Path:
     """Save splits, each of labels and of what kind they are; the vector of a row says its label."""
     made = {}

@@ -793,14 +793,6 @@ def test_a_table_is_decoded_again_when_an_image_changes(tmp_path, decodes):
 # Hugging Face
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    hub = pytest.importorskip("datasets")
-    hub.disable_progress_bars()
-    return hub
-
-
 def saved(
     hub: Any,
     path: Path,

@@ -10,11 +10,11 @@ from cl import checkpoint
 from cl.config_file import read_config
 from cl.distributed import unpack
 from cl.errors import InputError
-from cl.explain import flatten
 from cl.instruments import Instruments
 from cl.learner import Learner
+from cl.settings import changes, flatten, setting
 
-_ALIKE = ("stream", "scenario", "backbone", "head")
+_ALIKE = ("stream", "network")  # parts of the settings that a branch shares with the run it begins from
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,10 @@ class Branch:
                 f"from={self.directory}: there is no {path}, so nothing to begin from; name a run's place."
             )
         there, here = flatten(read_config(path)), flatten(config)
-        keys = [key for key in there.keys() | here.keys() if key.partition(".")[0] in _ALIKE]
-        changed = sorted(key for key in keys if there.get(key) != here.get(key))
+        one, two = ({k: v for k, v in flat.items() if setting(k).part in _ALIKE} for flat in (there, here))
+        changed = changes(one, two, ["result"])
         if changed:
-            listed = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in changed[:5])
-            raise InputError(f"from={self.directory} learned another stream or network ({listed}): make them agree.")
+            raise InputError(f"from={self.directory} learned another stream or network ({changed}): make them agree.")
 
     def load(self, learner: Learner, instruments: Instruments) -> None:
         """Take over weights, R and what was measured; of the strategies, those that have a past there.
@@ -71,7 +70,7 @@ class Branch:
         Raises:
             InputError: If there is no whole checkpoint after that task, or it is of another shape.
         """
-        path = self._path
+        path = self.checkpoint
         if not checkpoint.is_whole(path):
             others = ", ".join(sorted(p.stem for p in path.parent.glob("after_task_*.ckpt")))
             raise InputError(f"{path} is not there or not whole: begin from one of {others or 'another run'}.")
@@ -87,13 +86,14 @@ class Branch:
     def notes(self, learner: Learner) -> list[str]:
         """Return sentences on where the run comes from."""
         sentences = [f"Begun from {self.directory} after task {self.task}."]
-        if checkpoint.is_whole(self._path):
-            new = self._without_a_past(learner, checkpoint.read(self._path)["state_dict"])
+        if checkpoint.is_whole(self.checkpoint):
+            new = self._without_a_past(learner, checkpoint.read(self.checkpoint)["state_dict"])
             sentences += [f"Strategies without a past there: {', '.join(new)}."] * bool(new)
         return sentences
 
     @property
-    def _path(self) -> Path:
+    def checkpoint(self) -> Path:
+        """The file that it begins from."""
         return self.directory / "checkpoints" / f"after_task_{self.task:03d}.ckpt"
 
     @staticmethod

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from cl import sweep
 from cl.errors import InputError
 from cl.make import made, make, takes
+from cl.settings import SETTINGS
 from cl.settle import keep, protocol_of, settle
-
-_LEARNER = (
-    *("batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "log_every", "seed"),
-    *("optimizer_state", "scheduler_interval"),
-)
 
 
 def build(cfg: Any, directory: Path) -> Any:
@@ -68,12 +65,14 @@ def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str
     Raises:
         InputError: If the stream cannot be made any more.
     """
+    from cl.branch import Branch
     from cl.provenance import changes, provenance, recall
 
     kept = recall(directory)
     if kept is None:  # of an earlier version
         return []
-    found = provenance(_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), config)
+    starts = {"from": Branch.parse(cfg["from"]).checkpoint} if cfg["from"] else {}
+    found = provenance(_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), config, starts=starts)
     return changes(kept, {**found, "code": {**kept["code"], **found["code"]}})
 
 
@@ -102,7 +101,8 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
     head = make(cfg.head)(backbone.num_features, stream.num_classes)
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
-    options = {key: cfg[key] for key in _LEARNER}
+    values = {key for key, row in SETTINGS.items() if row.type is not None}
+    options = {key: cfg[key] for key in inspect.signature(Learner).parameters if key in values}
     optimizer, scheduler = make(cfg.optimizer), _scheduler(cfg)
     _check_optimizer(optimizer, scheduler, stream, cfg.trainer)
     learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)

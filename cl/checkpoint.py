@@ -22,10 +22,10 @@ from torch import nn
 
 from cl.distributed import pack, rank, unpack
 from cl.errors import InputError
-from cl.explain import changes, flatten
 from cl.files import relative, replace_file
 from cl.instruments import Instruments
 from cl.learner import Learner
+from cl.settings import changes, flatten
 
 _DIGITS = 64  # of a SHA-256 in hexadecimal
 _INSIDE = 2  # checkpoints inside a task that stay
@@ -252,6 +252,15 @@ def _compare(there: Any, here: str, path: Path) -> None:
             raise _misfit(path, error) from error
         if found:
             raise InputError(f"{path} was written by another configuration ({found}): repeat that, or remove the file.")
+
+
+def rounding(path: Path, config: str) -> list[str]:
+    """Return a sentence where the settings that a checkpoint was written under move results by rounding alone."""
+    there = read(path, mmap=True).get("config")
+    if not (isinstance(there, str) and there and config):
+        return []
+    found = changes(json.loads(there), json.loads(config), ["rounding"])
+    return [f"The run went on under other settings that change its results by rounding ({found})."] * bool(found)
 
 
 def position(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
-from cl.explain import changes, flatten
 from cl.files import relative, write_text
+from cl.settings import changes, flatten
 
 NAME = "config.yaml"
 

@@ -7,9 +7,8 @@ import inspect
 from typing import Any
 
 from cl.learner import Learner
+from cl.settings import SETTINGS
 from cl.task import Stream
-
-_LEARNER = ("seed", "scenario", "batch_size", "gradient_clip", "train_mask", "scheduler_interval")
 
 
 def describe(learner: Learner, stream: Stream, epochs: int) -> dict[str, Any]:
@@ -28,8 +27,10 @@ def describe(learner: Learner, stream: Stream, epochs: int) -> dict[str, Any]:
         >>> config["epochs"], config["stream"]["num_tasks"], config["optimizer"]["_target_"]
         (3, 2, 'torch.optim.sgd.SGD')
     """
+    known = {"scenario", *inspect.signature(Learner).parameters}
+    plain = [key for key, row in SETTINGS.items() if row.kind == "result" and row.type is not None and key in known]
     return {
-        **{key: getattr(learner, key) for key in _LEARNER},
+        **{key: getattr(learner, key) for key in plain if hasattr(learner, key)},
         "epochs": epochs,
         "stream": {"name": stream.name, "num_tasks": len(stream), "order": list(stream.order)},
         "backbone": _object(learner.backbone),

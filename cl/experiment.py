@@ -180,7 +180,7 @@ class Experiment:
         distributed.align(self.learner)
         found = distributed.from_first(self._find)
         if self.checkpoints is not None:
-            self.run_view.notes += distributed.from_first(lambda: self._settle_provenance(found is not None))
+            self.run_view.notes += distributed.from_first(lambda: self._settle_provenance(found))
         if found is not None:
             self._foresee(found)
             checkpoint.load(self.learner, found, self.instruments, self._config)
@@ -199,16 +199,18 @@ class Experiment:
         if found is None:
             self._save()
 
-    def _settle_provenance(self, begun: bool) -> list[str]:
-        """Refuse other data or code than those of before; return sentences on what was allowed to change."""
+    def _settle_provenance(self, found: Path | None) -> list[str]:
+        """Refuse other data or code than those of before; return sentences on what has changed otherwise."""
         assert self.checkpoints is not None
+        begun = found is not None
         directory = self.checkpoints.parent
         if self._described:
             refuse_other(self.run_view.config, directory)
         provenance.recall(directory)
         before = provenance.recall(self.branch.directory) if self.branch is not None and not begun else None
         objects = [*self.learner.strategies.values(), self.learner.backbone, self.learner.head]
-        made_from = provenance.provenance(self.stream, self.run_view.config, objects)
+        starts = {"from": self.branch.checkpoint} if self.branch is not None else {}
+        made_from = provenance.provenance(self.stream, self.run_view.config, objects, starts)
         changed = provenance.changes(before, made_from, code=False) if before is not None else []
         if changed and not self.allow_changed:
             raise InputError(
@@ -216,6 +218,7 @@ class Experiment:
                 "there, or say allow_changed=true, which is told beside the numbers."
             )
         told = [f"Data changed since the run it begins from: {provenance.listed(changed)}."] * bool(changed)
+        told += checkpoint.rounding(found, self._config) if found is not None else []
         history = provenance.settle(directory, made_from, self.allow_changed, begun, told)
         if self._described:
             write_config(self.run_view.config, directory)

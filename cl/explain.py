@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import re
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 from cl.errors import DivergenceError, InputError, unknown
+from cl.settings import flatten, nearest
 
 # Plugins of Hydra that are installed with an extra.
 _EXTRAS = {
@@ -26,53 +25,6 @@ _DENIED = {
     *(errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
 }
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts by dotted key.
-
-    Example:
-        >>> flatten({"stream": {"num_tasks": 5}, "seed": 0})
-        {'stream.num_tasks': 5, 'seed': 0}
-    """
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, branch in tree.items() for k, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()}
-
-
-def nearest(key: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Return the known keys that a key was probably meant to be: alike as a whole, or in their last word.
-
-    Args:
-        key: Dotted, as it was written.
-        known: The dotted keys of values; groups are found, too.
-        count: The most that are returned.
-
-    Example:
-        >>> known = ["optimizer.lr", "strategy.er.memory_size", "probes"]
-        >>> nearest("lr", known), nearest("probe", known), nearest("stratgy", known)
-        (['optimizer.lr'], ['probes'], ['strategy'])
-    """
-    keys = {".".join(name.split(".")[: n + 1]) for name in known for n in range(name.count(".") + 1)}
-    whole = difflib.get_close_matches(key, [k for k in keys if ("." in k) == ("." in key)], n=count, cutoff=0.6)
-    words = difflib.get_close_matches(key.rpartition(".")[2], {k.rpartition(".")[2] for k in keys}, cutoff=0.8)
-    return whole or [k for word in words for k in sorted(keys) if k.rpartition(".")[2] == word][:count]
-
-
-FREE = ("checkpoint", "launcher", "trainer.accelerator", "allow_changed")  # may change when a run goes on
-
-
-def changes(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Return the first values in which two flattened configurations differ so that a run cannot go on; else nothing.
-
-    Example:
-        >>> changes({"seed": 0, "checkpoint.keep": 1}, {"seed": 3})
-        'seed: 0 there, 3 here'
-    """
-    keys = {key for key in there.keys() | here.keys() if key.partition(".")[0] not in FREE and key not in FREE}
-    pairs = [(key, there.get(key), here.get(key)) for key in sorted(keys)]
-    found = [f"{key}: {a} there, {b} here" for key, a, b in pairs if a != b and not (a != a and b != b)]
-    return "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def cause(error: BaseException | None) -> BaseException | None:

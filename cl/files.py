@@ -193,4 +193,10 @@ def relative(tree: Any, directory: Path) -> Any:
 
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, empty where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -14,8 +14,10 @@ from typing import Any
 
 from cl.errors import InputError, unknown
 from cl.plugins import GROUP
+from cl.settings import SETTINGS
 
 SHOWN = ("strategy", "stream")
+_SETTINGS = "settings"  # no group: the keys themselves
 
 
 def groups() -> list[str]:
@@ -36,7 +38,7 @@ def options(group: str) -> dict[str, str]:
     there is none the first paragraph on what it makes. Nothing is imported for it.
 
     Args:
-        group: Such as "strategy".
+        group: Such as "strategy"; "settings" are the keys of the configuration, with what each means.
 
     Raises:
         InputError: If there is no such group.
@@ -45,8 +47,10 @@ def options(group: str) -> dict[str, str]:
         >>> options("strategy")["gpm"]
         'Gradient Projection Memory (Saha, Garg and Roy 2021, algorithm 1).'
     """
+    if group == _SETTINGS:
+        return {key: row.help for key, row in SETTINGS.items()}
     if group not in groups():
-        raise unknown("group", group, groups())
+        raise unknown("group", group, [*groups(), _SETTINGS])
     found = {
         path.name.removesuffix(".yaml"): line(path.read_text(encoding="utf-8"), group == "strategy")
         for path in _yamls(group)
@@ -110,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(prog="cl-list", description="Lists what can be chosen by group=option.")
-    parser.add_argument("group", nargs="*", default=SHOWN, help=f"of {', '.join(groups())}; strategy and stream")
+    parser.add_argument("group", nargs="*", default=SHOWN, help=f"of {', '.join([*groups(), _SETTINGS])}; strategy and stream")
     console = Console()
     for group in parser.parse_args(arguments).group:
         table = Table(box=None, pad_edge=False, show_header=False)
@@ -119,5 +123,6 @@ def main(arguments: list[str] | None = None) -> None:
         except InputError as error:
             parser.exit(1, f"{error}\n")
         for option, said in listed.items():
-            table.add_row(f"[bold]{group}={option}[/]", escape(said))
+            name = option if group == _SETTINGS else f"{group}={option}"
+            table.add_row(f"[bold]{name}[/]", escape(said))
         console.print(table, "")

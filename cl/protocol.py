@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cl.errors import InputError, unknown
+from cl.settings import SETTINGS
 from cl.task import Stream, Task
 
 PROTOCOLS = ("tune_first", "score_rest", "tune_everything")
@@ -168,9 +169,6 @@ def is_hyperparameter(key: Any) -> bool:
     return parts[0] in _SEARCHED and not any(part.startswith("_") or not part for part in parts)
 
 
-# What a search may choose; what another file says of any other key would let a stranger load or run something.
-_SEARCHED = (
-    *("optimizer", "scheduler", "strategy", "backbone", "head", "epochs", "batch_size", "gradient_clip", "init"),
-    *("train_mask", "optimizer_state", "scheduler_interval"),
-)
+# What another file says of any other key would let a stranger load or run something.
+_SEARCHED = tuple(key for key, row in SETTINGS.items() if row.is_tuned)
 _COSTS = ("seconds", "steps", "flops")

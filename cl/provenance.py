@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cl.errors import InputError
-from cl.files import read_sealed, write_sealed
+from cl.files import digest_of, read_sealed, write_sealed
 from cl.rows import parts, row_bytes
 from cl.task import Stream, TaskData
 
@@ -37,17 +37,21 @@ Stamp = list[Any]  # size and time of change of a file, and the digest of its co
 _files: dict[str, Stamp] = {}  # of arrays that are read by rows, by path
 
 
-def provenance(stream: Stream, config: Mapping[str, Any], objects: Iterable[Any] = ()) -> dict[str, Any]:
+def provenance(
+    stream: Stream, config: Mapping[str, Any], objects: Iterable[Any] = (), starts: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Return digests of a stream's data and of the source code outside the package that decides what is learned.
 
     Args:
         stream: Every task is looked at; arrays that tasks share are read once.
         config: The resolved configuration, whose `_target_`s name code.
         objects: Strategies and networks, for a run made from Python.
+        starts: Files that learning begins from, by setting; `weights` is found in the configuration.
 
     Returns:
         "data": by task and part, the number of rows and digests of labels and inputs; "code": by module, a digest of
-        its file; "files": of arrays that are read by rows, what tells without reading that they are as they were.
+        its file; "start": by setting, a digest of the file that learning begins from; "files": of arrays that are read
+        by rows, what tells without reading that they are as they were.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -65,6 +69,7 @@ def provenance(stream: Stream, config: Mapping[str, Any], objects: Iterable[Any]
     return {
         "data": data,
         "code": _code(config, objects),
+        "start": _start({"weights": config.get("weights"), **(starts or {})}),
         "files": {path: _files[path] for path in seen if path in _files},
     }
 
@@ -125,6 +130,11 @@ def _content(rows: Any) -> str:
 def _add(found: Any, tensor: Tensor) -> None:
     found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _start(files: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests of those files that are still there; what they held is in the checkpoints, too."""
+    return {key: digest_of(Path(file))[:20] for key, file in files.items() if file and Path(file).is_file()}
 
 
 # ---- code -----------------------------------------------------------------------------------------------------------
@@ -218,7 +228,7 @@ def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool, t
         InputError: If something has changed and that is not allowed.
     """
     kept = read_sealed(directory / _FILE) if begun else None
-    history: list[str] = [*(kept["history"] if kept is not None else []), *told]
+    history: list[str] = list(dict.fromkeys([*(kept["history"] if kept is not None else []), *told]))
     if kept is not None:
         changed = changes(kept, found)
         if changed and not allowed:
@@ -227,7 +237,8 @@ def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool, t
                 "on with allow_changed=true, which is told beside the numbers; another hydra.run.dir begins anew."
             )
         history += [f"Changed between two sittings: {listed(changed)}."] * bool(changed)
-    content = {**{key: found[key] for key in ("data", "code", "files")}, "history": history}
+    start = {**(kept or {}).get("start", {}), **found["start"]}  # a file of before may be gone
+    content = {**{key: found[key] for key in ("data", "code", "files")}, "start": start, "history": history}
     if content != kept:
         write_sealed(directory / _FILE, content)
     return history
@@ -246,7 +257,7 @@ def changes(there: Mapping[str, Any], here: Mapping[str, Any], code: bool = True
     Args:
         there: Of before.
         here: Of now.
-        code: Whether code counts as well as data.
+        code: Whether code and the files that learning begins from count as well as data.
 
     Example:
         >>> old, new = ({"data": {"task 1 train": [3, "a", v]}, "code": {"mine": v}} for v in ("x", "y"))
@@ -263,8 +274,14 @@ def changes(there: Mapping[str, Any], here: Mapping[str, Any], code: bool = True
         elif one != two:
             what = [word for word, a, b in zip(("labels", "inputs"), one[1:], two[1:], strict=True) if a != b]
             found.append(f"{' and '.join(what)} of {name}")
-    names = sorted(there["code"].keys() | here["code"].keys()) if code else []
-    return found + [f"source of {name}" for name in names if there["code"].get(name) != here["code"].get(name)]
+    if code:
+        names = sorted(there["code"].keys() | here["code"].keys())
+        found += [f"source of {name}" for name in names if there["code"].get(name) != here["code"].get(name)]
+        starts = there.get("start", {}), here.get("start", {})
+        found += [
+            f"content of {key}" for key in sorted(starts[0].keys() & starts[1]) if starts[0][key] != starts[1][key]
+        ]
+    return found
 
 
 def listed(changed: list[str]) -> str:

@@ -25,6 +25,7 @@ from cl.distributed import from_first, rank
 from cl.errors import DivergenceError, InputError, unknown
 from cl.files import read_sealed, remove_leftovers, write_sealed
 from cl.provenance import digest as digest_of
+from cl.settings import flatten, results
 from cl.strategy import Strategy
 from cl.task import Stream, Task, TaskData
 
@@ -33,11 +34,7 @@ if TYPE_CHECKING:
     from cl.learner import Learner
 
 KINDS = ("experts", "joint")
-# Of a configuration, what a reference does not depend on; its data and initial weights are looked at themselves.
-_ELSEWHERE = (
-    *("strategy", "report", "logger", "group", "tags", "checkpoint", "log_every", "chunk_size", "eval_batch_size"),
-    *("references", "reference_dir", "probes", "estimators", "weights", "protocol", "from", "allow_changed"),
-)
+_WITHOUT = "method", "start"  # parts of the settings: references have no method, and initial weights a digest
 Reference = dict[str, Any]
 
 
@@ -86,12 +83,10 @@ class References:
             raise unknown("reference", strangers[0], KINDS)
         self.kinds = tuple(dict.fromkeys(kinds))
         self._make, self._folder, self.say = make, folder, say
-        own = {key: value for key, value in config.items() if key not in _ELSEWHERE}
-        if isinstance(own.get("stream"), dict):
-            own["stream"] = {key: value for key, value in own["stream"].items() if key != "order"}
-        report = config.get("report") or {}
-        own["curves"] = {key: report.get(key) for key in ("every", "points", "subset")}
-        self._config = own
+        flat = flatten(config)
+        curves = {key: flat.get(f"report.{key}") for key in ("every", "points", "subset")}
+        flat.pop("stream.order", None)  # which tasks come together is in the data themselves
+        self._config = {**results(flat, _WITHOUT), **curves}
 
     def measure(self, stream: Stream) -> dict[str, list[Reference]]:
         """Return, by kind, one reference a task: its metric on the task, steps, seconds and, of experts, the curve."""

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cl.again import keep_command
 from cl.arguments import check_call, check_value
 from cl.config_file import refuse_other, write_config
 from cl.errors import InputError, check_range
-from cl.explain import flatten, nearest
+from cl.settings import SETTINGS, Options, flatten, nearest
 
-Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
-# The keys that no `_target_` takes, and what they are.
-_KEYS: dict[str, Any] = {
-    **{"seed": int, "epochs": int, "batch_size": int, "eval_batch_size": Whole, "chunk_size": Whole, "log_every": int},
-    **{"gradient_clip": Number, "train_mask": Text, "compile": Text, "init": Text, "weights": Text, "freeze": bool},
-    **{"probes": Sequence[str], "estimators": Sequence[str], "references": Sequence[str], "reference_dir": str},
-    **{
-        "checkpoint": dict[str, Any],
-        "checkpoint.keep": int | Literal["auto"] | None,
-        "checkpoint.every": int | str | None,
-        "report.columns": str | int,
-        "report.every": Whole,
-    },
-    **{"report.points": Whole, "report.subset": int, "report.flops": bool, "scenario": Text, "strategy": Options},
-    **{"report": Options, "logger": Options, "protocol": Options, "protocol.name": str, "protocol.num_tasks": Whole},
-    **{
-        "protocol.tuned": Text,
-        "from": Text,
-        "deterministic": bool,
-        "allow_changed": bool,
-        "group": Text,
-        "tags": Sequence[str],
-    },
-    **{"callbacks": Options},
-    **{"optimizer_state": Literal["reset", "keep"], "scheduler_interval": Literal["epoch", "step"]},
-}
 _NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
-_ROOT = {key.partition(".")[0] for key in _KEYS} | {*_NEEDED, "dataset", "scheduler"}
+_ROOT = {key.partition(".")[0] for key in SETTINGS}
+_HOLDING = [key for key, row in SETTINGS.items() if row.type in (Options, dict[str, Any]) and key != "strategy"]
 _NAMED = ("report", "logger", "callbacks")  # groups of parts by name, each with a _target_
 _INTERPOLATED = re.compile(r"\$\{(\w+)")
 
@@ -101,7 +75,7 @@ def _check(cfg: Any) -> None:
     for group in ("head", "optimizer", "scheduler", "trainer"):
         if OmegaConf.is_dict(cfg.get(group)) and cfg[group].get("_partial_") in (None, False):
             raise InputError(f"{group}._partial_ must be true, since a run makes it when it knows the rest: leave it.")
-    for key, annotation in _KEYS.items():
+    for key, annotation in ((key, row.type) for key, row in SETTINGS.items() if row.type is not None):
         parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
         if OmegaConf.is_dict(parent) and key.rpartition(".")[2] in parent:
             value = parent[key.rpartition(".")[2]]
@@ -125,10 +99,10 @@ def _unread(cfg: Any) -> list[str]:
     names = [override.lstrip("+").partition("=")[0] for override in given]
     known = {"env", *HydraConf.__dataclass_fields__}
     found += [name for name in names if name.startswith("hydra.") and name.split(".")[1] not in known]
-    for group in ("checkpoint", "protocol", "report", "logger", "callbacks"):
+    for group in _HOLDING:
         parts = raw.get(group)
         for name, value in parts.items() if isinstance(parts, dict) else ():  # else its type is told
             part = group in _NAMED and (value is None or isinstance(value, dict))  # made by its _target_
-            if not part and f"{group}.{name}" not in _KEYS:
+            if not part and f"{group}.{name}" not in SETTINGS:
                 found.append(f"{group}.{name}")
     return found

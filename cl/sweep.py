@@ -20,9 +20,9 @@ from typing import Any
 
 from cl import explain
 from cl.errors import InputError
+from cl.settings import setting
 
 _LISTED = 5
-PLACES = ("from", "dataset.root", "weights", "reference_dir", "protocol.tuned")  # where things lie names no job
 _FOLDERS = re.compile(r"[^,\[\]{}:]*/(?=[^/])")  # of a path, all but its last part
 _ODD = re.compile(r"[^\w.,=+@-]+")
 
@@ -109,7 +109,7 @@ def _named(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
     varied |= {key(override) for overrides in job_overrides for override in overrides} - {key(o) for o in task}
     named = []
     for number, overrides in enumerate(job_overrides, start=first):
-        own = [override for override in overrides if key(override) in varied and key(override) not in PLACES]
+        own = [override for override in overrides if key(override) in varied and not _is_place(key(override))]
         named.append([*overrides, f"hydra.sweep.subdir='{job_name(number, own)}'"])
     return named
 
@@ -122,6 +122,11 @@ def key(override: str) -> str:
         'stream@stream.source'
     """
     return override.lstrip("+~").partition("=")[0]
+
+
+def _is_place(name: str) -> bool:
+    """Say whether a setting says where something lies, which names no job."""
+    return setting(name).kind == "place" or setting(name).is_path
 
 
 def _is_sweep(override: str) -> bool:

@@ -64,3 +64,10 @@ def test_the_command(capsys) -> None:
     assert "no group called 'strategies': did you mean 'strategy'" in capsys.readouterr().err
     with pytest.raises(InputError, match="Known: backbone"):
         listing.options("strategies")
+
+
+def test_settings_are_listed_with_what_each_means() -> None:
+    listed = listing.options("settings")
+    assert listed["seed"] and listed["checkpoint.keep"] and all(listed.values())
+    with pytest.raises(InputError, match="settings"):
+        listing.options("seting")

@@ -8,14 +8,8 @@ from typing import Any
 
 from cl.compare.read import RunFiles
 from cl.errors import InputError
+from cl.settings import setting
 
-# What changes where and how a run runs, and not what it measures.
-IGNORED = (
-    *("seed", "group", "tags", "logger", "report", "hydra", "checkpoint", "log_every"),
-    *("eval_batch_size", "chunk_size", "compile", "trainer.accelerator", "trainer.devices"),
-    *("probes", "estimators", "references", "reference_dir", "allow_changed"),
-)
-_PLACES = {"root", "cache", "cache_dir", "download", "save_dir", "storage"}  # last parts of keys that are ignored too
 BOUNDS = {"joint": "upper bound", "cumulative": "upper bound", "finetune": "lower bound"}
 
 Unit = tuple[str, ...]
@@ -112,8 +106,11 @@ def method_config(run: RunFiles) -> dict[str, Any]:
         >>> method_config(RunFiles(Path("."), config))
         {'epochs': 5}
     """
-    skip = (*IGNORED, "stream", "dataset", "scenario")
-    return {k: v for k, v in _set(run).items() if not under(k, skip) and k.rpartition(".")[2] not in _PLACES}
+    return {
+        key: value
+        for key, value in _set(run).items()
+        if setting(key).kind == "result" and setting(key).part != "stream" and key != "seed"
+    }
 
 
 def stream_config(run: RunFiles) -> dict[str, Any]:
@@ -131,7 +128,7 @@ def stream_config(run: RunFiles) -> dict[str, Any]:
         key: value
         for key, value in config.items()
         if key != "order"
-        and key.rpartition(".")[2] not in _PLACES
+        and setting(f"stream.{key}").kind != "place"
         and not (key.rpartition(".")[2] == "seed" and value == seed and not key.startswith("dataset"))
     }
     # a protocol may leave tasks out: first and last ones are other streams, even where they are as many

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cl.compare.align import IGNORED, Comparison, differing, under
+from cl.compare.align import Comparison, differing
 from cl.compare.read import RunFiles
 from cl.compare.tuning import chosen
+from cl.settings import setting
 
-_CADENCE = {"report.every", "report.points", "report.subset"}
 MAX_NAMED = 4  # items that a sentence names before "and 3 more"
 
 
@@ -50,19 +50,15 @@ def sentences(
     many = [key for key in comparison.differences if not key.startswith("strategy.")]
     if many and not by:
         notes.append(f"Groups differ in more than the strategy: {listed(many)}.")
-    ignored = {
-        str(i): {key: value for key, value in run.config.items() if under(key, IGNORED) and key != "seed"}
-        for i, run in enumerate(comparison.runs)
-    }
-    apart = differing(ignored)
-    looks = sorted(apart.keys() & _CADENCE)
-    if looks:
-        notes.append(
-            f"Runs differ in {listed(looks)}: what is measured inside tasks (stability gap, ...) depends on it."
-        )
-    varied = sorted({key.split(".")[0] for key in apart.keys() - _CADENCE} - {"hydra", "group", "tags"})
-    if varied:
-        notes.append(f"Runs also differ in {listed(varied)}, which results do not depend on.")
+    consequences = {"measured": "what is measured beside R depends on it", "rounding": "it moves R by rounding alone"}
+    for kind, so_what in consequences.items():
+        parts = {
+            str(i): {key: value for key, value in run.config.items() if setting(key).kind == kind}
+            for i, run in enumerate(comparison.runs)
+        }
+        apart = differing(parts)
+        if apart:
+            notes.append(f"Runs differ in {listed(sorted(apart))}: {so_what}.")
     versions = differing({str(i): run.versions for i, run in enumerate(comparison.runs)})
     for name, values in versions.items():
         if comparison.runs and len(values) == len(comparison.runs):

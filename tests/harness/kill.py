@@ -241,8 +241,10 @@ class Own(Case):
             said = self._said(place, self.command, 1)
             if "with other data or code" not in said or "Traceback" in said or said.count("\n") > 1:
                 raise SystemExit(f"own: other {name} ends with:\n{said}")
-            if _content(place / "out") != before:
-                raise SystemExit(f"own: other {name} is refused, and files of the run have changed")
+            after = _content(place / "out")
+            changed = [file for file in before.keys() | after.keys() if before.get(file) != after.get(file)]
+            if changed:
+                raise SystemExit(f"own: other {name} is refused, and of the run have changed: {sorted(changed)}")
             write_own(place)
         return super().next_command(place)
 

@@ -114,7 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(prog="cl-list", description="Lists what can be chosen by group=option.")
-    parser.add_argument("group", nargs="*", default=SHOWN, help=f"of {', '.join([*groups(), _SETTINGS])}; strategy and stream")
+    known = ", ".join([*groups(), _SETTINGS])
+    parser.add_argument("group", nargs="*", default=SHOWN, help=f"of {known}; strategy and stream")
     console = Console()
     for group in parser.parse_args(arguments).group:
         table = Table(box=None, pad_edge=False, show_header=False)

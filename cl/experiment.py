@@ -222,14 +222,14 @@ class Experiment:
         history = provenance.settle(directory, made_from, self.allow_changed, begun, told)
         if self._described:
             write_config(self.run_view.config, directory)
+        for place in (directory, self.checkpoints):  # only now: a run that is refused stays as it is
+            remove_leftovers(place)
         return history
 
     def _find(self) -> Path | None:
         """Return the newest whole checkpoint of the end of a task, if the directory holds one."""
         if self.checkpoints is None:
             return None
-        for place in (self.checkpoints.parent, self.checkpoints):
-            remove_leftovers(place)
         return checkpoint.latest(self.checkpoints)
 
     def _find_inside(self, found: Path) -> Path | None:

@@ -268,7 +268,9 @@ class Own(Case):
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """Return what files hold, but for the logs of W&B's own process, which outlives ours for a moment."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.parent.name != "logs")
+    return {str(file): file.read_bytes() for file in files}
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------

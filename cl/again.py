@@ -9,12 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cl import rundir
 from cl.errors import InputError
 from cl.files import read_sealed, remove_leftovers, write_sealed, write_text
 
-_HYDRA = Path(".hydra")  # where those who know Hydra look; written by us, once a command was not refused
-_OVERRIDES = _HYDRA / "overrides.yaml"
-_COMMAND = "command.json"  # ours
+_OVERRIDES = Path(rundir.HYDRA) / "overrides.yaml"
 
 
 def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
@@ -43,6 +42,7 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
 
     what, text = next(iter(given.items()))
     directory = Path(text).resolve()
+    rundir.refuse_later(directory)
     command = overrides(directory)
     _go_back(directory)
     if what == "resume":
@@ -56,7 +56,7 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
 
 def _go_back(directory: Path) -> None:
     """Change to the folder where the command of a run was given, as seen from its directory: both may have moved."""
-    place = directory / str((read_sealed(directory / _COMMAND) or {}).get("given_in", ""))
+    place = directory / str((read_sealed(directory / rundir.COMMAND) or {}).get("given_in", ""))
     if place != directory and place.is_dir():
         os.chdir(place)
 
@@ -69,7 +69,7 @@ def overrides(directory: Path) -> list[str]:
     """
     from omegaconf import OmegaConf
 
-    kept = read_sealed(directory / _COMMAND)
+    kept = read_sealed(directory / rundir.COMMAND)
     if kept is not None:
         return list(kept["overrides"])
     path = directory / _OVERRIDES
@@ -100,11 +100,11 @@ def keep_command(directory: Path) -> None:
     command: dict[str, Any] = {"overrides": list(job.hydra.overrides.task)}
     with suppress(ValueError):  # on another drive
         command["given_in"] = os.path.relpath(job.hydra.runtime.cwd, directory)
-    remove_leftovers(directory / _HYDRA)
-    if read_sealed(directory / _COMMAND) != command:
-        write_text(directory / _HYDRA / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.masked_copy(job, "hydra")))
+    remove_leftovers(directory / rundir.HYDRA)
+    if read_sealed(directory / rundir.COMMAND) != command:
+        write_text(directory / rundir.HYDRA / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.masked_copy(job, "hydra")))
         write_text(directory / _OVERRIDES, OmegaConf.to_yaml(job.hydra.overrides.task))
-        write_sealed(directory / _COMMAND, command)  # last: until it is there, all are written anew
+        write_sealed(directory / rundir.COMMAND, command)  # last: until it is there, all are written anew
 
 
 def _quoted(argument: str) -> str:
@@ -127,7 +127,7 @@ def verify(there: Path, here: Path) -> str:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise InputError(
             f"{there} differs from its repetition in {here}: {'; '.join(found[:5])}{more}. Compare versions and "
-            "hardware in the manifest.json of both."
+            f"hardware in the {rundir.MANIFEST} of both."
         )
     shutil.rmtree(here)
     return f"Verified: R, weights and all state of {there} came out the same, bit for bit."
@@ -145,9 +145,9 @@ def differences(there: Path, here: Path) -> list[str]:
 
     states: list[dict[str, Any]] = []
     for place in (there, here):
-        file = checkpoint.latest(place / "checkpoints")
+        file = checkpoint.latest(place / rundir.CHECKPOINTS)
         if file is None:
-            raise InputError(f"{place / 'checkpoints'} holds no whole checkpoint: there is nothing to compare.")
+            raise InputError(f"{place / rundir.CHECKPOINTS} holds no whole checkpoint: there is nothing to compare.")
         states.append(checkpoint.read(file)["state_dict"])
     found = []
     for name in sorted(states[0].keys() | states[1].keys()):

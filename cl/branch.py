@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cl import checkpoint
+from cl import checkpoint, rundir
 from cl.config_file import read_config
 from cl.distributed import unpack
 from cl.errors import InputError
@@ -53,7 +53,8 @@ class Branch:
         """
         if self.task >= num_tasks:
             raise InputError(f"from={self.directory}:task={self.task} leaves none of {num_tasks} tasks to learn.")
-        path = self.directory / "config.yaml"
+        rundir.refuse_later(self.directory)
+        path = self.directory / rundir.CONFIG
         if not path.is_file():
             raise InputError(
                 f"from={self.directory}: there is no {path}, so nothing to begin from; name a run's place."
@@ -72,7 +73,7 @@ class Branch:
         """
         path = self.checkpoint
         if not checkpoint.is_whole(path):
-            others = ", ".join(sorted(p.stem for p in path.parent.glob("after_task_*.ckpt")))
+            others = ", ".join(sorted(p.stem for p in path.parent.glob("*") if len(rundir.numbers_in(p.name)) == 1))
             raise InputError(f"{path} is not there or not whole: begin from one of {others or 'another run'}.")
         content = unpack(checkpoint.read(path))
         new = tuple(f"strategies.{name}." for name in self._without_a_past(learner, content["state_dict"]))
@@ -86,6 +87,8 @@ class Branch:
     def notes(self, learner: Learner) -> list[str]:
         """Return sentences on where the run comes from."""
         sentences = [f"Begun from {self.directory} after task {self.task}."]
+        if version := rundir.earlier_version(self.directory):
+            sentences.append(f"The run there was begun by {version}.")
         if checkpoint.is_whole(self.checkpoint):
             new = self._without_a_past(learner, checkpoint.read(self.checkpoint)["state_dict"])
             sentences += [f"Strategies without a past there: {', '.join(new)}."] * bool(new)
@@ -94,7 +97,7 @@ class Branch:
     @property
     def checkpoint(self) -> Path:
         """The file that it begins from."""
-        return self.directory / "checkpoints" / f"after_task_{self.task:03d}.ckpt"
+        return self.directory / rundir.CHECKPOINTS / rundir.checkpoint_after(self.task)
 
     @staticmethod
     def _without_a_past(learner: Learner, state: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cl import rundir
 from cl.distributed import pack, rank, unpack
 from cl.errors import InputError
 from cl.files import relative, replace_file
@@ -29,7 +29,6 @@ from cl.settings import changes, flatten
 
 _DIGITS = 64  # of a SHA-256 in hexadecimal
 _INSIDE = 2  # checkpoints inside a task that stay
-_NAMES = re.compile(r"after_task_(\d+)\.ckpt|in_task_(\d+)_step_(\d+)\.ckpt")
 State = dict[str, Any]
 
 
@@ -52,7 +51,7 @@ def save(
     Raises:
         InputError: If something keeps what could not be loaded safely again.
     """
-    path = folder / f"after_task_{learner.tasks_learned:03d}.ckpt"
+    path = folder / rundir.checkpoint_after(learner.tasks_learned)
     _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), **(beside or {})})
     if rank() == 0:
         tidy(folder, learner.tasks_learned, keep)
@@ -94,7 +93,7 @@ def save_inside(
         beside: As at the end of a task.
     """
     present = learner.tasks_learned + 1, learner.step
-    path = folder / f"in_task_{present[0]:03d}_step_{present[1]:08d}.ckpt"
+    path = folder / rundir.checkpoint_inside(*present)
     _write(path, {"state_dict": learner.state_dict(), **_measured(instruments), **(beside or {}), "inside": inside})
     # Those behind this step were not whole when this run went on, or belong to a task that is learned anew.
     if rank() == 0:
@@ -135,14 +134,12 @@ def _remove(files: list[Path]) -> None:
 
 
 def _numbers(path: Path) -> tuple[int, ...]:
-    """Return the tasks, and inside one the steps, in the name of a checkpoint; nothing where it is none."""
-    found = _NAMES.fullmatch(path.name)
-    return () if found is None else tuple(int(number) for number in found.groups() if number is not None)
+    return rundir.numbers_in(path.name)
 
 
 def _newest_first(folder: Path, numbers: int) -> list[Path]:
     """Return the checkpoints with so many numbers in their names: 1 at the ends of tasks, 2 inside."""
-    files = [path for path in folder.glob("*.ckpt") if len(_numbers(path)) == numbers]
+    files = [path for path in folder.glob("*") if len(_numbers(path)) == numbers]
     return sorted(files, key=_numbers, reverse=True)
 
 

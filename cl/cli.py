@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cl import again, explain
+from cl import again, explain, rundir
 from cl.errors import Preempted
 from cl.pipes import outlive_readers
 
@@ -91,7 +91,7 @@ def run(cfg: Any) -> float | str:
             keep(config, directory)  # mends what was damaged
             for name in changed_since(directory):
                 print(
-                    f"{directory / name} has changed since the run finished: remove result.json there, and running "
+                    f"{directory / name} has changed since the run finished: remove {rundir.RESULT} there, and running "
                     "again writes it anew from the last checkpoint.",
                     file=sys.stderr,
                 )

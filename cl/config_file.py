@@ -1,20 +1,19 @@
-"""`config.yaml` of a run directory: written, read, and compared with the configuration of a run that goes on there."""
+"""The configuration of a run directory: written, read, and compared with that of a run that goes on there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from cl import rundir
 from cl.errors import InputError
 from cl.files import relative, write_text
 from cl.settings import changes, flatten
 
-NAME = "config.yaml"
-
 
 def write_config(config: dict[str, Any], directory: Path) -> None:
     """Write a configuration, unless the same stands there; the directory itself is ".", so that a run may be moved."""
-    path, text = directory / NAME, _text(config, directory)
+    path, text = directory / rundir.CONFIG, _text(config, directory)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
 
@@ -44,20 +43,20 @@ def refuse_other(config: dict[str, Any], directory: Path) -> None:
     """Refuse another configuration than that of the run begun in a directory.
 
     Raises:
-        InputError: If there is one; it says in what they differ.
+        InputError: If there is one, with what they differ in; or if a later version of clsim has written there.
     """
     from omegaconf import OmegaConf
 
-    path = directory / NAME
-    begun = any((directory / name).exists() for name in ("checkpoints", "result.json"))
-    if not (begun and path.exists()):
+    path = directory / rundir.CONFIG
+    rundir.refuse_later(directory)
+    if not (rundir.is_begun(directory) and path.exists()):
         return
     there = read_config(path, "remove it, and the run is continued as it is configured now")
     here = OmegaConf.to_container(OmegaConf.create(_text(config, directory)))
     changed = changes(flatten(there), flatten(here))
     if changed:
         raise InputError(
-            f"{directory} holds a run of another configuration ({changed}; see {NAME}): choose another "
+            f"{directory} holds a run of another configuration ({changed}; see {rundir.CONFIG}): choose another "
             "hydra.run.dir, or repeat that configuration to continue it."
         )
 

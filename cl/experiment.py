@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import Logger
 
-from cl import checkpoint, distributed, provenance
+from cl import checkpoint, distributed, provenance, rundir
 from cl.branch import Branch
 from cl.config_file import refuse_other, write_config
 from cl.described import describe
@@ -29,6 +29,7 @@ from cl.pause import Pause
 from cl.preflight import check_watched, preflight
 from cl.processes import replicated
 from cl.report import Report, Run, write_result
+from cl.report.manifest import write_manifest
 from cl.task import Stream, Task
 from cl.trainer import TrainerFactory, check_arguments, quiet
 
@@ -121,7 +122,7 @@ class Experiment:
         told = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         check_watched(callbacks, stream)
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
-        self.checkpoints = directory / "checkpoints" if directory is not None else None
+        self.checkpoints = directory / rundir.CHECKPOINTS if directory is not None else None
         self.pause = Pause(every, self._save_inside)
         self.reports = list(reports) if distributed.rank() == 0 else []
         self.instruments = Instruments({"resources": Resources(), **(instruments or {})})
@@ -191,9 +192,12 @@ class Experiment:
             if found is None:
                 self.branch.load(self.learner, self.instruments)
         begun = found is not None or self.branch is not None
+        after_task = self.learner.tasks_learned if begun else -1
         self.run_view.total_steps = self.learner.total_steps + checkpoint.steps(self._inside)
+        if self.checkpoints is not None and distributed.rank() == 0:
+            write_manifest(self.run_view, after_task)
         for report in self.reports:
-            report.start(self.run_view, self.learner.tasks_learned if begun else -1)
+            report.start(self.run_view, after_task)
         if not begun:
             self.evaluate()
         if found is None:
@@ -219,6 +223,8 @@ class Experiment:
             )
         told = [f"Data changed since the run it begins from: {provenance.listed(changed)}."] * bool(changed)
         told += checkpoint.rounding(found, self._config) if found is not None else []
+        if version := rundir.earlier_version(directory):
+            told.append(f"Begun by {version}.")
         history = provenance.settle(directory, made_from, self.allow_changed, begun, told)
         if self._described:
             write_config(self.run_view.config, directory)

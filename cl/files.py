@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
+from cl.rundir import LOCK
 
 
 def place(path: str | Path) -> Path:
@@ -115,7 +116,7 @@ def alone(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

@@ -7,8 +7,6 @@ found. Here the two halves are two streams: `first` and `rest`.
 
 from __future__ import annotations
 
-import csv
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from cl.errors import InputError, unknown
+from cl.rundir import RESOURCES
 from cl.settings import SETTINGS
 from cl.task import Stream, Task
 
@@ -153,8 +152,8 @@ class Protocol:
         """Return what the search cost: trials, and over all of them seconds, steps and (where counted) FLOPs."""
         if self._tuned is None:
             return {}
-        tables = [list(csv.DictReader(f.read_text().splitlines())) for f in sorted(self._tuned.rglob("resources.csv"))]
-        total = {name: sum(float(row[name] or math.nan) for t in tables for row in t) for name in _COSTS}
+        tables = [list(RESOURCES.read(path)) for path in sorted(self._tuned.rglob(RESOURCES.name))]
+        total = {name: sum(getattr(row, name) for table in tables for row in table) for name in _COSTS}
         return {"trials": len(tables), **total}
 
 

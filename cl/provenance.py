@@ -23,9 +23,9 @@ from torch import Tensor
 from cl.errors import InputError
 from cl.files import digest_of, read_sealed, write_sealed
 from cl.rows import parts, row_bytes
+from cl.rundir import PROVENANCE
 from cl.task import Stream, TaskData
 
-_FILE = "provenance.json"
 _SAMPLE = 64  # rows that are looked at as a transform leaves them; the arrays below it are read whole
 _NOT_LEARNING = ("report", "logger", "callbacks", "hydra")  # groups whose code changes nothing of R
 _STANDARD = str(Path(sysconfig.get_path("stdlib")).resolve())
@@ -227,7 +227,7 @@ def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool, t
     Raises:
         InputError: If something has changed and that is not allowed.
     """
-    kept = read_sealed(directory / _FILE) if begun else None
+    kept = read_sealed(directory / PROVENANCE) if begun else None
     history: list[str] = list(dict.fromkeys([*(kept["history"] if kept is not None else []), *told]))
     if kept is not None:
         changed = changes(kept, found)
@@ -240,13 +240,13 @@ def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool, t
     start = {**(kept or {}).get("start", {}), **found["start"]}  # a file of before may be gone
     content = {**{key: found[key] for key in ("data", "code", "files")}, "start": start, "history": history}
     if content != kept:
-        write_sealed(directory / _FILE, content)
+        write_sealed(directory / PROVENANCE, content)
     return history
 
 
 def recall(directory: Path) -> dict[str, Any] | None:
     """Return what a run was made from as its directory has it, None where it does not say."""
-    kept = read_sealed(directory / _FILE)
+    kept = read_sealed(directory / PROVENANCE)
     _files.update({key: stamp for key, stamp in (kept or {}).get("files", {}).items() if key not in _files})
     return kept
 

@@ -31,6 +31,7 @@ from cl.compare.tuning import MARKS
 from cl.errors import InputError
 from cl.report import Run
 from cl.report.files import FileReport
+from cl.report.manifest import write_manifest
 from cl.transfer import SCALARS, TransferMatrix, worked_example
 
 Rows = list[dict[str, str]]
@@ -65,6 +66,7 @@ def make_run(
         "stream": {"_target_": "cl.streams.split.split", "num_tasks": num_tasks, "seed": seed, "order": None},
     }
     OmegaConf.save(OmegaConf.merge(base, config or {}), place / "config.yaml")
+    write_manifest(run, after_task=-1)
     report = FileReport()
     report.start(run, after_task=-1)
     for i in range(len(R) if rows is None else rows):
@@ -909,7 +911,7 @@ HEAD = "after_task,task,mask,metric,value\n"
     ("name", "content", "sentence"),
     [
         ("config.yaml", "seed: [", "config.yaml cannot be read"),
-        ("config.yaml", "[1, 2]", "config.yaml cannot be read: it holds no configuration"),
+        ("config.yaml", "[1, 2]", r"config.yaml cannot be read \(it holds no configuration\)"),
         ("transfer.json", "{", "transfer.json cannot be read"),
         ("transfer.json", "[]", "transfer.json cannot be read: it holds no object"),
         ("transfer.json", '{"scenario": "class"}', "says nothing of 'num_tasks'"),

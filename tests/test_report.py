@@ -26,7 +26,7 @@ from cl.files import replace_file, write_text
 from cl.report import Report, Run, headline, percent, remarks
 from cl.report import progress as progress_module
 from cl.report.files import FileReport, strict_json, transfer_json
-from cl.report.manifest import versions
+from cl.report.manifest import versions, write_manifest
 from cl.report.picture import PictureReport, draw, draw_accuracy, panels
 from cl.report.progress import ProgressBar
 from cl.report.terminal import DIVERGING, SEQUENTIAL, TerminalReport, accuracy_grid, colour, difference_grid, layout
@@ -171,14 +171,23 @@ def test_strict_json_has_no_word_for_what_is_not_finite() -> None:
     assert json.loads(text, parse_constant=refuse) == {"a": [None, [None, None]], "b": 0.5, "c": True}
 
 
-def test_file_report_writes_nothing_but_its_three_files(tmp_path: Path) -> None:
+def test_file_report_writes_nothing_but_its_files(tmp_path: Path) -> None:
     run = make_run(2, directory=tmp_path / "new")
     report = FileReport()
     report.start(run, -1)
     report.row(run, 2)
     report.finish(run)
-    assert sorted(p.name for p in run.directory.iterdir()) == ["manifest.json", "transfer.csv", "transfer.json"]
-    assert json.loads((run.directory / "manifest.json").read_text())["versions"] == versions()
+    assert sorted(p.name for p in run.directory.iterdir()) == ["transfer.csv", "transfer.json"]
+
+
+def test_a_manifest_tells_of_every_sitting(tmp_path: Path) -> None:
+    run = make_run(2, directory=tmp_path / "new")
+    write_manifest(run, -1)
+    write_manifest(run, 1)
+    found = json.loads((run.directory / "manifest.json").read_text())
+    assert found["versions"] == versions() and [s["after_task"] for s in found["sittings"]] == [0, 1]
+    write_manifest(run, -1)
+    assert len(json.loads((run.directory / "manifest.json").read_text())["sittings"]) == 1
 
 
 def test_a_crash_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from cl.compare.align import Comparison, differing
 from cl.compare.read import RunFiles
 from cl.compare.tuning import chosen
+from cl.rundir import FORMAT, LEARNING_CURVES, RESOURCES
 from cl.settings import setting
 
 MAX_NAMED = 4  # items that a sentence names before "and 3 more"
@@ -151,10 +152,12 @@ def _tuning(comparison: Comparison) -> list[str]:
 
 
 def _files(comparison: Comparison) -> list[str]:
-    notes = []
+    earlier = [run.directory for run in comparison.runs if run.format < FORMAT]
+    verb = "was written by an earlier version" if len(earlier) == 1 else "were written by earlier versions"
+    notes = [f"{listed(earlier)} {verb} of clsim: what is not in the files is not shown."] * bool(earlier)
     parts: dict[str, Callable[[RunFiles], object]] = {
-        "learning_curves.csv": lambda run: run.curves,
-        "resources.csv": lambda run: run.resources,
+        LEARNING_CURVES.name: lambda run: run.curves,
+        RESOURCES.name: lambda run: run.resources,
     }
     for name, has in parts.items():
         without = [run for run in comparison.runs if not has(run)]

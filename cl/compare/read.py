@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cl import rundir
+from cl.config_file import read_config
 from cl.errors import InputError
+from cl.rundir import LEARNING_CURVES, RESOURCES, TRANSFER, Cell, read_json, unreadable
 
 Array = npt.NDArray[np.float64]
-_MARKS = ("transfer.json", "transfer.csv", "manifest.json", "checkpoints")
 LOWER_IS_BETTER = {"ece"}  # metrics of cells; a scalar says it itself
+_SUMMED = ("seconds", "measuring_seconds", "steps", "rows", "flops", "pass_flops")  # over the tasks of a run
 COSTS = ("trials", "seconds", "steps", "flops")  # of a search; beside them stand the values that it found
 PROBES = {"ridge", "knn", "cka"}  # what stands in the place of a mask where features were read
 
@@ -89,6 +90,7 @@ class RunFiles:
         resources: Totals of the run: sums of seconds, steps, rows and flops, the largest peak, else the last task's.
         notes: Sentences of the run.
         versions: What it ran on.
+        format: The version of the format of its files.
     """
 
     directory: Path
@@ -108,6 +110,7 @@ class RunFiles:
     resources: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    format: int = rundir.FORMAT
 
     @property
     def seed(self) -> str:
@@ -123,7 +126,7 @@ class RunFiles:
 def find_runs(directories: Sequence[str | Path]) -> list[Path]:
     """Return every run directory in or below the given ones, each once, in the order of their names.
 
-    A run directory holds `config.yaml` beside any of the files that a run writes. Hidden folders are not entered.
+    Hidden folders are not entered.
 
     Raises:
         InputError: If a directory does not exist, or holds no run.
@@ -132,9 +135,10 @@ def find_runs(directories: Sequence[str | Path]) -> list[Path]:
     for given in map(Path, directories):
         if not given.is_dir():
             raise InputError(f"There is no directory {given}: give a run directory, or a folder with some below it.")
-        here = [path for path in _walk(given) if (path / "config.yaml").is_file() and _has_marks(path)]
+        here = [path for path in _walk(given) if rundir.is_run(path)]
         if not here:
-            raise InputError(f"No run was found in {given}: a run directory holds config.yaml and transfer.csv.")
+            names = f"{rundir.CONFIG} and {TRANSFER.name}"
+            raise InputError(f"No run was found in {given}: a run directory holds {names}.")
         found |= {path.resolve(): path for path in here if path.resolve() not in found}
     return list(found.values())
 
@@ -151,28 +155,24 @@ def _natural(name: str) -> tuple[float, str]:
     return (int(head) if head else math.inf, name)
 
 
-def _has_marks(path: Path) -> bool:
-    return any((path / mark).exists() for mark in _MARKS)
-
-
 def read_run(directory: Path) -> RunFiles:
     """Read one run directory.
 
     Raises:
-        InputError: If a file in it cannot be read; the sentence names the file.
+        InputError: If a file in it cannot be read, or a later version of clsim has written it.
     """
-    run = RunFiles(directory, flatten(_yaml(directory / "config.yaml")))
-    if (directory / "transfer.json").exists():
-        _read_transfer(run, directory / "transfer.json")
-    if (directory / "transfer.csv").exists():
-        _read_matrices(run, directory / "transfer.csv")
-    if (directory / "learning_curves.csv").exists():
-        _read_curves(run, directory / "learning_curves.csv")
-    if (directory / "resources.csv").exists():
-        _read_resources(run, directory / "resources.csv")
-    if (directory / "manifest.json").exists():
-        found = _json(directory / "manifest.json").get("versions") or {}
-        run.versions = {key: str(value) for key, value in found.items()}
+    rundir.refuse_later(directory)
+    config = read_config(directory / rundir.CONFIG, "mend the file, or leave its run out")
+    run = RunFiles(directory, flatten(config), format=rundir.format_of(directory))
+    for name, read in (  # the summary first: it says how many tasks there are
+        (rundir.SUMMARY, _read_summary),
+        (TRANSFER.name, _read_matrices),
+        (LEARNING_CURVES.name, _read_curves),
+        (RESOURCES.name, _read_resources),
+        (rundir.MANIFEST, _read_manifest),
+    ):
+        if (directory / name).exists():
+            read(run, directory / name)
     return run
 
 
@@ -191,58 +191,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(config, dict):
-        raise _unreadable(path, "it holds no configuration")
-    return {str(key): value for key, value in config.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise _unreadable(path, "it holds no object")
-    return content
-
-
-def _unreadable(path: Path, error: object) -> InputError:
-    reason = " ".join(str(error).split()).rstrip(".")
-    return InputError(f"{path} cannot be read: {reason}. Mend the file, or leave its run out.")
-
-
-def _rows(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a table as text; a last line that is still being written is left out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    table = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    missing = [name for name in columns if name not in (table.fieldnames or ())]
-    if missing:
-        raise _unreadable(path, f"it has no column {missing[0]!r}")
-    for row in table:
-        if None in row.values() or None in row:
-            raise _unreadable(path, f"line {table.line_num} has not as many cells as the header")
-        yield row
-
-
-def _number(path: Path, row: dict[str, str], column: str) -> float:
-    try:
-        return float(row[column])
-    except ValueError as error:
-        raise _unreadable(path, f"{row[column]!r} stands in the column {column!r} instead of a number") from error
 
 
 def _entry(raw: dict[str, Any]) -> Entry:
@@ -273,8 +221,8 @@ def _tuning(raw: dict[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items() if key not in COSTS} | costs
 
 
-def _read_transfer(run: RunFiles, path: Path) -> None:
-    content = _json(path)
+def _read_summary(run: RunFiles, path: Path) -> None:
+    content = read_json(path)
     try:
         run.scenario = str(content["scenario"])
         run.num_tasks, run.tasks_learned = int(content["num_tasks"]), int(content["tasks_learned"])
@@ -289,36 +237,35 @@ def _read_transfer(run: RunFiles, path: Path) -> None:
         run.tuning = _tuning(content.get("tuning") or {})
         run.absent = {str(name): str(why) for name, why in (content.get("absent") or {}).items()}
     except KeyError as error:
-        raise _unreadable(path, f"it says nothing of {error.args[0]!r}") from error
+        raise unreadable(path, f"it says nothing of {error.args[0]!r}") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _read_matrices(run: RunFiles, path: Path) -> None:
-    cells: dict[tuple[str, str], list[tuple[int, int, float]]] = {}
-    for row in _rows(path, ("after_task", "task", "mask", "metric", "value")):
-        cell = (int(_number(path, row, "after_task")), int(_number(path, row, "task")), _number(path, row, "value"))
-        if cell[0] < 0 or cell[1] < 1 or (run.num_tasks and max(cell[:2]) > run.num_tasks):
-            raise _unreadable(path, f"it has a cell ({cell[0]}, {cell[1]}) in a stream of {run.num_tasks} tasks")
-        cells.setdefault((row["mask"], row["metric"]), []).append(cell)
-    if cells and not run.num_tasks:  # no transfer.json yet: R is as wide as what was tested
-        run.num_tasks = max(task for part in cells.values() for _, task, _ in part)
-        run.tasks_learned = max(after for part in cells.values() for after, _, _ in part)
+    cells: dict[tuple[str, str], list[Cell]] = {}
+    for cell in TRANSFER.read(path):
+        outside = run.num_tasks and max(cell.after_task, cell.task) > run.num_tasks
+        if cell.after_task < 0 or cell.task < 1 or outside:
+            where = f"({cell.after_task}, {cell.task})"
+            raise unreadable(path, f"it has a cell {where} in a stream of {run.num_tasks} tasks")
+        cells.setdefault((cell.mask, cell.metric), []).append(cell)
+    if cells and not run.num_tasks:  # no scalars yet: R is as wide as what was tested
+        run.num_tasks = max(cell.task for part in cells.values() for cell in part)
+        run.tasks_learned = max(cell.after_task for part in cells.values() for cell in part)
     for key, part in cells.items():
         run.matrices[key] = np.full((run.num_tasks + 1, run.num_tasks), math.nan)
-        for after, task, value in part:
-            run.matrices[key][after, task - 1] = value
+        for cell in part:
+            run.matrices[key][cell.after_task, cell.task - 1] = cell.value
 
 
 def _read_curves(run: RunFiles, path: Path) -> None:
     points: dict[tuple[str, str, int], dict[int, float]] = {}
     starts: dict[int, int] = {}
-    for row in _rows(path, ("task", "total_step", "tested", "mask", "metric", "value")):
-        key = (row["mask"], row["metric"], int(_number(path, row, "tested")))
-        step = int(_number(path, row, "total_step"))
-        starts.setdefault(int(_number(path, row, "task")), step)
+    for point in LEARNING_CURVES.read(path):
+        starts.setdefault(point.task, point.total_step)
         # a task's last point and the next one's step 0 are of one moment: the later line stays
-        points.setdefault(key, {})[step] = _number(path, row, "value")
+        points.setdefault((point.mask, point.metric, point.tested), {})[point.total_step] = point.value
     run.starts = tuple(starts[task] for task in sorted(starts))
     for key, curve in points.items():
         steps = sorted(curve)
@@ -326,13 +273,14 @@ def _read_curves(run: RunFiles, path: Path) -> None:
 
 
 def _read_resources(run: RunFiles, path: Path) -> None:
-    columns: dict[str, list[float]] = {}
-    for row in _rows(path, ("task",)):
-        for name, text in row.items():
-            if name != "task" and text != "":
-                columns.setdefault(name, []).append(_number(path, row, name))
-    for name, values in columns.items():
-        if name in ("seconds", "measuring_seconds", "steps", "rows", "flops", "pass_flops"):
+    tasks = list(RESOURCES.read(path))
+    for name in RESOURCES.columns[1:]:
+        values = [value for task in tasks if not math.isnan(value := getattr(task, name))]
+        if values and name in _SUMMED:
             run.resources[name] = math.fsum(values)
-        else:
+        elif values:
             run.resources[name] = max(values) if name.startswith("peak") else values[-1]
+
+
+def _read_manifest(run: RunFiles, path: Path) -> None:
+    run.versions = {key: str(value) for key, value in (read_json(path).get("versions") or {}).items()}

@@ -61,8 +61,8 @@ class Instrument(nn.Module):
         """Measure beside a row of R (0: the untrained learner)."""
 
     def add(self, record: Record) -> None:
-        """Keep one record."""
-        self._records.append(record)
+        """Keep one record, one value a column."""
+        self._records.append(tuple(record))  # plain, so that a checkpoint loads as data
 
     def __len__(self) -> int:
         return len(self._records)

@@ -13,6 +13,7 @@ from cl.errors import InputError
 from cl.instruments import Instrument, Record, subset, watching
 from cl.learner import Learner
 from cl.loader import EvalLoader, evaluation
+from cl.rundir import LEARNING_CURVES, CurvePoint
 from cl.score import start
 from cl.task import Stream, Task
 
@@ -39,8 +40,8 @@ class LearningCurves(Instrument):
         ('task', 'step', 'total_step', 'tested', 'mask', 'metric', 'value')
     """
 
-    file = "learning_curves"
-    columns = ("task", "step", "total_step", "tested", "mask", "metric", "value")
+    file = LEARNING_CURVES.stem
+    columns = LEARNING_CURVES.columns
 
     def __init__(self, stream: Stream, every: int | None = None, points: int | None = None, rows: int = 1000) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class LearningCurves(Instrument):
         for at, values in zip(self.at[start:], self._values[start:], strict=True):
             for (mask, metric), row in zip(self._names, values.cpu().numpy(), strict=True):
                 for tested, value in enumerate(row[: at[0]], start=1):
-                    yield (*at, tested, mask, metric, value)
+                    yield CurvePoint(*at, tested, mask, metric, value)
 
     def get_extra_state(self) -> Any:
         """Return the evaluations so far."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from cl.errors import InputError, unknown
 from cl.instruments import Instrument, features, own_examples, subset, watching
 from cl.learner import Learner
+from cl.rundir import ESTIMATES, Estimate
 from cl.task import Stream, Task
 from cl.transferability import ESTIMATORS, covariance_similarity
 
@@ -37,8 +38,8 @@ class Estimates(Instrument):
         ('task', 'estimator', 'value')
     """
 
-    file = "estimates"
-    columns = ("task", "estimator", "value")
+    file = ESTIMATES.stem
+    columns = ESTIMATES.columns
 
     def __init__(self, stream: Stream, kinds: Sequence[str], rows: int = 1000) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Estimates(Instrument):
                 value = sum(similar) / len(similar) if similar else float("nan")
             else:
                 value = float(ESTIMATORS[kind].function(Z, y))
-            self.add((task.index + 1, kind, value))
+            self.add(Estimate(task.index + 1, kind, value))
 
     def _features(self, learner: Learner, task: Task) -> tuple[Tensor, Tensor]:
         data = subset(own_examples(task), self._rows)

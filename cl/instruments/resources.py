@@ -15,6 +15,7 @@ from cl.distributed import total
 from cl.instruments import Instrument, Instruments
 from cl.learner import Learner
 from cl.memory import Memory
+from cl.rundir import RESOURCES, TaskCosts
 from cl.task import Task
 
 
@@ -37,11 +38,8 @@ class Resources(Instrument):
         ('task', 'seconds', 'steps')
     """
 
-    file = "resources"
-    columns = (
-        *("task", "seconds", "steps", "flops", "parameters", "state_bytes", "memory_bytes"),
-        *("stored_examples", "peak_memory_bytes", "measuring_seconds", "rows", "pass_flops"),
-    )
+    file = RESOURCES.stem
+    columns = RESOURCES.columns
 
     def __init__(self, flops: bool = False) -> None:
         super().__init__()
@@ -98,19 +96,19 @@ class Resources(Instrument):
         held, counted = sum(map(_bytes, memories)), self._counted * learner.step
         summed = total(torch.tensor([held, sum(map(len, memories)), counted], dtype=torch.float64)).tolist()
         self.add(
-            (
-                task.index + 1,
-                time.perf_counter() - self._began - aside,
-                learner.step,
-                summed[2],
-                sum(p.numel() for p in learner.trunk().parameters()),
-                _bytes(learner.strategies) - held + int(summed[0]),
-                int(summed[0]),
-                int(summed[1]),
-                _peak(learner.device),
-                aside,
-                len(task.train),
-                self._a_row * len(task.train),
+            TaskCosts(
+                task=task.index + 1,
+                seconds=time.perf_counter() - self._began - aside,
+                steps=learner.step,
+                flops=summed[2],
+                parameters=sum(p.numel() for p in learner.trunk().parameters()),
+                state_bytes=_bytes(learner.strategies) - held + int(summed[0]),
+                memory_bytes=int(summed[0]),
+                stored_examples=int(summed[1]),
+                peak_memory_bytes=_peak(learner.device),
+                measuring_seconds=aside,
+                rows=len(task.train),
+                pass_flops=self._a_row * len(task.train),
             )
         )
 

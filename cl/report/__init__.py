@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl import rundir
 from cl.files import digest_of, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from cl.transfer import TransferMatrix
 
-_TABLES = ("*.csv", "transfer.json", "references.json", "manifest.json")
+_TABLES = ("*.csv", rundir.SUMMARY, rundir.REFERENCES, rundir.MANIFEST)
 
 # The scalars of one line, in the words of a reader; all others are in transfer.json.
 HEADLINE = {
@@ -217,7 +218,7 @@ def write_result(run: Run) -> None:
     measured = {mask: value for mask, value in averages.items() if not math.isnan(value)}
     files = {path.name: digest_of(path) for pattern in _TABLES for path in sorted(run.directory.glob(pattern))}
     content = {"mask": run.primary.mask, "average_accuracy": measured, "sha256": files}
-    write_sealed(run.directory / "result.json", content)
+    write_sealed(run.directory / rundir.RESULT, content)
 
 
 def changed_since(directory: Path) -> list[str]:
@@ -227,7 +228,7 @@ def changed_since(directory: Path) -> list[str]:
         >>> changed_since(Path("no such place"))
         []
     """
-    files = (read_sealed(directory / "result.json") or {}).get("sha256", {})
+    files = (read_sealed(directory / rundir.RESULT) or {}).get("sha256", {})
     return sorted(name for name, known in files.items() if digest_of(directory / name) != known)
 
 
@@ -238,5 +239,5 @@ def read_result(directory: Path) -> float | None:
         >>> read_result(Path("no such place")) is None
         True
     """
-    found = read_sealed(directory / "result.json")
+    found = read_sealed(directory / rundir.RESULT)
     return None if found is None else float(found["average_accuracy"].get(found["mask"], math.nan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cl import rundir
 from cl.files import replace_file
 from cl.report import Report, Run, percent
 
@@ -99,5 +100,5 @@ class CurvesPicture(Report):
         """Draw the picture."""
         if run.instruments.get("curves"):
             figure = draw(run)
-            path = run.directory / "learning_curves.png"
+            path = run.directory / rundir.CURVES_PICTURE
             replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from cl import rundir
 from cl.files import append_text, write_text
 from cl.report import Pace, Report, Run
-from cl.report.manifest import manifest
+from cl.rundir import csv_text
 
 
 def strict_json(value: Any) -> str:
@@ -38,17 +36,15 @@ def _finite(value: Any) -> Any:
 def transfer_csv(run: Run, rows: Iterable[int]) -> str:
     """Return the measured cells of some rows of every R as a long table, exact to the last bit of float32.
 
-    Columns: after_task (0: untrained .. T), task (1 .. T), mask, metric, value. What was not measured is not there.
+    What was not measured is not there.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    for after_task in rows:
-        for matrix in (*run.matrices.values(), *run.calibration.values()):
-            # numpy prints the shortest decimal that reads back as the same float32
-            for task, value in enumerate(matrix.R[after_task].cpu().numpy(), start=1):
-                if not math.isnan(value):
-                    table.writerow([after_task, task, matrix.mask, matrix.metric, str(value)])
-    return text.getvalue()
+    return csv_text(
+        rundir.Cell(after_task, task, matrix.mask, matrix.metric, value)
+        for after_task in rows
+        for matrix in (*run.matrices.values(), *run.calibration.values())
+        for task, value in enumerate(matrix.R[after_task].cpu().numpy(), start=1)
+        if not math.isnan(value)
+    )
 
 
 def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
@@ -58,13 +54,8 @@ def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
         >>> table_csv(("task", "value"), [(1, 0.5), (2, math.nan)])
         '1,0.5\n'
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     long = columns[-1] == "value"
-    for record in records:
-        if not (long and math.isnan(record[-1])):
-            table.writerow(["" if value != value else str(value) for value in record])
-    return text.getvalue()
+    return csv_text(record for record in records if not (long and math.isnan(record[-1])))
 
 
 def transfer_json(run: Run) -> str:
@@ -114,7 +105,7 @@ def transfer_json(run: Run) -> str:
 
 
 class FileReport(Report):
-    """Keeps `transfer.csv`, `transfer.json` and `manifest.json` of a run directory up to date after every row.
+    """Keeps `transfer.csv`, `transfer.json` and the instruments' tables up to date after every row.
 
     Example:
         >>> import tempfile
@@ -135,20 +126,18 @@ class FileReport(Report):
         self._written: dict[str, int] = {}  # how much of each table
 
     def start(self, run: Run, after_task: int) -> None:
-        """Write `manifest.json`, and the rows of `transfer.csv` that are known."""
-        path = run.directory / "manifest.json"
-        write_text(path, strict_json(manifest(run, after_task, _sittings(path) if after_task >= 0 else [])))
-        header = "after_task,task,mask,metric,value\n"
-        write_text(run.directory / "transfer.csv", header + transfer_csv(run, range(after_task + 1)))
+        """Write the rows that are known."""
+        known = transfer_csv(run, range(after_task + 1))
+        write_text(run.directory / rundir.TRANSFER.name, rundir.TRANSFER.header + known)
         self._written = {}
         for instrument in run.instruments.values():
             if instrument.file:
-                write_text(run.directory / f"{instrument.file}.csv", ",".join(instrument.columns) + "\n")
+                write_text(run.directory / f"{instrument.file}.csv", csv_text([instrument.columns]))
                 self._append(run, instrument)
 
     def row(self, run: Run, after_task: int) -> None:
         """Append to `transfer.csv`; write `transfer.json`, unless its scalars would take more than a twentieth."""
-        append_text(run.directory / "transfer.csv", transfer_csv(run, [after_task]))
+        append_text(run.directory / rundir.TRANSFER.name, transfer_csv(run, [after_task]))
         for instrument in run.instruments.values():
             self._append(run, instrument)
         if self._pace.ready():
@@ -164,14 +153,6 @@ class FileReport(Report):
     def finish(self, run: Run) -> None:
         """Write `transfer.json`, and the references where there are any."""
         if run.references:
-            write_text(run.directory / "references.json", strict_json(run.references))
+            write_text(run.directory / rundir.REFERENCES, strict_json(run.references))
         with self._pace:
-            write_text(run.directory / "transfer.json", transfer_json(run))
-
-
-def _sittings(path: Path) -> list[dict[str, Any]]:
-    """Return the sittings that a manifest tells of, none where it cannot be read."""
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["sittings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+            write_text(run.directory / rundir.SUMMARY, transfer_json(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl import rundir
 from cl.errors import InputError
 from cl.instruments.curves import LearningCurves
 from cl.report import Report, Run
@@ -33,7 +34,7 @@ class L2Log(Report):
         from cl.metrics.lifelong import write_l2_expert_log, write_l2_log
 
         curves: LearningCurves = run.instruments["curves"]
-        folder = run.directory / "l2log"
+        folder = run.directory / rundir.L2_LOG
         write_l2_log(folder / "lifelong", run.primary.R.cpu(), curves.own(), run.task_names)
         for t, expert in enumerate(run.references.get("experts", ())):
             points = [value for _, value in expert["curve"]]

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a run needs to be made again, and what it was made on, sitting by sitting."""
+"""The manifest: the format of the run's files, what it needs to be made again, and what it was made on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from cl.files import relative
+from cl import rundir
+from cl.errors import InputError
+from cl.files import relative, write_text
 from cl.report import Run
 
 _PACKAGES = {
@@ -29,8 +32,28 @@ _PACKAGES = {
 }
 
 
+def write_manifest(run: Run, after_task: int) -> None:
+    """Write the manifest of a sitting that begins, with the sittings before it.
+
+    Args:
+        run: Its directory is written to.
+        after_task: From where this sitting goes on; -1 for a fresh run.
+    """
+    path = run.directory / rundir.MANIFEST
+    content = manifest(run, after_task, _sittings(path) if after_task >= 0 else [])
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _sittings(path: Path) -> list[dict[str, Any]]:
+    """Return the sittings that a manifest tells of, none where it cannot be read."""
+    try:
+        return list(rundir.read_json(path)["sittings"])
+    except (InputError, KeyError, TypeError):
+        return []
+
+
 def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the manifest of a run: versions, hardware, seed, digest of the configuration, and its sittings.
+    """Return the manifest of a run: format, versions, hardware, seed, digest of the configuration, and its sittings.
 
     Args:
         run: Its configuration and steps are looked at.
@@ -53,6 +76,7 @@ def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[s
         "hardware": hardware(),
     }
     return {
+        "format": rundir.FORMAT,
         "versions": sitting["versions"],
         "seed": run.config.get("seed"),
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),

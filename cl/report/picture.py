@@ -7,6 +7,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cl import rundir
 from cl.files import replace_file
 from cl.report import Pace, Report, Run, headline, percent, remarks
 
@@ -255,4 +256,4 @@ class PictureReport(Report):
         """Draw the picture."""
         with self._pace:
             figure = draw(run)
-            replace_file(run.directory / "transfer.png", lambda temporary: figure.savefig(temporary, format="png"))
+            replace_file(run.directory / rundir.PICTURE, lambda temporary: figure.savefig(temporary, format="png"))

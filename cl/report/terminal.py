@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cl import rundir
 from cl.report import Report, Run, headline, named, percent, remarks
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ class TerminalReport(Report):
         self._print("")
         for line in [*(headline(run, mask) for mask in run.matrices), *filter(None, [beside(run)]), *remarks(run)]:
             self._print(line)
-        picture = run.directory / "transfer.png"
+        picture = run.directory / rundir.PICTURE
         self._print(f"picture: {picture}" if picture.exists() else f"files: {run.directory}")
 
     def _block(self, title: str, text: Text | None) -> None:

@@ -12,8 +12,7 @@ from pytorch_lightning.loggers import Logger
 
 from cl.files import append_text, sync, write_text
 from cl.report import Report, Run
-
-_FILE, _HEADER = "training.csv", "step,task,name,value"
+from cl.rundir import TRAINING, TrainingPoint, csv_text
 
 
 class TrainingReport(Report):
@@ -37,15 +36,15 @@ class TrainingReport(Report):
 
     def start(self, run: Run, after_task: int) -> None:
         """Begin the file, or cut it."""
-        path = run.directory / _FILE
+        path = run.directory / TRAINING.name
         raw = path.read_bytes() if after_task >= 0 and path.exists() else b""
-        known = run.settled.get(_FILE)
+        known = run.settled.get(TRAINING.name)
         if known is not None and _mark(raw[: known["bytes"]]) == known:
             text = raw[: known["bytes"]].decode()
         else:
             if known is not None:
                 warnings.warn(f"{path} is torn or changed: what can be read of it is kept.", stacklevel=2)
-            text = "\n".join([_HEADER, *_until(raw, run.total_steps)]) + "\n"
+            text = TRAINING.header + csv_text(_until(raw, run.total_steps))
         write_text(path, text)
         self.logger.begin(path, text)
         self.logger.step, self.logger.task = run.total_steps, after_task + 1
@@ -55,25 +54,24 @@ class TrainingReport(Report):
         if self.logger.path is None:
             return None
         sync(self.logger.path)
-        return {_FILE: self.logger.mark()}
+        return {TRAINING.name: self.logger.mark()}
 
 
 def _mark(raw: bytes) -> dict[str, Any]:
     return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
-def _until(raw: bytes, last: int) -> list[str]:
-    """Return the rows up to a step and to the first that cannot be read."""
-    kept: list[str] = []
-    for row in raw.decode("utf-8", "replace").splitlines()[1:]:
+def _until(raw: bytes, last: int) -> list[TrainingPoint]:
+    """Return the points up to a step and to the first that cannot be read."""
+    kept: list[TrainingPoint] = []
+    for line in raw.decode("utf-8", "replace").splitlines()[1:]:
         try:
-            step, task, _, value = row.split(",")
-            point = int(step), int(task), float(value)
+            point = TRAINING.parse(line)
         except ValueError:
             break
-        if point[0] > last:
+        if point.step > last:
             break
-        kept.append(row)
+        kept.append(point)
     return kept
 
 
@@ -120,8 +118,7 @@ class TrainingLogger(Logger):
         if step is not None and "train/task" in metrics:
             self.step, self.task = step, int(metrics["train/task"])
         own = {name: value for name, value in metrics.items() if name not in ("epoch", "train/task")}
-        rows = [f"{self.step},{self.task},{name},{float(value)!r}\n" for name, value in own.items()]
-        text = "".join(rows)
+        text = csv_text(TrainingPoint(self.step, self.task, name, float(value)) for name, value in own.items())
         append_text(self.path, text)
         self._bytes += len(text.encode())
         self._digest.update(text.encode())

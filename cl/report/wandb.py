@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers import Logger
 
+from cl import rundir
 from cl.files import write_text
 from cl.report import Report, Run
 from cl.report.points import Journal, Point, steps_on_disk, steps_so_far
@@ -84,16 +85,16 @@ class WandbReport(Report):
     def start(self, run: Run, after_task: int) -> None:
         """Begin a W&B run, or go on with the one of this directory."""
         self.directory, self._view = self.directory or run.directory, run
-        own = run.directory / "wandb"
-        self._journal = Journal(own / "points.jsonl", run.config)
+        own = run.directory / rundir.WANDB
+        self._journal = Journal(own / rundir.WANDB_POINTS, run.config)
         goes_on = after_task >= 0 or self._journal.holds_only_the_start()
-        known = _known(own / "run_id.txt") if goes_on else None
+        known = _known(own / rundir.WANDB_ID) if goes_on else None
         count = run.settled.get("wandb", {}).get("points") if after_task >= 0 else 0
         earlier = self._journal.begin(count)
         self.run = self._begin(run, known)
         self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
         if self.run is not None:
-            self.attempt(self._sign, own / "run_id.txt")
+            self.attempt(self._sign, own / rundir.WANDB_ID)
             self.attempt(self._find_held)
             self.attempt(self._define_axes, run)
             self.attempt(self._give_again, earlier)
@@ -177,10 +178,10 @@ class WandbReport(Report):
 
     def _say(self, what: str) -> None:
         """Warn of what W&B lacks, and of how it comes to it."""
-        kept = self._journal.path if self._journal is not None else "points.jsonl"
+        kept = self._journal.path if self._journal is not None else rundir.WANDB_POINTS
         warnings.warn(
             f"Weights & Biases {what} {kept} keeps every point: once that is mended, repeat the command, without "
-            "result.json where the run has finished, and those that are lacking are given.",
+            f"{rundir.RESULT} where the run has finished, and those that are lacking are given.",
             stacklevel=4,
         )
 
@@ -217,7 +218,7 @@ class WandbReport(Report):
         import wandb
 
         assert self.directory is not None
-        (self.directory / "wandb").mkdir(parents=True, exist_ok=True)
+        (self.directory / rundir.WANDB).mkdir(parents=True, exist_ok=True)
         return {
             **self._labels(run),
             "project": self.project,
@@ -427,7 +428,7 @@ def _staging_in(directory: Path | None) -> Iterator[None]:
     if directory is None or "WANDB_DATA_DIR" in os.environ:
         yield
         return
-    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")
+    os.environ["WANDB_DATA_DIR"] = str(directory / rundir.WANDB)
     try:
         yield
     finally:

@@ -46,6 +46,7 @@ def _check_counts(columns: str | int, keep: int | str | None) -> None:
 def _what_is_learned(stream: Stream) -> dict[str, Any]:
     """Return what reports are told of a stream."""
     return {
+        "stream": stream.name,
         "task_names": stream.task_names,
         "scenario": stream.scenario,
         "order": stream.order,
@@ -193,6 +194,7 @@ class Experiment:
                 self.branch.load(self.learner, self.instruments)
         begun = found is not None or self.branch is not None
         after_task = self.learner.tasks_learned if begun else -1
+        self.run_view.device = self._device()
         self.run_view.total_steps = self.learner.total_steps + checkpoint.steps(self._inside)
         if self.checkpoints is not None and distributed.rank() == 0:
             write_manifest(self.run_view, after_task)
@@ -258,6 +260,11 @@ class Experiment:
                 "device each; start it by cl-run or cl.processes.run, or set it to 1."
             )
         return trainer
+
+    def _device(self) -> str:
+        """Return what is trained on, with the number of processes where they are several."""
+        processes = distributed.world_size()
+        return self._make_trainer().strategy.root_device.type + (f" × {processes}" if processes > 1 else "")
 
     def _fit(self, task: Task) -> None:
         without = {} if task.val else {"limit_val_batches": 0}

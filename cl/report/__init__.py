@@ -35,6 +35,8 @@ class Run:
         config: The resolved configuration.
         task_names: One name a task, in the order of the stream.
         scenario: "class", "task" or "domain".
+        stream: What the stream is called.
+        device: What is trained on, such as "cuda"; "" before the run has started.
         matrices: Transfer matrices by mask; the first key is the mask of the scenario.
         notes: Sentences that belong beside the numbers.
         order: The positions of the tasks in the order in which they are learned.
@@ -69,10 +71,17 @@ class Run:
     total_steps: int = 0
     settled: dict[str, Any] = field(default_factory=dict)
     test_rows: tuple[int, ...] = ()
+    stream: str = ""
+    device: str = ""
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
         self.measures: dict[tuple[int, int], tuple[dict[str, float], dict[str, str]]] = {}  # kept by `cl.measures`
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks the stream has."""
+        return len(self.task_names)
 
     @property
     def rows(self) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from cl import rundir
 from cl.files import replace_file
 from cl.report import Report, Run, percent
+from cl.report.caption import shorten
+from cl.report.picture import Head
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +36,11 @@ def draw(run: Run) -> Figure:
     stability gap, and, at the right edge, forgetting. An expert's curve, where there is one, is grey.
 
     Example:
+        >>> from pathlib import Path
         >>> from cl.instruments.curves import LearningCurves
         >>> from cl.testing import toy_learner, toy_stream
         >>> from cl.transfer import TransferMatrix
-        >>> run = Run(None, {}, ["a", "b"], "task", {"task": TransferMatrix(2, "task")})
+        >>> run = Run(Path("."), {}, ["a", "b"], "task", {"task": TransferMatrix(2, "task")})
         >>> run.instruments = {"curves": LearningCurves(toy_stream(2), points=2)}
         >>> len(draw(run).axes)
         2
@@ -46,7 +49,9 @@ def draw(run: Run) -> Figure:
 
     curves: LearningCurves = run.instruments["curves"]
     tasks = shown(len(run.task_names))
-    figure = Figure(figsize=(9.5, 1.0 * len(tasks) + 1.3), dpi=110)
+    head = Head(run, 9.5)
+    figure = Figure(figsize=(9.5, head.height + 1.0 * len(tasks) + 1.1), dpi=110)
+    head.write(figure)
     strips = figure.subplots(len(tasks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     starts = [total for task, step, total in curves.at if step == 0]
     for axes, task in zip(strips, tasks, strict=True):
@@ -55,11 +60,11 @@ def draw(run: Run) -> Figure:
     metric = run.primary.metric
     title = f"{metric[0].upper()}{metric[1:]} inside tasks, in %  [{run.primary.mask} mask]"
     inch = 1 / figure.get_figheight()
-    figure.text(0.01, 1 - 0.3 * inch, title, fontsize=12, fontweight="bold")
+    figure.text(0.016, 1 - (head.height + 0.1) * inch, title, va="top", fontsize=12, fontweight="bold")
     about = "One strip a task; dot and dashed line: where it was learned, and how well; right: at the end"
     about += "; grey: an expert on it alone" * bool(run.references.get("experts"))
-    figure.text(0.01, 1 - 0.55 * inch, about, fontsize=9.5, color="#404040")
-    figure.subplots_adjust(left=0.17, right=0.93, top=1 - 0.75 * inch, bottom=0.5 * inch, hspace=0.25)
+    figure.text(0.016, 1 - (head.height + 0.34) * inch, about, va="top", fontsize=9.5, color="#404040")
+    figure.subplots_adjust(left=0.17, right=0.93, top=1 - (head.height + 0.65) * inch, bottom=0.5 * inch, hspace=0.25)
     return figure
 
 
@@ -81,7 +86,7 @@ def _strip(axes: Axes, run: Run, curves: LearningCurves, task: int, starts: list
             axes.plot([at, steps[-1]], [level, level], color="#b35806", linewidth=0.8, linestyle="--")
         axes.text(1.01, 0.5, percent(heights[-1]), transform=axes.transAxes, fontsize=9, va="center")
     name = f"{task + 1}: {run.task_names[task]}"
-    axes.set_ylabel(name[:24], fontsize=9, rotation=0, ha="right", va="center")
+    axes.set_ylabel(shorten(name, 24), fontsize=9, rotation=0, ha="right", va="center")
     axes.set_yticks([0, 0.5, 1], ["0", "50", "100"])
     axes.set_ylim(-0.04, 1.04)
     axes.tick_params(length=2, labelsize=8)
@@ -93,7 +98,8 @@ class CurvesPicture(Report):
     """Draws `learning_curves.png` at the end of a run that evaluates inside tasks.
 
     Example:
-        >>> CurvesPicture().finish(Run(None, {}, ["a"], "domain", {}))  # nothing to draw
+        >>> from pathlib import Path
+        >>> CurvesPicture().finish(Run(Path("."), {}, ["a"], "domain", {}))  # nothing to draw
     """
 
     def finish(self, run: Run) -> None:

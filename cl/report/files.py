@@ -87,7 +87,9 @@ def transfer_json(run: Run) -> str:
     values, absent = measure(run)
     return strict_json(
         {
+            "stream": run.stream,
             "scenario": run.scenario,
+            "device": run.device,
             "num_tasks": len(run.task_names),
             "tasks_learned": run.tasks_learned,
             "task_names": run.task_names,

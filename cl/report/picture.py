@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cl import rundir
 from cl.files import replace_file
 from cl.report import Pace, Report, Run, headline, percent, remarks
+from cl.report.caption import caption_parts, fitted, place, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 MAX_NUMBERS = 20  # tasks up to which every cell carries its number
 _UNMEASURED = "#cfcfcf"
 
-# inches: around a heat map, between pictures' edges and text, and of a line of the foot
+# inches: around a heat map, of a line of text, and from the edges of a picture to what stands above its heat maps
 _LEFT, _RIGHT, _ABOVE, _BELOW = 0.95, 0.85, 0.85, 0.65
 _LINE = 0.22
+_EDGE = 0.15
 
 
 @dataclass
@@ -113,8 +115,38 @@ def panels(run: Run) -> list[Panel]:
     ]
 
 
+class Head:
+    """What ran and where its files are, on top of a picture.
+
+    Args:
+        run: What is drawn.
+        width: Of the picture, in inches.
+
+    Attributes:
+        height: That it takes, in inches.
+
+    Example:
+        >>> from pathlib import Path
+        >>> Head(Run(Path("."), {"seed": 1}, ["a"], "task", {}, stream="mine"), width=9).lines
+        ['mine, task-incremental, 1 task · seed 1']
+    """
+
+    def __init__(self, run: Run, width: float) -> None:
+        self.lines = fitted(caption_parts(run), width - 2 * _EDGE, 11)
+        self.place = place(run.directory)
+        self.height = _EDGE + _LINE * (len(self.lines) + bool(self.place))
+
+    def write(self, figure: Figure) -> None:
+        """Write it to the upper left corner."""
+        width, height = figure.get_size_inches()
+        x, y = _EDGE / width, 1 - _EDGE / height
+        figure.text(x, y, "\n".join(self.lines), fontsize=11, va="top", linespacing=1.3, parse_math=False)
+        y -= _LINE * len(self.lines) / height
+        figure.text(x, y, self.place, fontsize=9.5, va="top", color="#404040", parse_math=False)
+
+
 def draw(run: Run) -> Figure:
-    """Return the four panels, with the scalars and remarks beneath.
+    """Return the four panels, with what ran above, and the scalars and remarks beneath.
 
     Blue is a gain and red a loss (ColorBrewer's RdBu, safe for the colour-blind), white is no change; grey cells are
     not measured, cells that mean nothing are blank. Up to 20 tasks each cell carries its number.
@@ -134,21 +166,26 @@ def draw(run: Run) -> Figure:
     column, row = _LEFT + side + _RIGHT, _ABOVE + side + _BELOW
     lines = _foot(run, characters=int(2 * column * 12))
     foot = _LINE * (len(lines) + 1.5)
-    figure = Figure(figsize=(2 * column, 2 * row + foot), dpi=110)
+    head = Head(run, 2 * column)
+    figure = Figure(figsize=(2 * column, head.height + 2 * row + foot), dpi=110)
+    head.write(figure)
     for k, panel in enumerate(panels(run)):
         corner = (k % 2 * column + _LEFT, foot + (1 - k // 2) * row + _BELOW)
         _draw_panel(figure, corner, side, panel)
     bottom = (foot - _LINE / 2) / figure.get_figheight()
-    figure.text(0.5, bottom, "\n".join(lines), ha="center", va="top", fontsize=10, linespacing=1.45)
+    text = figure.text(0.5, bottom, "\n".join(lines), ha="center", va="top", fontsize=10, linespacing=1.45)
+    text.set_parse_math(False)
     return figure
 
 
 def draw_accuracy(run: Run, mask: str) -> Figure:
-    """Return R under one mask alone."""
+    """Return R under one mask alone, with what ran above."""
     from matplotlib.figure import Figure
 
     side = _side(run)
-    figure = Figure(figsize=(_LEFT + side + _RIGHT, _ABOVE + side + _BELOW), dpi=110)
+    head = Head(run, _LEFT + side + _RIGHT)
+    figure = Figure(figsize=(_LEFT + side + _RIGHT, head.height + _ABOVE + side + _BELOW), dpi=110)
+    head.write(figure)
     _draw_panel(figure, (_LEFT, _BELOW), side, _accuracy_panel(run.matrices[mask], run))
     return figure
 
@@ -163,7 +200,10 @@ def _foot(run: Run, characters: int) -> list[str]:
     lines = [f"{headline(run, mask)}   ({learned})" for mask in run.matrices]
     paragraphs = remarks(run)
     if len(run.task_names) <= MAX_NUMBERS:
-        paragraphs = ["Tasks: " + ", ".join(f"{j}: {name}" for j, name in enumerate(run.task_names, 1)), *paragraphs]
+        paragraphs = [
+            "Tasks: " + ", ".join(f"{j}: {shorten(name)}" for j, name in enumerate(run.task_names, 1)),
+            *paragraphs,
+        ]
     return lines + [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, characters)]
 
 

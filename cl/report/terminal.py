@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cl import rundir
 from cl.report import Report, Run, headline, named, percent, remarks
+from cl.report.caption import caption, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -167,12 +168,10 @@ class TerminalReport(Report):
         """Print what is about to be learned, or from where it goes on."""
         if self.brief:
             return
-        names = [f"{i}: {name}" for i, name in enumerate(run.task_names[:MAX_TASKS], start=1)]
+        self._print(caption(run))
+        names = [f"{i}: {shorten(name)}" for i, name in enumerate(run.task_names[:MAX_TASKS], start=1)]
         more = len(run.task_names) - len(names)
-        self._print(
-            f"{len(run.task_names)} tasks, {run.scenario}-incremental: {', '.join(names)}"
-            + (f" and {more} more" if more else "")
-        )
+        self._print(f"tasks: {', '.join(names)}{f' and {more} more' if more else ''}")
         if after_task >= 0:
             self._print(f"continued after {after_task} of {len(run.task_names)} tasks")
 
@@ -223,7 +222,12 @@ class TerminalReport(Report):
         ):
             self._block(f"{title}, in points, {matrix.mask} mask", difference_grid(values, self._console))
         self._print("")
-        for line in [*(headline(run, mask) for mask in run.matrices), *filter(None, [beside(run)]), *remarks(run)]:
+        for line in [
+            caption(run),
+            *(headline(run, mask) for mask in run.matrices),
+            *filter(None, [beside(run)]),
+            *remarks(run),
+        ]:
             self._print(line)
         picture = run.directory / rundir.PICTURE
         self._print(f"picture: {picture}" if picture.exists() else f"files: {run.directory}")

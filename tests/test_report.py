@@ -262,7 +262,8 @@ def test_plain_output_has_every_number_and_no_decoration(rows: int) -> None:
     report.finish(run)
     lines = text.getvalue().splitlines()
     assert text.getvalue().isascii() and "\x1b" not in text.getvalue()
-    assert "1: part-0" in lines[0] and "5: part-4" in lines[0]
+    assert lines[0] == "class-incremental, 5 tasks"
+    assert "1: part-0" in lines[1] and "5: part-4" in lines[1]
     for mask, matrix in run.matrices.items():
         for i in range(rows):
             label = f"after {i} ({mask}):" if i else f"untrained ({mask}):"

@@ -46,7 +46,7 @@ def caption(*runs: Ran) -> str:
 
     Example:
         >>> from types import SimpleNamespace as Some
-        >>> config = {"strategy": {"er": {}, "gpm": {}}, "backbone": {"_target_": "cl.backbones.MLP"}, "epochs": 5}
+        >>> config = {"strategy": {"er": {"x": 1}, "gpm": {"y": 2}}, "backbone": {"_target_": "nets.MLP"}, "epochs": 5}
         >>> run = Some(config=config, stream="split digits", scenario="class", num_tasks=5, device="cpu")
         >>> caption(run)
         'er+gpm · split digits, class-incremental, 5 tasks · MLP · 5 epochs · cpu'

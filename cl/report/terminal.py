@@ -161,6 +161,8 @@ class TerminalReport(Report):
         self._began = time.monotonic()
 
     def _print(self, text: Text | str) -> None:
+        if isinstance(text, str):  # of a log in another encoding, what it cannot hold is no reason to stop
+            text = text.encode(self._console.encoding, "replace").decode(self._console.encoding)
         # soft_wrap: neither wrapped nor cropped, so that a log file holds whole rows
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cl.compare.read import RunFiles
 from cl.errors import InputError
+from cl.report.caption import strategies, stream_kind
 from cl.settings import setting
 
 BOUNDS = {"joint": "upper bound", "cumulative": "upper bound", "finetune": "lower bound"}
@@ -186,23 +187,6 @@ def _groups(runs: Sequence[RunFiles], by: Sequence[str]) -> tuple[dict[str, Grou
         groups[name] = Group(name, configs[key], part, BOUNDS.get(strategies(configs[key]), ""), key[1])
     outside = {str(i): {k: v for k, v in method_config(run).items() if not under(k, by)} for i, run in enumerate(runs)}
     return groups, [key for key in differing(outside) if by and not under(key, ["strategy"])]
-
-
-def strategies(config: Mapping[str, Any]) -> str:
-    """Return the strategies of a configuration, as in "er+gpm".
-
-    Example:
-        >>> strategies({"strategy.er._target_": "cl.strategies.er.ER", "epochs": 5})
-        'er'
-    """
-    return "+".join(dict.fromkeys(key.split(".")[1] for key in config if key.startswith("strategy.")))
-
-
-def stream_kind(config: Mapping[str, Any]) -> str:
-    """Return what a stream is called before what it differs in, as in "split digits"."""
-    kind = str(config.get("_target_", "stream")).rpartition(".")[2]
-    dataset = config.get("dataset.name") or str(config.get("dataset._target_", "")).rpartition(".")[2]
-    return f"{kind} {dataset}".strip()
 
 
 def shortest_names(configs: Sequence[Mapping[str, Any]], base: Any) -> list[str]:

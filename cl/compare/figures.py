@@ -45,12 +45,13 @@ class View:
 
 @dataclass
 class Block:
-    """A titled part of the page with its figures."""
+    """A titled part of the page with its figures; `caption` says what ran, and stands on a figure that is saved."""
 
     id: str
     title: str
     about: str
     views: list[View] = field(default_factory=list)
+    caption: str = ""
 
     def json(self) -> dict[str, Any]:
         """Return what the page's script reads."""

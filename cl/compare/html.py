@@ -138,10 +138,19 @@ def _stream(
     board: Board, stage: Stage, made: Sequence[Block], found: Sequence[Forecast], numbers: Numbers, place: int
 ) -> str:
     first = ' id="main" tabindex="-1"' if place == 1 else ""
-    parts = [f'<section id="stream{place}"><div{first}><h2>{text(board.stream)}</h2>', _board(board, numbers), "</div>"]
+    parts = [
+        f'<section id="stream{place}"><div{first}><h2>{text(board.stream)}</h2>',
+        _caption(board),
+        _board(board, numbers),
+        "</div>",
+    ]
     beside = {f"stream{place}-forecasts": taus(found, board.stream, numbers.level)}
     parts += [_block(block, beside.get(block.id, "")) for block in made]
     return "\n".join([*parts, _every_scalar(board, stage, numbers), "</section>"])
+
+
+def _caption(board: Board) -> str:
+    return f'<p class="caption">{text(board.caption)}</p>'
 
 
 def _board(board: Board, numbers: Numbers) -> str:

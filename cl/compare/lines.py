@@ -64,7 +64,7 @@ def blocks(
         forecasts(found, look),
     ]
     for block in made:
-        block.id = f"{place}-{block.id}"
+        block.id, block.caption = f"{place}-{block.id}", board.title
     return [block for block in made if block.views]
 
 

@@ -91,6 +91,8 @@ class RunFiles:
         notes: Sentences of the run.
         versions: What it ran on.
         format: The version of the format of its files.
+        stream: What the stream is called; "" where the run has not said it yet.
+        device: What it was trained on, such as "cuda"; "" where it has not said it.
     """
 
     directory: Path
@@ -111,6 +113,8 @@ class RunFiles:
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     format: int = rundir.FORMAT
+    stream: str = ""
+    device: str = ""
 
     @property
     def seed(self) -> str:
@@ -225,6 +229,7 @@ def _read_summary(run: RunFiles, path: Path) -> None:
     content = read_json(path)
     try:
         run.scenario = str(content["scenario"])
+        run.stream, run.device = (str(content.get(key) or "") for key in ("stream", "device"))
         run.num_tasks, run.tasks_learned = int(content["num_tasks"]), int(content["tasks_learned"])
         run.task_names = tuple(map(str, content["task_names"]))
         run.order = tuple(map(int, content.get("order") or ()))

@@ -44,9 +44,8 @@ const config = {
   responsive: true,
   displaylogo: false,
   displayModeBar: matchMedia("(hover: none)").matches ? false : "hover", // else it would stand over the figure
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", ...UPLOADS],
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "toImage", ...UPLOADS],
   plotlyServerURL: "",
-  toImageButtonOptions: { format: "svg" },
 };
 
 const drawn = new Map(); // element to panel
@@ -54,9 +53,8 @@ const drawn = new Map(); // element to panel
 function draw(element, panel) {
   let size = null;
   if (printing) size = { width: PRINTED[element.closest(".panels").classList.contains("single") ? "single" : "several"] };
-  const options = { ...config, toImageButtonOptions: { format: "svg", filename: panel.title } };
   drawn.set(element, panel);
-  return Plotly.react(element, structuredClone(panel.figure.data), layoutOf(panel, colours(), size), options);
+  return Plotly.react(element, structuredClone(panel.figure.data), layoutOf(panel, colours(), size), config);
 }
 
 function redraw() {
@@ -90,11 +88,21 @@ function make(tag, properties = {}, children = []) {
   return element;
 }
 
-async function save(panel) {
+const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+
+// A figure that leaves the page takes along what it shows and what ran.
+async function save(panel, caption) {
   const light = { ink: "#1b1f24", rule: "#d0d7de", page: "#ffffff" };
-  const size = { width: 720, height: panel.figure.layout.height };
+  const size = { width: 720, height: panel.figure.layout.height + 90 };
   const figure = { data: structuredClone(panel.figure.data), layout: layoutOf(panel, light, size) };
   figure.layout.showlegend = true;
+  const lines = caption.split(" · ").reduce((done, part) => {
+    const longer = done.length ? `${done.at(-1)} · ${part}` : part;
+    return done.length && longer.length > 100 ? [...done, part] : [...done.slice(0, -1), longer];
+  }, []);
+  const text = [`<b>${escaped(panel.title)}</b>`, ...lines.map(escaped)].join("<br>");
+  figure.layout.title = { text, font: { size: 12 }, x: 0.01, xanchor: "left", y: 1, yanchor: "top", pad: { t: 8 } };
+  figure.layout.margin = { ...figure.layout.margin, t: 90 };
   const url = await Plotly.toImage(figure, { format: "svg", ...size });
   make("a", { href: url, download: `${panel.title}.svg` }).click();
 }
@@ -119,11 +127,11 @@ function numbersOf(panel) {
   return make("table", {}, [make("thead", {}, [row(["group", ...axes], "th")]), make("tbody", {}, rows)]);
 }
 
-function panelElement(panel) {
+function panelElement(panel, caption) {
   const plot = make("div", { className: "plot", role: "img", ariaLabel: panel.words });
   plot.style.minHeight = `${panel.figure.layout.height}px`;
   const button = make("button", { type: "button", textContent: "SVG", ariaLabel: `Save ${panel.title} as SVG` });
-  button.addEventListener("click", () => save(panel));
+  button.addEventListener("click", () => save(panel, caption));
   const box = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: `Numbers of ${panel.title}` });
   const details = make("details", {}, [make("summary", { textContent: "Numbers" }), box]);
   details.addEventListener("toggle", () => box.firstChild || box.append(numbersOf(panel)), { once: true });
@@ -133,7 +141,7 @@ function panelElement(panel) {
   return make("article", { className: "panel" }, [header, plot, details]);
 }
 
-function show(container, view) {
+function show(container, view, caption) {
   for (const plot of container.querySelectorAll(".plot")) {
     watcher.unobserve(plot);
     pending.delete(plot);
@@ -143,15 +151,15 @@ function show(container, view) {
   container.classList.toggle("single", panels.length === 1 && panels[0].figure.data[0].type !== "heatmap");
   const narrow = panels.every((panel) => panel.figure.data[0].type === "heatmap" && panel.figure.data[0].x.length <= 5);
   container.style.setProperty("--least", narrow ? "270px" : "350px");
-  container.replaceChildren(...panels.map(panelElement));
+  container.replaceChildren(...panels.map((panel) => panelElement(panel, caption)));
   if (!view) container.append(make("p", { textContent: "No runs share this." }));
 }
 
 function choices(container, block) {
   const names = [...new Set(block.views.flatMap((view) => Object.keys(view.choice)))];
   const selects = new Map();
-  const update = () =>
-    show(container, block.views.find((view) => [...selects].every(([name, it]) => view.choice[name] === it.value)));
+  const chosen = (view) => [...selects].every(([name, it]) => view.choice[name] === it.value);
+  const update = () => show(container, block.views.find(chosen), block.caption);
   for (const name of names) {
     const values = [...new Set(block.views.map((view) => view.choice[name]))];
     if (values.length < 2) continue;

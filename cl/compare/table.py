@@ -13,6 +13,7 @@ from cl.compare.read import Entry
 from cl.compare.tuning import MARKS, mark
 from cl.errors import unknown
 from cl.report import percent
+from cl.report.caption import caption
 from cl.statistics import average_ranks, cliques, critical_difference, pairwise_tests
 
 if TYPE_CHECKING:
@@ -106,12 +107,26 @@ class Row:
 
 @dataclass
 class Board:
-    """The leaderboard of one stream, the best group first; `best` is "" where no group has a result."""
+    """The leaderboard of one stream, the best group first.
+
+    Attributes:
+        stream: The name of the stream.
+        caption: What ran, over all groups.
+        columns: From the leading one on.
+        rows: One a group.
+        best: The best group, "" where none has a result.
+    """
 
     stream: str
+    caption: str
     columns: list[Column]
     rows: list[Row]
     best: str
+
+    @property
+    def title(self) -> str:
+        """What ran, below the name of the stream where that says more."""
+        return self.caption if self.stream in self.caption else f"{self.stream}: {self.caption}"
 
 
 @dataclass
@@ -181,7 +196,8 @@ def leaderboard(comparison: Comparison, stage: Stage, numbers: Numbers, scalar: 
     tests = _against(stage, numbers, lead, best)
     for row in rows:
         row.test = tests.get(row.group)
-    return Board(stage.name, columns, rows, best)
+    runs = [run for row in rows for run in stage.runs[row.group].values()]
+    return Board(stage.name, caption(*runs), columns, rows, best)
 
 
 def _rivals(comparison: Comparison, rows: Sequence[Row]) -> list[Row]:
@@ -286,7 +302,7 @@ def terminal_tables(board: Board, width: int) -> list[Table]:
             room = width - first - 4
         parts[-1].append((title, cells))
         room -= needs
-    return [_table(board.stream if n == 0 else "", groups, first, part) for n, part in enumerate(parts)]
+    return [_table(board.title if n == 0 else "", groups, first, part) for n, part in enumerate(parts)]
 
 
 def _table(name: str, groups: Sequence[str], first: int, columns: Sequence[tuple[Any, Sequence[Any]]]) -> Table:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from cl.explain import flatten
+from cl.settings import flatten
 
 LONGEST = 40  # characters of a name
 

@@ -61,29 +61,16 @@ def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
 def transfer_json(run: Run) -> str:
     """Return every scalar over the tasks learned so far, by mask, each beside what it means and where it is from."""
     from cl.measures import MEASURES, forecasts, measure
-    from cl.transfer import READS_UNSEEN, SCALARS, caveat
-
-    def entry(scalar: Any, name: str, value: float, mask: str | None) -> dict[str, Any]:
-        where = mask or (run.zero_shot if scalar.fair else run.primary).mask
-        return {
-            "value": value,
-            "definition": scalar.formula,
-            "source": scalar.source,
-            "scale": scalar.scale,
-            "divisor": scalar.divisor,
-            "weighting": scalar.weighting,
-            "higher_is_better": scalar.higher_is_better,
-            "mask": where,
-            "caveat": caveat(name, where) if name in READS_UNSEEN else None,
-        }
+    from cl.transfer import SCALARS
 
     masks = {
         mask: {
             "metric": matrix.metric,
-            "scalars": {n: entry(SCALARS[n], n, value, mask) for n, value in run.scalars(mask).items()},
+            "scalars": {n: _entry(SCALARS[n], n, value, mask) for n, value in run.scalars(mask).items()},
         }
         for mask, matrix in run.matrices.items()
     }
+    read_under = {True: run.zero_shot.mask, False: run.primary.mask}
     values, absent = measure(run)
     return strict_json(
         {
@@ -99,11 +86,27 @@ def transfer_json(run: Run) -> str:
             "notes": run.notes,
             "tuning": run.tuning,
             "masks": masks,
-            "measures": {name: entry(MEASURES[name], name, value, None) for name, value in values.items()},
+            "measures": {n: _entry(MEASURES[n], n, v, read_under[MEASURES[n].fair]) for n, v in values.items()},
             "absent": absent,
             "forecasts": forecasts(run),
         }
     )
+
+
+def _entry(scalar: Any, name: str, value: float, mask: str) -> dict[str, Any]:
+    from cl.transfer import READS_UNSEEN, caveat
+
+    return {
+        "value": value,
+        "definition": scalar.formula,
+        "source": scalar.source,
+        "scale": scalar.scale,
+        "divisor": scalar.divisor,
+        "weighting": scalar.weighting,
+        "higher_is_better": scalar.higher_is_better,
+        "mask": mask,
+        "caveat": caveat(name, mask) if name in READS_UNSEEN else None,
+    }
 
 
 class FileReport(Report):

@@ -89,16 +89,14 @@ def _stream(cfg: Any, protocol: Any) -> Any:
 
 
 def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
-    """Return the learner of a stream; the same seed gives the same initial weights, whatever the strategies."""
-    import torch
+    """Return the learner of a stream."""
+    from functools import partial
 
     from cl.backbones import initialise
     from cl.learner import Learner
-    from cl.random import derive
+    from cl.network import network
 
-    torch.manual_seed(derive(cfg.seed, "initial weights"))
-    backbone = _backbone(cfg, stream.input_shape)
-    head = make(cfg.head)(backbone.num_features, stream.num_classes)
+    backbone, head = network(stream, partial(_backbone, cfg), make(cfg.head), cfg.seed)
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     values = {key for key, row in SETTINGS.items() if row.type is not None}
@@ -129,23 +127,11 @@ def _scheduler(cfg: Any) -> Any:
 
 def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
     """Return what is measured beside R."""
-    from cl.instruments.curves import LearningCurves
-    from cl.instruments.resources import Resources
+    from cl.instruments.chosen import chosen
 
     report = cfg.get("report") or {}
-    rows = report.get("subset", 1000)
-    found: dict[str, Any] = {"resources": Resources(flops=report.get("flops", False))}
-    if report.get("every") is not None or report.get("points") is not None:
-        found["curves"] = LearningCurves(stream, report.get("every"), report.get("points"), rows)
-    if cfg.probes:
-        from cl.instruments.probes import Probes
-
-        found["probes"] = Probes(stream, list(cfg.probes), rows)
-    if cfg.estimators:
-        from cl.instruments.estimates import Estimates
-
-        found["estimates"] = Estimates(stream, list(cfg.estimators), rows)
-    return found
+    looks = {key: report[key] for key in ("every", "points", "subset", "flops") if key in report}
+    return chosen(stream, probes=list(cfg.probes), estimators=list(cfg.estimators), **looks)
 
 
 def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
@@ -205,11 +191,6 @@ def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
 
     wants = takes(cfg.backbone, "input_shape")
     backbone = made(cfg.backbone, nn.Module, **({"input_shape": input_shape} if wants else {}))
-    if not isinstance(getattr(backbone, "num_features", None), int):
-        raise InputError(
-            f"backbone._target_={cfg.backbone._target_} has no num_features: set self.num_features to the width of "
-            "what its forward returns, (B, num_features)."
-        )
     if cfg.weights:
         from cl.backbones import load_backbone
 

@@ -28,8 +28,9 @@ from cl.loader import EvalLoader, evaluation
 from cl.pause import Pause
 from cl.preflight import check_watched, preflight
 from cl.processes import replicated
-from cl.report import Report, Run, write_result
+from cl.report import Report, write_result
 from cl.report.manifest import write_manifest
+from cl.result import Run
 from cl.task import Stream, Task
 from cl.trainer import TrainerFactory, check_arguments, quiet
 
@@ -67,7 +68,8 @@ class Experiment:
         reports: Told of every row of R.
         logger: Lightning loggers for the training curves.
         callbacks: Lightning callbacks, the same objects in every task; but EarlyStopping begins each one anew.
-        config: Resolved configuration, for reports; None reads one off the objects, see `cl.described`, and keeps it.
+        config: Resolved configuration, for reports; None reads one off the objects, see `cl.described`, and keeps it
+            in the directory.
         notes: Sentences that belong beside the numbers; those of the strategies come behind them.
         columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
             the k newest of these. The first and the last row are measured on all.
@@ -118,7 +120,7 @@ class Experiment:
         _check_counts(columns, keep)
         self.learner, self.stream, self.epochs = learner, stream, epochs
         self._described = config is None and directory is not None
-        if self._described:
+        if config is None:
             config = describe(learner, stream, epochs)
         told = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         check_watched(callbacks, stream)
@@ -131,21 +133,22 @@ class Experiment:
         self.resources.watch(self.instruments)
         self.references, self.branch = references, branch
         if branch is not None and (self.checkpoints is None or checkpoint.latest(self.checkpoints) is None):
-            branch.check(config or {}, len(stream))
+            branch.check(config, len(stream))
         probes = [m.matrices for m in self.instruments.values() if isinstance(m, Probes)]
         self.run_view = Run(
             directory=directory or Path(),
-            config=config or {},
+            config=config,
             matrices={k: m for kept in (learner.matrices, *probes) for k, m in kept.items()},  # type: ignore[misc]
             calibration=dict(learner.calibration.items()),  # type: ignore[arg-type]
             instruments=dict(self.instruments.items()),
             tuning=dict(tuning or {}),
             notes=[*notes, *told, *learner.strategies.remarks(learner)],
+            learner=learner,
             **_what_is_learned(stream),
         )
         self.columns, self.allow_changed = columns, allow_changed
         self._wanted, self.keep = keep, None if keep == "auto" else keep
-        self._config = checkpoint.kept_config(config or {}, directory or Path())
+        self._config = checkpoint.kept_config(config, directory or Path())
         self._all: EvalLoader | None = None
         self._begun = False  # whether the directory has a checkpoint of this sitting
         self._inside: Path | None = None  # the checkpoint inside the task that comes next

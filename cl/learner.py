@@ -17,8 +17,9 @@ from cl.augment import to_floats
 from cl.carried import Carried
 from cl.curves import Curves
 from cl.errors import DivergenceError, InputError, unknown
-from cl.head import Head, Mask, competing
+from cl.head import Mask, competing
 from cl.loader import TrainLoader, evaluation
+from cl.network import BackboneFactory, HeadFactory, network
 from cl.plain import is_plain
 from cl.preflight import check_rows
 from cl.random import Random, derive
@@ -37,12 +38,13 @@ class Learner(pl.LightningModule):
 
     Args:
         stream: What will be learned; tells every shape before training.
-        backbone: (B, *input) -> (B, num_features), with the attribute `num_features`.
+        backbone: (B, *input) -> (B, num_features), with the attribute `num_features`; or what makes it from the shape
+            of an input, such as `MLP`, its weights then drawn from the seed.
         strategies: By name, in the order in which batches and gradients chain; empty means fine-tuning.
         optimizer: Parameters to optimizer; called anew for every task.
         scheduler: Optimizer to learning-rate schedule, or None; what it leaves open of its length is filled in, see
             `cl.schedules.make_schedule`.
-        head: Features to logits (B, C); by default `Head`.
+        head: Features to logits (B, C), or what makes it from the numbers of features and classes; by default `Head`.
         batch_size: Incoming rows a step.
         eval_batch_size: Rows of an evaluation batch; None leaves it to the device.
         chunk_size: Steps that Lightning sees as one batch; None lets it grow while a chunk takes less than a tenth of
@@ -54,21 +56,18 @@ class Learner(pl.LightningModule):
             goes on with the moments of the last one ("keep"). Without boundaries optimizer and schedule go on.
         scheduler_interval: Whether the schedule moves after each "epoch" or each optimizer "step".
         log_every: Steps between two points of the training curves, each the mean since the last.
-        seed: Seed of every draw.
+        seed: Seed of every draw; of a backbone and a head that are modules already, the weights stay.
 
     Raises:
-        InputError: If two strategies own one hook, or a strategy refuses the combination.
+        InputError: If the backbone has no `num_features`, two strategies own one hook, or one refuses the combination.
 
     Example:
         >>> from functools import partial
         >>> from cl.task import Task, TaskData
         >>> data = TaskData(torch.randn(8, 3), torch.arange(8) % 2)
-        >>> class Identity(nn.Module):
-        ...     num_features = 3
-        ...     def forward(self, x):
-        ...         return x
+        >>> from cl.backbones import MLP
         >>> stream = Stream([Task(0, data, data)], num_classes=2)
-        >>> learner = Learner(stream, Identity(), {}, partial(torch.optim.SGD, lr=0.1))
+        >>> learner = Learner(stream, MLP, {}, partial(torch.optim.SGD, lr=0.1), seed=1)
         >>> learner(torch.zeros(4, 3)).shape
         torch.Size([4, 2])
     """
@@ -83,12 +82,12 @@ class Learner(pl.LightningModule):
     def __init__(
         self,
         stream: Stream,
-        backbone: nn.Module,
+        backbone: nn.Module | BackboneFactory,
         strategies: Mapping[str, Strategy],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         *,
-        head: nn.Module | None = None,
+        head: nn.Module | HeadFactory | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         chunk_size: int | None = None,
@@ -109,10 +108,9 @@ class Learner(pl.LightningModule):
         if train_mask not in (None, *SCENARIOS):
             raise InputError(f"train_mask={train_mask!r} is unknown: use one of {', '.join(SCENARIOS)}, or null.")
         self.automatic_optimization = False
-        self.backbone = backbone
-        self.head = head or Head(int(backbone.num_features), stream.num_classes)  # type: ignore[arg-type]
+        self.backbone, self.head = network(stream, backbone, head, seed)
         # A stack of convolutions is faster on channels-last images, by a third on a CPU; a patch embedding is not.
-        self._convolves = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
+        self._convolves = sum(isinstance(module, nn.Conv2d) for module in self.backbone.modules()) > 1
         # Under __dict__, so that the parameters are not registered twice.
         self.__dict__["_trunk"] = nn.ModuleDict({"backbone": self.backbone, "head": self.head})
         self.scenario: Scenario = stream.scenario

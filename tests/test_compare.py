@@ -900,7 +900,7 @@ def test_bad_input_is_one_sentence(tmp_path):
         main([str(tmp_path / "whole"), "--scalar", "average_acuracy", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="no group called 'err': did you mean 'er'"):
         main([str(tmp_path / "whole"), "--base", "err", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"--level 95.0 is not between 0 and 1"):
+    with pytest.raises(SystemExit, match=r"level=95.0 is not between 0 and 1"):
         main([str(tmp_path / "whole"), "--level", "95"])
 
 

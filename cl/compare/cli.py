@@ -5,18 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from cl.compare.align import Comparison, align
-from cl.compare.forecasts import forecasts
-from cl.compare.html import page
-from cl.compare.numbers import Numbers, summarise
-from cl.compare.read import find_runs, read_run
-from cl.compare.table import Board, Ranks, caveats, column, leaderboard, ranks, terminal_tables
-from cl.errors import InputError, unknown
-from cl.files import write_text
-
-MAX_NUMBERS = 100_000  # cells of differences up to which the page offers every group as a base
+from cl.compare.api import compare
+from cl.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,52 +44,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         InputError: If there is nothing to compare, or what was asked for does not exist.
     """
-    if not 0 < options.level < 1:
-        raise InputError(f"--level {options.level} is not between 0 and 1: give, say, 0.95.")
-    comparison = align([read_run(path) for path in find_runs(options.directories)], options.by, options.unfinished)
-    first = options.base or _base(comparison)
-    if first not in comparison.groups:
-        raise unknown("group", first, comparison.groups)
-    layouts = [runs[0] for stage in comparison.stages for runs in stage.layouts.values()]
-    cells = len(comparison.groups) ** 2 * sum(R.size for run in layouts for R in run.matrices.values())
-    bases = [first, *(name for name in comparison.groups if name != first and cells <= MAX_NUMBERS)]
-    numbers = summarise(comparison, options.level, bases)
-    boards = _boards(comparison, numbers, options.scalar)
-    over = ranks(comparison, boards, numbers)
-    found = {stage.name: forecasts(stage, numbers) for stage in comparison.stages}
-    show(comparison, boards, over)
-    out = Path(options.out)
-    write_text(out / "comparison.csv", numbers.csv())
-    write_text(out / "comparison.html", page(comparison, boards, over, numbers, bases, found))
-    print(f"page: {out / 'comparison.html'}, numbers: {out / 'comparison.csv'}")
-
-
-def _boards(comparison: Comparison, numbers: Numbers, scalar: str) -> list[Board]:
-    """Return the leaderboards of the streams whose runs have the scalar, and note the others."""
-    having = [stage for stage in comparison.stages if column(stage, scalar)]
-    comparison.notes += [f"No run on {s.name} has {scalar}." for s in comparison.stages if having and s not in having]
-    return [leaderboard(comparison, stage, numbers, scalar) for stage in having or comparison.stages]
-
-
-def _base(comparison: Comparison) -> str:
-    """Return the group to subtract: the lower bound, else the first."""
-    bounds = [name for name, group in comparison.groups.items() if group.bound == "lower bound"]
-    return next(iter([*bounds, *comparison.groups]))
-
-
-def show(comparison: Comparison, boards: Sequence[Board], over: Ranks | None) -> None:
-    """Print leaderboards, ranks and notes."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(width=200)
-    for board in boards:
-        for table in terminal_tables(board, console.width):
-            console.print(table)
-    if over:
-        text = ", ".join(f"{name} {number.mean:.2f}" for name, number in over.groups.items())
-        text += f"; critical difference {over.critical.mean:.2f}"
-        console.print(f"average rank over {over.num_streams} streams: {text}", markup=False, highlight=False)
-    for note in [*caveats(boards), *comparison.notes]:
-        console.print(note, markup=False, highlight=False)
+    found = compare(
+        *options.directories,
+        by=options.by,
+        scalar=options.scalar,
+        level=options.level,
+        base=options.base,
+        unfinished=options.unfinished,
+    )
+    found.show()
+    page = found.save(options.out)
+    print(f"page: {page}, numbers: {page.with_suffix('.csv')}")

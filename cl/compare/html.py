@@ -141,7 +141,7 @@ def _stream(
     parts = [
         f'<section id="stream{place}"><div{first}><h2>{text(board.stream)}</h2>',
         _caption(board),
-        _board(board, numbers),
+        leaderboard_table(board, numbers),
         "</div>",
     ]
     beside = {f"stream{place}-forecasts": taus(found, board.stream, numbers.level)}
@@ -153,7 +153,8 @@ def _caption(board: Board) -> str:
     return f'<p class="caption">{text(board.caption)}</p>'
 
 
-def _board(board: Board, numbers: Numbers) -> str:
+def leaderboard_table(board: Board, numbers: Numbers) -> str:
+    """Return the leaderboard of one stream as a table."""
     head = ['<th scope="col">group</th>', '<th scope="col">runs</th>']
     for i, c in enumerate(board.columns):
         direction = ("↑", "higher is better") if c.entry.higher_is_better else ("↓", "lower is better")

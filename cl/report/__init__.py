@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cl import rundir
 from cl.files import digest_of, read_sealed, write_sealed
-
-if TYPE_CHECKING:
-    from cl.transfer import TransferMatrix
+from cl.result import Run as Run
 
 _TABLES = ("*.csv", rundir.SUMMARY, rundir.REFERENCES, rundir.MANIFEST)
 
@@ -24,96 +21,6 @@ HEADLINE = {
     "fwt_gem": "forward transfer",
     "forgetting_chaudhry": "forgetting",
 }
-
-
-@dataclass
-class Run:
-    """What a report may look at.
-
-    Attributes:
-        directory: Where the run's files are.
-        config: The resolved configuration.
-        task_names: One name a task, in the order of the stream.
-        scenario: "class", "task" or "domain".
-        stream: What the stream is called.
-        device: What is trained on, such as "cuda"; "" before the run has started.
-        matrices: Transfer matrices by mask; the first key is the mask of the scenario.
-        notes: Sentences that belong beside the numbers.
-        order: The positions of the tasks in the order in which they are learned.
-        boundaries: Whether rows of R stand at the ends of tasks; else at evaluation points of a stream that drifts.
-        calibration: Matrices of expected calibration errors by mask.
-        instruments: What was measured beside R, by name.
-        references: By kind, what the run is compared with, one a task; see `cl.references`.
-        tuning: How hyper-parameters were chosen, and what that cost; see `cl.protocol`.
-        total_steps: Steps over the stream from which the run goes on, where it is a continued one.
-        settled: What the reports' `settle` returned for the checkpoint from which it goes on.
-        test_rows: The size of each task's test set, in the order of learning.
-
-    Example:
-        >>> from cl.transfer import TransferMatrix
-        >>> run = Run(Path("."), {}, ["cats", "dogs"], "class", {"class": TransferMatrix(2, "class")})
-        >>> run.primary.num_tasks, run.tasks_learned
-        (2, -1)
-    """
-
-    directory: Path
-    config: dict[str, Any]
-    task_names: list[str]
-    scenario: str
-    matrices: dict[str, TransferMatrix]
-    notes: list[str] = field(default_factory=list)
-    order: tuple[int, ...] = ()
-    boundaries: bool = True
-    calibration: Mapping[str, TransferMatrix] = field(default_factory=dict)
-    instruments: Mapping[str, Any] = field(default_factory=dict)
-    references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    tuning: dict[str, Any] = field(default_factory=dict)
-    total_steps: int = 0
-    settled: dict[str, Any] = field(default_factory=dict)
-    test_rows: tuple[int, ...] = ()
-    stream: str = ""
-    device: str = ""
-
-    def __post_init__(self) -> None:
-        self._scalars: dict[tuple[str, int], dict[str, float]] = {}
-        self.measures: dict[tuple[int, int], tuple[dict[str, float], dict[str, str]]] = {}  # kept by `cl.measures`
-
-    @property
-    def num_tasks(self) -> int:
-        """How many tasks the stream has."""
-        return len(self.task_names)
-
-    @property
-    def rows(self) -> str:
-        """What a row of R counts."""
-        return "tasks learned" if self.boundaries else "evaluation points passed"
-
-    @property
-    def primary(self) -> TransferMatrix:
-        """The matrix under the mask of the scenario."""
-        return next(iter(self.matrices.values()))
-
-    @property
-    def zero_shot(self) -> TransferMatrix:
-        """The matrix whose cells above the diagonal measure transfer best: under the mask "task" where there is one."""
-        return self.matrices.get("task", self.primary)
-
-    @property
-    def tasks_learned(self) -> int:
-        """The last measured row of R, -1 before the first."""
-        return max(self.primary.measured_rows, default=-1)
-
-    def scalars(self, mask: str) -> dict[str, float]:
-        """Return the scalars over the tasks learned so far, all of them NaN before the first."""
-        from cl.transfer import SCALARS
-
-        if self.tasks_learned < 1:
-            return dict.fromkeys(SCALARS, math.nan)
-        key = mask, self.tasks_learned
-        if key not in self._scalars:
-            self._scalars = {k: v for k, v in self._scalars.items() if k[1] == key[1]}
-            self._scalars[key] = self.matrices[mask].scalars(after_task=self.tasks_learned)
-        return dict(self._scalars[key])
 
 
 class Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -40,7 +41,7 @@ class ProgressBar(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bars, the second one back at the task's first step."""
         self._started = time.monotonic()
-        if self.brief or not self._console.is_interactive:
+        if self.brief or not _can_draw(self._console):
             return
         if self._bars is None:
             self._bars = _make_bars(self._console)
@@ -84,6 +85,11 @@ class ProgressBar(pl.Callback):
         )
         self._bars.refresh()
         self._drawn = time.monotonic()
+
+
+def _can_draw(console: Console) -> bool:
+    """Say whether bars can be redrawn in their place: on a terminal, and in a notebook that has widgets."""
+    return console.is_interactive and (not console.is_jupyter or find_spec("ipywidgets") is not None)
 
 
 def _make_bars(console: Console) -> Progress:

@@ -137,26 +137,16 @@ def run(
         >>> result.R["class"].shape, sorted(result.scalars())[:2]
         ((3, 2), ['accuracy_diaz', 'average_accuracy'])
     """
-    options = {**_TRAINER, **(trainer or {})}
-    learner = Learner(
-        stream,
-        copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone or MLP,
-        copy.deepcopy(named(strategies)),
-        optimizer,
-        scheduler,
-        head=copy.deepcopy(head) if isinstance(head, nn.Module) else head or Head,
-        batch_size=batch_size,
-        eval_batch_size=eval_batch_size,
-        chunk_size=chunk_size,
-        gradient_clip=gradient_clip,
-        train_mask=train_mask,
-        optimizer_state=optimizer_state,
-        scheduler_interval=scheduler_interval,
-        log_every=log_every,
-        seed=seed,
-    )
+    options: dict[str, Any] = {
+        **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size, "seed": seed},
+        **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
+        **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval},
+    }
+    body, top, own = _own(backbone, MLP), _own(head, Head), copy.deepcopy(named(strategies))
+    learner = Learner(stream, body, own, optimizer, scheduler, head=top, **options)
     if compile is not None:
         learner.compile(compile)
+    trainer = {**_TRAINER, **(trainer or {})}
     measured = {"probes": list(probes), "estimators": list(estimators)}
     looks = {"every": every, "points": points, "subset": subset, "flops": flops}
     where = None if directory is None else place(directory).resolve()
@@ -164,15 +154,15 @@ def run(
     experiment = Experiment(
         learner,
         stream,
-        functools.partial(pl.Trainer, **options),
+        functools.partial(pl.Trainer, **trainer),
         epochs=epochs,
         directory=where,
         reports=told,
         logger=[report.logger for report in told if isinstance(getattr(report, "logger", None), Logger)],
         callbacks=[*callbacks, *_bars(progress)],
         config={
-            **describe(learner, stream, epochs),
-            **{"optimizer_state": optimizer_state, "compile": compile, "trainer": options},
+            **describe(learner, stream, epochs, backbone, head),
+            **{"optimizer_state": optimizer_state, "compile": compile, "trainer": trainer},
             **{**measured, "report": {"columns": columns, **looks}},
         },
         columns=columns,
@@ -183,6 +173,11 @@ def run(
     )
     with interruptible():
         return experiment.run() if where is None else _run_in(where, experiment)
+
+
+def _own(part: Any, default: Any) -> Any:
+    """Return a copy of a module, the factory that was given, or the default one."""
+    return copy.deepcopy(part) if isinstance(part, nn.Module) else part or default
 
 
 def named(strategies: Strategies) -> dict[str, Strategy]:

@@ -44,7 +44,7 @@ def build(cfg: Any, directory: Path) -> Any:
         logger=loggers,
         callbacks=callbacks,
         config=config,
-        notes=_notes(cfg, learner.backbone, stream.normalize) + ([protocol.remark] if protocol else []),
+        notes=_ignored(cfg) + _notes(cfg, learner.backbone, stream.normalize) + ([protocol.remark] if protocol else []),
         tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
         columns=(cfg.get("report") or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
@@ -86,6 +86,16 @@ def _stream(cfg: Any, protocol: Any) -> Any:
             "scenario: ${scenario} on in the YAML of the stream."
         )
     return protocol.apply(stream) if protocol else stream
+
+
+def _ignored(cfg: Any) -> list[str]:
+    """Return a sentence where the seed was set and does not reach the stream, which has one of its own."""
+    reaches = cfg.seed == 0 or "seed" in cfg.stream or not takes(cfg.stream, "seed", by_name=True)
+    sentence = (
+        f"seed={cfg.seed} does not reach the stream, which is that of every other seed: write seed: ${{seed}} in its "
+        "YAML, or '+stream.seed=${seed}' on the command line."
+    )
+    return [] if reaches else [sentence]
 
 
 def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:

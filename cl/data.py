@@ -16,7 +16,7 @@ from cl.augment import Normalize
 from cl.errors import InputError
 from cl.labels import with_rows
 from cl.random import derive
-from cl.rows import Rows, as_rows, first_not_finite, parts
+from cl.rows import Rows, as_rows, first_not_finite, kind_of, parts
 from cl.target import TARGETS
 from cl.task import Stream, Task
 
@@ -79,6 +79,10 @@ class Dataset:
                 )
         if min(self.std) <= 0:
             raise InputError(f"std={list(self.std)} of {self.name!r} is not above 0: give positive numbers.")
+
+    def __repr__(self) -> str:
+        rows = f"{len(self.train_y)} train, {len(self.test_y)} test rows of {kind_of(self.train_x)}"
+        return f"Dataset({self.name!r}: {rows}, {self.num_classes} classes)"
 
     def _check_part(self, what: str, x: Rows, y: Tensor) -> None:
         if len(x) == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -11,7 +10,7 @@ from cl.settings import SETTINGS
 from cl.task import Stream
 
 
-def describe(learner: Learner, stream: Stream, epochs: int) -> dict[str, Any]:
+def describe(learner: Learner, stream: Stream, epochs: int, backbone: Any = None, head: Any = None) -> dict[str, Any]:
     """Return what a run is made of, under the keys that a configuration of `cl-run` has.
 
     Arguments are those of the constructors that the objects keep under the same name and that are plain values.
@@ -20,6 +19,8 @@ def describe(learner: Learner, stream: Stream, epochs: int) -> dict[str, Any]:
         learner: With its strategies, network, optimizer and schedule.
         stream: Its name, length and order.
         epochs: Passes over a task's training data.
+        backbone: What made the backbone, whose arguments are told, too, where it is a `partial`.
+        head: Likewise.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -33,8 +34,8 @@ def describe(learner: Learner, stream: Stream, epochs: int) -> dict[str, Any]:
         **{key: getattr(learner, key) for key in plain if hasattr(learner, key)},
         "epochs": epochs,
         "stream": {"name": stream.name, "num_tasks": len(stream), "order": list(stream.order)},
-        "backbone": _object(learner.backbone),
-        "head": _object(learner.head),
+        "backbone": {**_object(learner.backbone), **_arguments(backbone)},
+        "head": {**_object(learner.head), **_arguments(head)},
         "optimizer": _factory(learner._optimizer),
         "scheduler": _factory(learner._scheduler),
         "strategy": {str(name): _object(strategy) for name, strategy in learner.strategies.items()},
@@ -50,9 +51,11 @@ def _object(thing: Any) -> dict[str, Any]:
 def _factory(thing: Any) -> dict[str, Any] | None:
     if thing is None:
         return None
-    if isinstance(thing, functools.partial):
-        return {"_target_": _name(thing.func), **{k: v for k, v in thing.keywords.items() if _is_plain(v)}}
-    return {"_target_": _name(thing)}
+    return {"_target_": _name(getattr(thing, "func", thing)), **_arguments(thing)}
+
+
+def _arguments(factory: Any) -> dict[str, Any]:
+    return {name: value for name, value in getattr(factory, "keywords", {}).items() if _is_plain(value)}
 
 
 def _name(thing: Any) -> str:

@@ -153,6 +153,10 @@ class Learner(pl.LightningModule):
         self.matrices, self.calibration = matrices(stream), calibrations(stream)
         self._update_masks()
 
+    def __repr__(self) -> str:
+        parts = " + ".join([type(self.backbone).__name__, type(self.head).__name__, *self.strategies])
+        return f"Learner({parts}: {self.tasks_learned} of {self.num_tasks} tasks learned, {self.scenario}-incremental)"
+
     # ---- what strategies use ------------------------------------------------------------------------------------
 
     @property

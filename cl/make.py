@@ -79,15 +79,21 @@ def made(node: Any, kind: type[T], *arguments: Any, **options: Any) -> T:
     return found
 
 
-def takes(node: Any, name: str) -> bool:
-    """Say whether what a configuration's `_target_` names takes an argument of that name; True where nobody knows."""
+def takes(node: Any, name: str, by_name: bool = False) -> bool:
+    """Say whether what a configuration's `_target_` names takes an argument of that name; True where nobody knows.
+
+    Args:
+        node: The part of a configuration.
+        name: Of the argument.
+        by_name: Whether one that takes any argument does not count.
+    """
     from hydra.utils import get_object
 
     try:
         parameters = inspect.signature(get_object(node._target_)).parameters
     except Exception:  # `make` says what is wrong
         return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or (not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 class _Guarded(functools.partial[Any]):

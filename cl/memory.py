@@ -117,6 +117,9 @@ class Memory(nn.Module):
     def __len__(self) -> int:
         return self._stored
 
+    def __repr__(self) -> str:
+        return f"Memory({len(self)} of {self.capacity} exemplars, {self.policy})"
+
     def column(self, name: str) -> Tensor:
         """Return all slots of "x", "y", "task" or an extra, (capacity, ...), those still free among them."""
         return self._off_device[name] if self._off_device else getattr(self, f"rows_{name}")

@@ -39,6 +39,16 @@ class Rows(Protocol):
         """Rows (n, *input), int64 (n,) to a tensor of its own."""
 
 
+def kind_of(x: Rows) -> str:
+    """Return the type and the shape of one input, in words.
+
+    Example:
+        >>> kind_of(torch.zeros(5, 1, 8, 8, dtype=torch.uint8))
+        'uint8 (1, 8, 8)'
+    """
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape[1:])}"
+
+
 class Mapped:
     """A `.npy` file read by rows through a mapping that lasts as long as the reading.
 

@@ -56,6 +56,7 @@ from torch.optim import Optimizer
 from cl.distributed import world_size
 from cl.errors import InputError
 from cl.random import Random, derive
+from cl.rows import kind_of
 
 if TYPE_CHECKING:
     from cl.learner import Learner
@@ -96,6 +97,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def __repr__(self) -> str:
+        extras = f", with {', '.join(self.extras)}" if self.extras else ""
+        return f"Batch({len(self)} rows of {kind_of(self.x)}, {self.num_incoming} incoming{extras})"
 
     def append(self, other: Batch) -> Batch:
         """Return this batch with another's rows behind its own.

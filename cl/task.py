@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from cl.errors import InputError, check_range, unknown
 from cl.items import read_items, read_sides
 from cl.random import derive
-from cl.rows import RESIDENT, Items, Rows, row_bytes
+from cl.rows import RESIDENT, Items, Rows, kind_of, row_bytes
 from cl.target import TARGETS, Target, classes_of
 
 Scenario = Literal["class", "task", "domain"]
@@ -59,6 +59,10 @@ class TaskData:
 
     def __len__(self) -> int:
         return len(self.y) if self.index is None else len(self.index)
+
+    def __repr__(self) -> str:
+        task = f"task {self.task}" if isinstance(self.task, int) else "several tasks"
+        return f"TaskData({len(self)} rows of {kind_of(self.x)}, {task})"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs (n, *input), labels (n,) and task labels (n,), gathered and transformed.
@@ -218,6 +222,11 @@ class Task:
     name: str = ""
     unlabelled: TaskData | None = None
 
+    def __repr__(self) -> str:
+        parts = {"train": self.train, "val": self.val, "test": self.test, "unlabelled": self.unlabelled}
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items() if part is not None)
+        return f"Task({self.index}, {self.name!r}: {sizes} rows)"
+
     @cached_property
     def classes(self) -> tuple[int, ...]:
         """The stream-wide classes of the task, ascending: those of the rows that carry its label, trained or tested."""
@@ -353,6 +362,11 @@ class Stream(Sequence[Task]):
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    def __repr__(self) -> str:
+        what = "classes" if self.target.name == "label" else f"outputs ({self.target.name})"
+        about = f"{len(self)} tasks, {self.num_classes} {what}, {self.scenario}-incremental"
+        return f"Stream({self.name!r}: {about}{'' if self.boundaries else ', without boundaries'})"
 
     @overload
     def __getitem__(self, index: int) -> Task: ...

@@ -48,6 +48,19 @@ packages = ["blobs", "blobs.conf"]
 """
 
 
+def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    cats, dogs = ([(torch.randn(3), label)] * 4 for label in (0, 1))
+    names: dict[str, Any] = {"cats": cats, "dogs": dogs, "cats_test": cats, "dogs_test": dogs}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec", dont_inherit=True), names)
+    assert (tmp_path / "comparison" / "comparison.html").exists() and (tmp_path / "er.png").exists()
+    assert len(names["stream"]) == 3, "a visit each"
+    own = names["cl"].run(names["blobs"](num_tasks=2), [ER(), names["Shrink"]()], epochs=1, progress=False)
+    assert own.tasks_learned == 2 and list(own.config["strategy"]) == ["er", "shrink"]
+    assert max(len(block.splitlines()) for block in BLOCKS if "cl.run(" in block) <= 10
+
+
 def test_the_readmes_stream_is_learned():
     """All tasks well above chance, with the settings of the command beside it."""
     found: dict[str, Any] = {}

@@ -138,9 +138,9 @@ def run(
         ((3, 2), ['accuracy_diaz', 'average_accuracy'])
     """
     options: dict[str, Any] = {
-        **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size, "seed": seed},
+        **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size},
         **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
-        **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval},
+        **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval, "seed": seed},
     }
     body, top, own = _own(backbone, MLP), _own(head, Head), copy.deepcopy(named(strategies))
     learner = Learner(stream, body, own, optimizer, scheduler, head=top, **options)

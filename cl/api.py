@@ -13,8 +13,8 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
-from cl.backbones import MLP
 from cl import rundir
+from cl.backbones import MLP
 from cl.config_file import read_config, refuse_other, write_config
 from cl.described import describe
 from cl.errors import InputError

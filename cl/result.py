@@ -208,7 +208,7 @@ class Run:
     def to_frame(self) -> pandas.DataFrame:
         """Return every measured cell as a row of a pandas table.
 
-        Its columns are after_task (0: untrained .. T), task (1 .. T), name (of the task), mask, metric and value.
+        Its columns are those of `cl.rundir.Cell`, and the name of the task.
 
         Raises:
             InputError: If pandas is not installed.
@@ -220,12 +220,12 @@ class Run:
         from cl.transfer import to_records
 
         cells = [
-            (after_task, task, self.task_names[task - 1], matrix.mask, matrix.metric, value)
+            (*rundir.Cell(after_task, task, matrix.mask, matrix.metric, value), self.task_names[task - 1])
             for matrix in (*self.matrices.values(), *self.calibration.values())
             for after_task, task, value in to_records(matrix.R)
             if not math.isnan(value)
         ]
-        return pandas.DataFrame(cells, columns=["after_task", "task", "name", "mask", "metric", "value"])
+        return pandas.DataFrame(cells, columns=[*rundir.TRANSFER.columns, "name"])
 
     def save(self, directory: str | Path) -> Path:
         """Write the run as a directory that `cl.load`, `cl.compare` and `cl-compare` read; return its path.

@@ -96,6 +96,7 @@ async function save(panel, caption) {
   const size = { width: 720, height: panel.figure.layout.height + 90 };
   const figure = { data: structuredClone(panel.figure.data), layout: layoutOf(panel, light, size) };
   figure.layout.showlegend = true;
+  figure.layout.legend = { orientation: "h", yanchor: "top", y: -0.2, x: 0 }; // below, since the title stands above
   const lines = caption.split(" · ").reduce((done, part) => {
     const longer = done.length ? `${done.at(-1)} · ${part}` : part;
     return done.length && longer.length > 100 ? [...done, part] : [...done.slice(0, -1), longer];

@@ -5,7 +5,7 @@ er · split digits, class-incremental, 5 tasks · MLP · 5 epochs · seed 0 · c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,30 +111,6 @@ def shorten(text: str, longest: int = LONGEST) -> str:
     """
     text = " ".join(text.split())
     return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"
-
-
-def fitted(parts: Sequence[str], inches: float, size: float) -> list[str]:
-    """Return the parts of a caption as lines of a picture.
-
-    Args:
-        parts: One is never divided.
-        inches: The widest that a line may be, if it has more than one part.
-        size: Of the font, in points.
-
-    Example:
-        >>> fitted(["one", "two", "three"], 0.8, 10)
-        ['one · two', 'three']
-    """
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(size=size)
-    lines: list[str] = []
-    for part in parts:
-        longer = f"{lines[-1]} · {part}" if lines else part
-        width = text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] / 72
-        lines[-1:] = [longer] if width <= inches or not lines else [lines[-1], part]
-    return lines
 
 
 def _what_is_learned(run: Ran, config: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cl import rundir
 from cl.files import replace_file
 from cl.report import Report, Run, percent
-from cl.report.caption import shorten
+from cl.report.fit import DPI, cut
 from cl.report.picture import Head
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def draw(run: Run) -> Figure:
     curves: LearningCurves = run.instruments["curves"]
     tasks = shown(len(run.task_names))
     head = Head(run, 9.5)
-    figure = Figure(figsize=(9.5, head.height + 1.0 * len(tasks) + 1.1), dpi=110)
+    figure = Figure(figsize=(9.5, head.height + 1.0 * len(tasks) + 1.1), dpi=DPI)
     head.write(figure)
     strips = figure.subplots(len(tasks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     starts = [total for task, step, total in curves.at if step == 0]
@@ -86,7 +86,7 @@ def _strip(axes: Axes, run: Run, curves: LearningCurves, task: int, starts: list
             axes.plot([at, steps[-1]], [level, level], color="#b35806", linewidth=0.8, linestyle="--")
         axes.text(1.01, 0.5, percent(heights[-1]), transform=axes.transAxes, fontsize=9, va="center")
     name = f"{task + 1}: {run.task_names[task]}"
-    axes.set_ylabel(shorten(name, 24), fontsize=9, rotation=0, ha="right", va="center")
+    axes.set_ylabel(cut(name, 1.15, 9), parse_math=False, fontsize=9, rotation=0, ha="right", va="center")
     axes.set_yticks([0, 0.5, 1], ["0", "50", "100"])
     axes.set_ylim(-0.04, 1.04)
     axes.tick_params(length=2, labelsize=8)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cl import rundir
 from cl.files import replace_file
 from cl.report import Pace, Report, Run, headline, percent, remarks
-from cl.report.caption import caption_parts, fitted, place, shorten
+from cl.report.caption import caption_parts, place, shorten
+from cl.report.fit import DPI, cut, lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ _UNMEASURED = "#cfcfcf"
 _LEFT, _RIGHT, _ABOVE, _BELOW = 0.95, 0.85, 0.85, 0.65
 _LINE = 0.22
 _EDGE = 0.15
+_SIZE = 10  # of the foot's letters, in points
 
 
 @dataclass
@@ -132,8 +133,8 @@ class Head:
     """
 
     def __init__(self, run: Run, width: float) -> None:
-        self.lines = fitted(caption_parts(run), width - 2 * _EDGE, 11)
-        self.place = place(run.directory)
+        self.lines = lines(caption_parts(run), width - 2 * _EDGE, 11, between=" · ")
+        self.place = cut(place(run.directory), width - 2 * _EDGE, 9.5)
         self.height = _EDGE + _LINE * (len(self.lines) + bool(self.place))
 
     def write(self, figure: Figure) -> None:
@@ -164,16 +165,16 @@ def draw(run: Run) -> Figure:
 
     side = _side(run)
     column, row = _LEFT + side + _RIGHT, _ABOVE + side + _BELOW
-    lines = _foot(run, characters=int(2 * column * 12))
-    foot = _LINE * (len(lines) + 1.5)
+    said = _foot(run, 2 * column - 2 * _EDGE)
+    foot = _LINE * (len(said) + 1.5)
     head = Head(run, 2 * column)
-    figure = Figure(figsize=(2 * column, head.height + 2 * row + foot), dpi=110)
+    figure = Figure(figsize=(2 * column, head.height + 2 * row + foot), dpi=DPI)
     head.write(figure)
     for k, panel in enumerate(panels(run)):
         corner = (k % 2 * column + _LEFT, foot + (1 - k // 2) * row + _BELOW)
         _draw_panel(figure, corner, side, panel)
     bottom = (foot - _LINE / 2) / figure.get_figheight()
-    text = figure.text(0.5, bottom, "\n".join(lines), ha="center", va="top", fontsize=10, linespacing=1.45)
+    text = figure.text(0.5, bottom, "\n".join(said), ha="center", va="top", fontsize=_SIZE, linespacing=1.45)
     text.set_parse_math(False)
     return figure
 
@@ -184,7 +185,7 @@ def draw_accuracy(run: Run, mask: str) -> Figure:
 
     side = _side(run)
     head = Head(run, _LEFT + side + _RIGHT)
-    figure = Figure(figsize=(_LEFT + side + _RIGHT, head.height + _ABOVE + side + _BELOW), dpi=110)
+    figure = Figure(figsize=(_LEFT + side + _RIGHT, head.height + _ABOVE + side + _BELOW), dpi=DPI)
     head.write(figure)
     _draw_panel(figure, (_LEFT, _BELOW), side, _accuracy_panel(run.matrices[mask], run))
     return figure
@@ -195,16 +196,16 @@ def _side(run: Run) -> float:
     return min(6.8, max(4.0, 0.5 * run.primary.num_tasks))
 
 
-def _foot(run: Run, characters: int) -> list[str]:
+def _foot(run: Run, inches: float) -> list[str]:
     learned = f"after {max(0, run.tasks_learned)} of {len(run.task_names)} tasks, in %"
-    lines = [f"{headline(run, mask)}   ({learned})" for mask in run.matrices]
     paragraphs = remarks(run)
     if len(run.task_names) <= MAX_NUMBERS:
         paragraphs = [
             "Tasks: " + ", ".join(f"{j}: {shorten(name)}" for j, name in enumerate(run.task_names, 1)),
             *paragraphs,
         ]
-    return lines + [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, characters)]
+    paragraphs = [*(f"{headline(run, mask)} \u00a0 ({learned})" for mask in run.matrices), *paragraphs]
+    return [line for paragraph in paragraphs for line in lines(paragraph.split(" "), inches, _SIZE)]
 
 
 def _draw_panel(figure: Figure, corner: tuple[float, float], side: float, panel: Panel) -> None:

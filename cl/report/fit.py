@@ -1,0 +1,59 @@
+"""Text that fits into a picture, by the widths of its letters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import RendererAgg
+
+
+DPI = 110  # of the pictures: letters are set to whole dots
+
+
+def width(text: str, size: float) -> float:
+    """Return the inches that a text takes in matplotlib's default font of a size in points."""
+    from matplotlib.font_manager import FontProperties
+
+    dots: float = _renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]
+    return dots / DPI
+
+
+@cache
+def _renderer() -> RendererAgg:
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    return RendererAgg(1, 1, DPI)
+
+
+def cut(text: str, inches: float, size: float) -> str:
+    """Return a text no wider than so many inches, cut by an ellipsis where it is.
+
+    Example:
+        >>> cut("iiiiii", 0.5, 10), cut("WWWWWW", 0.5, 10)
+        ('iiiiii', 'WW…')
+    """
+    kept = text[: int(200 * inches / size) + 1] if len(text) > 200 * inches / size else text
+    whole = kept == text
+    while kept and width(kept if whole else f"{kept}…", size) > inches:
+        kept, whole = kept[:-1].rstrip(), False
+    return kept if whole else f"{kept}…"
+
+
+def lines(parts: Iterable[str], inches: float, size: float, between: str = " ") -> list[str]:
+    """Return parts of a text as lines no wider than so many inches; a part that alone is wider is cut.
+
+    Example:
+        >>> lines(["one", "two", "three"], 0.8, 10, between=" · ")
+        ['one · two', 'three']
+    """
+    found: list[str] = []
+    for part in parts:
+        longer = f"{found[-1]}{between}{part}" if found else part
+        if found and width(longer, size) <= inches:
+            found[-1] = longer
+        else:
+            found.append(cut(part, inches, size))
+    return found

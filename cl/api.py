@@ -14,10 +14,11 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from cl import rundir
+from cl.arguments import check_call
 from cl.backbones import MLP
 from cl.config_file import read_config, refuse_other, write_config
 from cl.described import describe
-from cl.errors import InputError
+from cl.errors import InputError, check_range
 from cl.experiment import Experiment
 from cl.files import alone, place
 from cl.head import Head
@@ -25,12 +26,13 @@ from cl.instruments import Instrument
 from cl.instruments.chosen import chosen
 from cl.learner import Learner
 from cl.network import BackboneFactory, HeadFactory
+from cl.preflight import check_optimizer
 from cl.report import Report
 from cl.result import Run
 from cl.schedules import SchedulerFactory
 from cl.strategy import OptimizerFactory, Strategy
 from cl.task import Scenario, Stream
-from cl.trainer import interruptible
+from cl.trainer import check_arguments, interruptible, quiet_trainer
 from cl.transfer import TransferMatrix
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -89,7 +91,8 @@ def run(
             draws; or a module, which keeps its weights. None is an MLP with two hidden layers of 100.
         epochs: Passes over the training data of each task.
         batch_size: Rows of the stream in a step.
-        optimizer: Parameters to optimizer, called anew for each task, such as `partial(torch.optim.Adam, lr=1e-3)`.
+        optimizer: Parameters to optimizer, called anew for each task, such as `partial(torch.optim.Adam, lr=1e-3)`; the
+            configuration tells the arguments of a `partial`, and of another function its name alone.
         scheduler: Optimizer to learning-rate schedule; None keeps the rate.
         head: What maps features to logits (B, C), or what makes it from the numbers of features and of classes; None
             is one linear layer.
@@ -137,6 +140,9 @@ def run(
         >>> result.R["class"].shape, sorted(result.scalars())[:2]
         ((3, 2), ['accuracy_diaz', 'average_accuracy'])
     """
+    trainer = {**_TRAINER, **(trainer or {})}
+    _check(stream, trainer, epochs, gradient_clip)
+    check_optimizer(optimizer, scheduler, stream, trainer)
     options: dict[str, Any] = {
         **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size},
         **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
@@ -146,7 +152,6 @@ def run(
     learner = Learner(stream, body, own, optimizer, scheduler, head=top, **options)
     if compile is not None:
         learner.compile(compile)
-    trainer = {**_TRAINER, **(trainer or {})}
     measured = {"probes": list(probes), "estimators": list(estimators)}
     looks = {"every": every, "points": points, "subset": subset, "flops": flops}
     where = None if directory is None else place(directory).resolve()
@@ -173,6 +178,22 @@ def run(
     )
     with interruptible():
         return experiment.run() if where is None else _run_in(where, experiment)
+
+
+def _check(stream: Any, trainer: dict[str, Any], epochs: int, gradient_clip: float | None) -> None:
+    """Refuse what would fail only when the run has begun."""
+    if not isinstance(stream, Stream):
+        raise InputError(f"{stream!r} is no stream: make one, such as cl.streams.split(dataset).")
+    check_range("", 0, epochs=epochs)
+    check_range("", 0, above=True, gradient_clip=gradient_clip)
+    check_call("trainer", pl.Trainer, trainer)
+    try:
+        check_arguments(functools.partial(pl.Trainer, **trainer))
+        quiet_trainer(functools.partial(pl.Trainer, **trainer))
+    except InputError:
+        raise
+    except Exception as error:  # Lightning has many kinds
+        raise InputError(f"trainer={trainer} cannot be made ({' '.join(str(error).split())}): correct it.") from error
 
 
 def _own(part: Any, default: Any) -> Any:

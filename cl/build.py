@@ -105,6 +105,7 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
     from cl.backbones import initialise
     from cl.learner import Learner
     from cl.network import network
+    from cl.preflight import check_optimizer
 
     backbone, head = network(stream, partial(_backbone, cfg), make(cfg.head), cfg.seed)
     if cfg.init is not None:
@@ -112,7 +113,7 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
     values = {key for key, row in SETTINGS.items() if row.type is not None}
     options = {key: cfg[key] for key in inspect.signature(Learner).parameters if key in values}
     optimizer, scheduler = make(cfg.optimizer), _scheduler(cfg)
-    _check_optimizer(optimizer, scheduler, stream, cfg.trainer)
+    check_optimizer(optimizer, scheduler, stream, cfg.trainer)
     learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
     if cfg.compile is not None:
         learner.compile(cfg.compile)
@@ -256,27 +257,3 @@ def _check_inside(logger: Any) -> None:
         root = Path(folder).resolve()
         if root not in (Path(inside).resolve(), *Path(inside).resolve().parents):
             raise InputError(f"A logger of {folder} would write to {inside}, outside of it: give it a plain name.")
-
-
-def _check_optimizer(optimizer: Any, scheduler: Any, stream: Any, trainer: Any) -> None:
-    """Try the optimizer out on a weight of its own; of the schedule, see that what it watches is there."""
-    import torch
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
-
-    made_of = optimizer([torch.nn.Parameter(torch.zeros(1))])
-    if not isinstance(made_of, torch.optim.Optimizer):
-        raise InputError(f"optimizer makes a {type(made_of).__name__}, not an optimizer: correct its _target_.")
-    if getattr(scheduler, "func", scheduler) is ReduceLROnPlateau:
-        if any(task.val is None for task in stream):
-            raise InputError(
-                "ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction."
-            )
-        for key in ("check_val_every_n_epoch", "limit_val_batches"):
-            if trainer.get(key, 1) != 1:
-                raise InputError(
-                    f"ReduceLROnPlateau watches the validation loss of every epoch: drop trainer.{key}={trainer[key]}."
-                )
-    try:
-        made_of.step()
-    except Exception as error:
-        raise InputError(f"The optimizer cannot step ({error}): correct its arguments.") from error

@@ -35,7 +35,7 @@ def network(
         seed: Of the run.
 
     Raises:
-        InputError: If the backbone does not say how many features it has.
+        InputError: If the backbone is no network, or does not say how many features it has.
 
     Example:
         >>> from cl.backbones import MLP
@@ -46,6 +46,8 @@ def network(
     """
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module | None):
         torch.manual_seed(derive(seed, "initial weights"))
+    if not callable(backbone):
+        raise InputError(f"backbone={backbone!r} is no network: give a module, or what makes one from a shape.")
     body = backbone if isinstance(backbone, nn.Module) else backbone(stream.input_shape)
     width = getattr(body, "num_features", None)
     if not isinstance(width, Integral):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cl.distributed import world_size
 from cl.errors import InputError
@@ -37,6 +39,41 @@ def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[st
         if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, stream):
             raise _refusal(learner, f"task {task.index + 1} of {stream.name!r} has {len(task.train)} rows")
     return [told] if told else []
+
+
+def check_optimizer(optimizer: Any, scheduler: Any, stream: Stream, trainer: Mapping[str, Any]) -> None:
+    """Try what makes an optimizer out on a weight of its own; of the schedule, see that what it watches is there.
+
+    Raises:
+        InputError: If it makes no optimizer, that cannot step, or a schedule watches what is not measured.
+    """
+    made_of = _made(optimizer)
+    if getattr(scheduler, "func", scheduler) is ReduceLROnPlateau:
+        if any(task.val is None for task in stream):
+            raise InputError(
+                "ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction."
+            )
+        for key in ("check_val_every_n_epoch", "limit_val_batches"):
+            if trainer.get(key, 1) != 1:
+                raise InputError(
+                    f"ReduceLROnPlateau watches the validation loss of every epoch: drop trainer.{key}={trainer[key]}."
+                )
+    try:
+        made_of.step()
+    except Exception as error:
+        raise InputError(f"The optimizer cannot step ({error}): correct its arguments.") from error
+
+
+def _made(optimizer: Any) -> Optimizer:
+    if not callable(optimizer):
+        raise InputError(
+            f"optimizer={type(optimizer).__name__} makes no optimizer: give what does, such as "
+            "functools.partial(torch.optim.SGD, lr=0.1)."
+        )
+    found = optimizer([torch.nn.Parameter(torch.zeros(1))])
+    if not isinstance(found, Optimizer):
+        raise InputError(f"optimizer makes a {type(found).__name__}, not an optimizer: correct its _target_.")
+    return found
 
 
 def check_watched(callbacks: Iterable[Callback], stream: Stream) -> None:

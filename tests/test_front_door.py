@@ -269,6 +269,23 @@ def test_no_name_of_a_task_is_taken_for_html():
     assert "&lt;b&gt;" in run.R["class"]._repr_html_() and "<b>" not in run.R["class"]._repr_html_()
 
 
+def test_a_notebook_without_widgets_gets_a_line_a_task(monkeypatch: pytest.MonkeyPatch):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from cl.report import progress
+
+    said = StringIO()
+    console = Console(file=said, force_jupyter=True, force_terminal=True)
+    monkeypatch.setattr(console, "print", lambda text, **_: said.write(f"{text}\n"))
+    monkeypatch.setattr(progress, "find_spec", lambda name: object())
+    assert progress._can_draw(console), "bars, where there are widgets"
+    monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    quick(toy_stream(2), [], callbacks=[progress.ProgressBar(console)])
+    assert [line[:9] for line in said.getvalue().splitlines()] == ["task 1/2:", "task 2/2:"]
+
+
 def test_a_picture_is_drawn():
     run = quick(toy_stream(2), [])
     assert [axes.get_title() is not None for axes in run.plot().axes]
@@ -328,6 +345,14 @@ class Bare(nn.Module):
         (lambda: cl.run(toy_stream(), [], seed=-1), "seed=-1 must be 0 or more"),
         (lambda: cl.run(toy_stream(), [], batch_size=0), "batch_size=0 must be 1 or more"),
         (lambda: cl.run(toy_stream(), [], trainer={"max_steps": 3}), "trainer.max_steps=3"),
+        (lambda: cl.run(toy_stream(), [], epochs=-1), "epochs=-1 must be 0 or more"),
+        (lambda: cl.run(digits(), []), r"is no stream: make one, such as cl.streams.split\(dataset\)"),
+        (lambda: cl.run(toy_stream(), [], "mlp"), "backbone='mlp' is no network"),
+        (lambda: cl.run(toy_stream(), [], trainer={"acelerator": "cpu"}), "did you mean 'accelerator'"),
+        (lambda: cl.run(toy_stream(), [], trainer={"accelerator": "cpuu"}), "cannot be made"),
+        (lambda: cl.run(toy_stream(), [], trainer={"precision": "3-true"}), "trainer.precision='3-true' must be"),
+        (lambda: cl.run(toy_stream(), [], optimizer=0.1), "optimizer=float makes no optimizer: give what does"),
+        (lambda: cl.run(toy_stream(), [], optimizer=lambda parameters: None), "makes a NoneType, not an optimizer"),
         (lambda: cl.run(toy_stream(), [], probes=["rigde"]), "did you mean 'ridge'"),
         (lambda: cl.run(toy_stream(), [], directory=Path(__file__)), "holds no run"),
         (lambda: cl.run(toy_stream(), [], directory=Path(__file__).parent), "holds no run"),

@@ -300,7 +300,7 @@ def load(directory: str | Path) -> Run:
         kept = calibration if metric == "ece" else matrices
         kept[f"{mask}_{metric}" if mask in kept else mask] = _matrix(mask, metric, values)
     names = list(files.task_names) or [f"task {t + 1}" for t in range(files.num_tasks)]
-    return Run(
+    run = Run(
         where.resolve(),
         read_config(where / rundir.CONFIG),
         names,
@@ -313,6 +313,14 @@ def load(directory: str | Path) -> Run:
         stream=files.stream,
         device=files.device,
     )
+    summary, references = (_read_if_there(where / name) for name in (rundir.SUMMARY, rundir.REFERENCES))
+    run.references, run.test_rows = references, tuple(summary.get("test_rows", ()))
+    run.boundaries = summary.get("rows", run.rows) == run.rows
+    return run
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return rundir.read_json(path) if path.exists() else {}
 
 
 def _matrix(mask: str, metric: str, values: Any) -> TransferMatrix:

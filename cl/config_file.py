@@ -57,7 +57,7 @@ def refuse_other(config: dict[str, Any], directory: Path) -> None:
     if changed:
         raise InputError(
             f"{directory} holds a run of another configuration ({changed}; see {rundir.CONFIG}): choose another "
-            "hydra.run.dir, or repeat that configuration to continue it."
+            "directory (hydra.run.dir), or repeat that configuration to continue it."
         )
 
 

@@ -76,8 +76,8 @@ def _named(path: Path) -> Iterator[None]:
 def gone(folder: Path) -> InputError:
     """Return the sentence on a run's folder that somebody has renamed or removed."""
     return InputError(
-        f"{folder} is not there any more, since it was renamed or removed while the run went on: name its new place by "
-        "hydra.run.dir, and the run goes on from its last checkpoint."
+        f"{folder} is not there any more, since it was renamed or removed while the run went on: name its new place "
+        "(hydra.run.dir), and the run goes on from its last checkpoint."
     )
 
 
@@ -121,7 +121,7 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"Another process runs in {folder}: wait until it ends, or choose another hydra.run.dir."
+            f"Another process runs in {folder}: wait until it ends, or choose another directory (hydra.run.dir)."
         ) from error
     except NotImplementedError:  # a file system without locks
         pass

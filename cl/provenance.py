@@ -234,7 +234,8 @@ def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool, t
         if changed and not allowed:
             raise InputError(
                 f"{directory} was begun with other data or code: {listed(changed)}. Bring back what was there, or go "
-                "on with allow_changed=true, which is told beside the numbers; another hydra.run.dir begins anew."
+                "on with allow_changed=true, which is told beside the numbers; another directory "
+                "(hydra.run.dir) begins anew."
             )
         history += [f"Changed between two sittings: {listed(changed)}."] * bool(changed)
     start = {**(kept or {}).get("start", {}), **found["start"]}  # a file of before may be gone

@@ -224,12 +224,18 @@ def test_save_and_load_keep_every_bit(stored, tmp_path: Path):
         assert str(back.scalars(mask)) == str(run.scalars(mask))
     for mask, matrix in run.calibration.items():
         np.testing.assert_array_equal(back.calibration[mask].R, matrix.R)
-    assert back.config == run.config and back.notes == run.notes and back.order == run.order
+    for name in ("config", "notes", "order", "test_rows", "boundaries", "stream", "device", "scenario"):
+        assert getattr(back, name) == getattr(run, name), name
     assert read_run(tmp_path / "copy").finished
     assert (tmp_path / "copy" / "learning_curves.csv").exists() and (tmp_path / "copy" / "transfer.png").exists()
     with pytest.raises(cl.InputError, match="there already and not empty"):
         run.save(tmp_path / "copy")
     assert torch.equal(cl.load(back.save(tmp_path / "third")).R["class"].values, run.R["class"].values)
+
+
+def test_a_stream_without_boundaries_is_read_as_one(tmp_path: Path):
+    blended = cl.streams.boundary_free(toy_stream(3))
+    assert not cl.load(quick(blended, []).save(tmp_path / "a")).boundaries
 
 
 def test_what_was_not_measured_stays_unmeasured(tmp_path: Path):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cl.transfer import TransferMatrix
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LabelledMatrix:
     """A transfer matrix with names beside its rows and columns; `matrix[i, j]` is an entry, or a part as a tensor.
 

@@ -140,9 +140,7 @@ def run(
         >>> result.R["class"].shape, sorted(result.scalars())[:2]
         ((3, 2), ['accuracy_diaz', 'average_accuracy'])
     """
-    trainer = {**_TRAINER, **(trainer or {})}
-    _check(stream, trainer, epochs, gradient_clip)
-    check_optimizer(optimizer, scheduler, stream, trainer)
+    make_trainer = _checked(stream, {**_TRAINER, **(trainer or {})}, epochs, gradient_clip)
     options: dict[str, Any] = {
         **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size},
         **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
@@ -152,14 +150,15 @@ def run(
     learner = Learner(stream, body, own, optimizer, scheduler, head=top, **options)
     if compile is not None:
         learner.compile(compile)
-    measured = {"probes": list(probes), "estimators": list(estimators)}
+    check_optimizer(optimizer, scheduler, stream, make_trainer.keywords)
     looks = {"every": every, "points": points, "subset": subset, "flops": flops}
+    measured = {"probes": list(probes), "estimators": list(estimators)}
     where = None if directory is None else place(directory).resolve()
     told = [*(_files() if where is not None else ()), *reports]
     experiment = Experiment(
         learner,
         stream,
-        functools.partial(pl.Trainer, **trainer),
+        make_trainer,
         epochs=epochs,
         directory=where,
         reports=told,
@@ -167,7 +166,7 @@ def run(
         callbacks=[*callbacks, *_bars(progress)],
         config={
             **describe(learner, stream, epochs, backbone, head),
-            **{"optimizer_state": optimizer_state, "compile": compile, "trainer": trainer},
+            **{"optimizer_state": optimizer_state, "compile": compile, "trainer": make_trainer.keywords},
             **{**measured, "report": {"columns": columns, **looks}},
         },
         columns=columns,
@@ -177,23 +176,27 @@ def run(
         allow_changed=allow_changed,
     )
     with interruptible():
-        return experiment.run() if where is None else _run_in(where, experiment)
+        return _run(experiment, where)
 
 
-def _check(stream: Any, trainer: dict[str, Any], epochs: int, gradient_clip: float | None) -> None:
-    """Refuse what would fail only when the run has begun."""
+def _checked(
+    stream: Any, trainer: dict[str, Any], epochs: int, gradient_clip: float | None
+) -> functools.partial[pl.Trainer]:
+    """Return what makes Trainers; refuse what would fail only when the run has begun."""
     if not isinstance(stream, Stream):
         raise InputError(f"{stream!r} is no stream: make one, such as cl.streams.split(dataset).")
     check_range("", 0, epochs=epochs)
     check_range("", 0, above=True, gradient_clip=gradient_clip)
     check_call("trainer", pl.Trainer, trainer)
+    factory = functools.partial(pl.Trainer, **trainer)
     try:
-        check_arguments(functools.partial(pl.Trainer, **trainer))
-        quiet_trainer(functools.partial(pl.Trainer, **trainer))
+        check_arguments(factory)
+        quiet_trainer(factory)
     except InputError:
         raise
     except Exception as error:  # Lightning has many kinds
         raise InputError(f"trainer={trainer} cannot be made ({' '.join(str(error).split())}): correct it.") from error
+    return factory
 
 
 def _own(part: Any, default: Any) -> Any:
@@ -252,8 +255,10 @@ def _bars(progress: bool) -> list[pl.Callback]:
     return [ProgressBar()] if progress else []
 
 
-def _run_in(directory: Path, experiment: Experiment) -> Run:
-    """Run in a directory, alone; before anything is written, refuse one that holds anything else than this run."""
+def _run(experiment: Experiment, directory: Path | None) -> Run:
+    """Run, alone in a directory where there is one; before it is written to, refuse one that holds anything else."""
+    if directory is None:
+        return experiment.run()
     config = experiment.run_view.config
     strange = directory.is_dir() and any(path.name != rundir.LOCK for path in directory.iterdir())
     if directory.is_file() or (strange and not (directory / rundir.CONFIG).is_file()):

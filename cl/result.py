@@ -112,7 +112,7 @@ class Run:
         >>> run.primary.num_tasks, run.tasks_learned
         (2, -1)
         >>> run
-        Run(0 of 2 tasks learned, class-incremental)
+        Run(class-incremental, 2 tasks; 0 learned)
     """
 
     directory: Path
@@ -251,15 +251,11 @@ class Run:
         return target
 
     def __repr__(self) -> str:
-        strategies = "+".join(self.config.get("strategy") or ())
-        learned = f"{max(self.tasks_learned, 0)} of {len(self.task_names)} tasks learned, {self.scenario}-incremental"
-        what = " on ".join(part for part in (strategies, self.stream) if part)
-        about = f"{what}: {learned}" if what else learned
-        if self.tasks_learned < 1:
-            return f"Run({about})"
         from cl.report import headline
+        from cl.report.caption import caption
 
-        return f"Run({about}; {headline(self, next(iter(self.matrices)))})"
+        about = f"{caption(self)}; {max(self.tasks_learned, 0)} learned"
+        return f"Run({about}; {headline(self, self.primary.mask)})" if self.tasks_learned > 0 else f"Run({about})"
 
     def _repr_html_(self) -> str:
         tables = (

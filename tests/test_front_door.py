@@ -331,7 +331,7 @@ def test_everything_prints_as_one_short_line():
         "Memory(10 of 10": memory,
         "TransferMatrix(": run.matrices["class"],
         "Batch(4 rows of uint8 (1, 8, 8)": memory.sample(4),
-        "Run(er on split digits: 2 of 2 tasks learned, class-incremental; class: average": run,
+        "Run(er · split digits, class-incremental, 2 tasks · MLP · ": run,
     }
     for begin, thing in things.items():
         assert repr(thing).startswith(begin) and len(repr(thing)) < 220 and "\n" not in repr(thing)

@@ -12,15 +12,15 @@ import pytorch_lightning as pl
 import torch
 
 from benchmarks.workloads import MEAN, STD, Arrays, Workload
-from cl.augment import Normalize, RandomCropFlip
-from cl.experiment import Experiment
-from cl.instruments import Instrument
-from cl.instruments.curves import LearningCurves
-from cl.instruments.probes import Probes
-from cl.learner import Learner
+from cl.data.augment import Normalize, RandomCropFlip
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.instrument import Instrument
+from cl.engine.learner import Learner
+from cl.engine.strategy import Strategy
+from cl.measure.learning_curves import LearningCurves
+from cl.measure.probes import Probes
 from cl.strategies.er import ER
-from cl.strategy import Strategy
-from cl.task import Stream, Task, TaskData
 
 Watch = Callable[[Stream], Instrument]
 
@@ -81,9 +81,9 @@ def run_with_reports(workload: Workload, tasks: list[Arrays]) -> tuple[list[floa
     """Do as `run` with all that the command line has on: bar, curves, files, picture, terminal, checkpoints."""
     from rich.console import Console
 
-    from cl.report.files import FileReport
     from cl.report.picture import PictureReport
     from cl.report.progress import ProgressBar
+    from cl.report.tables import FileReport
     from cl.report.terminal import TerminalReport
     from cl.report.training import TrainingReport
 

@@ -92,9 +92,9 @@ def clsim(root: Path, cached: bool) -> float:
     import pytorch_lightning as pl
 
     from cl.compose import copies
-    from cl.experiment import Experiment
-    from cl.images import image_folder
-    from cl.learner import Learner
+    from cl.data.images import image_folder
+    from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
 
     cache = root / ".clsim-cache"
     if not cached:

@@ -20,7 +20,7 @@ DESIGNS = ("positive", "negative", "neutral", "mixed")
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Pool each design's target task over seeds and sizes, and print Kendall's tau of every estimator."""
-    from cl.statistics import kendall_tau
+    from cl.metrics.statistics import kendall_tau
 
     jobs = [(design, rows, seed) for design in DESIGNS for rows in ROWS for seed in range(SEEDS)]
     points = [_run(*job) for job in track(jobs, "forecasts", console=console, transient=True)]
@@ -38,14 +38,14 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _run(design: str, rows: int, seed: int) -> dict[str, Any]:
     """Learn a designed stream by fine-tuning; return the forecasts for its target and what it gained over an expert."""
-    from cl.backbones import MLP
-    from cl.experiment import Experiment
-    from cl.instruments.estimates import COVARIANCE, Estimates
-    from cl.learner import Learner
-    from cl.references import References
-    from cl.sources import digits
+    from cl.backbones.networks import MLP
+    from cl.data.sources import digits
+    from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
+    from cl.measure.estimators import COVARIANCE, Estimates
+    from cl.measure.references import References
+    from cl.metrics.transferability import ESTIMATORS
     from cl.streams.transfer_by_design import transfer_by_design
-    from cl.transferability import ESTIMATORS
 
     def make(stream: Any, strategies: Any) -> Experiment:
         torch.manual_seed(seed)

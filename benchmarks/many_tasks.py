@@ -43,15 +43,16 @@ def main(columns: str) -> None:
     """Learn the stream with all that the command line has on, and hand over medians of the time a task."""
     from rich.console import Console
 
-    from cl.backbones import MLP
-    from cl.experiment import Experiment
-    from cl.learner import Learner
-    from cl.report import Report, Run
-    from cl.report.files import FileReport
+    from cl.backbones.networks import MLP
+    from cl.data.sources import synthetic
+    from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
+    from cl.report.contract import Report
     from cl.report.picture import PictureReport
     from cl.report.progress import ProgressBar
+    from cl.report.run import Run
+    from cl.report.tables import FileReport
     from cl.report.terminal import TerminalReport
-    from cl.sources import synthetic
     from cl.strategies.er import ER
     from cl.streams.split import split
 

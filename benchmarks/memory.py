@@ -56,9 +56,9 @@ def main(policy: str, capacity: str) -> None:
 
 
 def _step(policy: str, size: int, x: Tensor, y: Tensor) -> Callable[[int], object]:
-    from cl.memory import Memory
-    from cl.strategy import Batch
-    from cl.task import Stream, Task, TaskData
+    from cl.data.task import Stream, Task, TaskData
+    from cl.engine.strategy import Batch
+    from cl.toolkit.memory import Memory
 
     task = torch.zeros(len(y), dtype=torch.int64)
     data = TaskData(x, y)

@@ -22,8 +22,8 @@ Jobs = list[tuple[str, int]]
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Print mean and standard deviation of the average accuracy over the seeds, and seconds a run."""
-    from cl.build import make
-    from cl.processes import run
+    from cl.app.build import make
+    from cl.trainer.processes import run
 
     strategies = [name for name in STRATEGIES if matches(name, args.only)]
     jobs = [(strategy, seed) for strategy in strategies for seed in SEEDS]
@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def learn_all(jobs: Jobs, processes: int) -> dict[tuple[str, int], tuple[float, float]]:
     """Run each strategy and seed; return final average accuracy and seconds."""
-    from cl.build import build
+    from cl.app.build import build
     from cl.distributed import from_first
 
     found = {}

@@ -22,8 +22,8 @@ from benchmarks.process import hand_over, matches, take_turns
 from benchmarks.workloads import WORKLOADS, Arrays, load
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream
+    from cl.data.task import Stream
+    from cl.engine.learner import Learner
 
 NAMES = (
     *("finetune", "joint", "cumulative", "er", "er_ace", "der", "derpp", "mir", "scr", "icarl", "gdumb"),
@@ -89,7 +89,7 @@ def main(name: str, data: str, rows: str = "") -> None:
     """Time one strategy, or count its operations on the first rows of each task."""
     import pytorch_lightning as pl
 
-    from cl.experiment import Experiment
+    from cl.engine.experiment import Experiment
 
     tasks, _ = load(WORKLOADS["online_mlp"], Path(data) if data else None)
     mean = sum(len(task[0]) for task in tasks) / len(tasks)

@@ -62,7 +62,7 @@ class Workload:
             return nn.Sequential(
                 nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
             )
-        from cl.backbones import ResNet18
+        from cl.backbones.networks import ResNet18
 
         backbone = ResNet18((3, 32, 32), width=20)
         return nn.Sequential(backbone, nn.Linear(backbone.num_features, 100))
@@ -112,7 +112,7 @@ def load(workload: Workload, data: Path | None) -> tuple[list[Arrays], str]:
     if data is None:
         arrays, about = _made(workload), "images made on the spot (--data DIR takes the real ones)"
     else:
-        from cl.sources import image_folder, torchvision_dataset
+        from cl.data.sources import image_folder, torchvision_dataset
 
         folders = data / "cifar100"
         if workload.dataset == "cifar100" and (folders / "train").is_dir():

@@ -3,7 +3,7 @@
 From Python, a whole run is::
 
     import cl
-    from cl.sources import digits
+    from cl.data.sources import digits
 
     stream = cl.streams.split(digits(), num_tasks=5)
     run = cl.run(stream, cl.strategies.ER(memory_size=200), epochs=1, seed=0)
@@ -20,34 +20,42 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cl import backbones as backbones
-    from cl.api import load as load
-    from cl.api import run as run
-    from cl.compare.api import compare as compare
-    from cl.data import Dataset as Dataset
+    from cl.app.api import load as load
+    from cl.app.api import run as run
+    from cl.compare.comparison import compare as compare
+    from cl.data.dataset import Dataset as Dataset
+    from cl.data.stream_checks import check_stream as check_stream
+    from cl.data.task import Stream as Stream
+    from cl.data.task import Task as Task
+    from cl.data.task import TaskData as TaskData
+    from cl.engine.experiment import Experiment as Experiment
+    from cl.engine.instrument import Instrument as Instrument
+    from cl.engine.learner import Learner as Learner
+    from cl.engine.strategy import Batch as Batch
+    from cl.engine.strategy import Strategy as Strategy
     from cl.errors import InputError as InputError
-    from cl.experiment import Experiment as Experiment
-    from cl.instruments import Instrument as Instrument
-    from cl.learner import Learner as Learner
-    from cl.memory import Memory as Memory
-    from cl.report import Report as Report
-    from cl.result import Run as Run
-    from cl.strategy import Batch as Batch
-    from cl.strategy import Strategy as Strategy
-    from cl.stream_checks import check_stream as check_stream
-    from cl.task import Stream as Stream
-    from cl.task import Task as Task
-    from cl.task import TaskData as TaskData
+    from cl.metrics.transfer import TransferMatrix as TransferMatrix
+    from cl.report.contract import Report as Report
+    from cl.report.run import Run as Run
     from cl.testing import check_strategy as check_strategy
-    from cl.transfer import TransferMatrix as TransferMatrix
+    from cl.toolkit.memory import Memory as Memory
 
 _PLACES = {
-    **{"run": "cl.api:run", "load": "cl.api:load", "compare": "cl.compare", "Run": "cl.result:Run"},
-    **{name: f"cl.task:{name}" for name in ("Stream", "Task", "TaskData")},
-    **{"Dataset": "cl.data:Dataset", "Batch": "cl.strategy:Batch", "Strategy": "cl.strategy:Strategy"},
-    **{"Learner": "cl.learner:Learner", "Experiment": "cl.experiment:Experiment", "Memory": "cl.memory:Memory"},
-    **{"TransferMatrix": "cl.transfer:TransferMatrix", "Report": "cl.report:Report"},
-    **{"Instrument": "cl.instruments:Instrument", "InputError": "cl.errors:InputError"},
-    **{"check_strategy": "cl.testing:check_strategy", "check_stream": "cl.stream_checks:check_stream"},
+    **{"run": "cl.app.api:run", "load": "cl.app.api:load", "compare": "cl.compare", "Run": "cl.report.run:Run"},
+    **{name: f"cl.data.task:{name}" for name in ("Stream", "Task", "TaskData")},
+    **{
+        "Dataset": "cl.data.dataset:Dataset",
+        "Batch": "cl.engine.strategy:Batch",
+        "Strategy": "cl.engine.strategy:Strategy",
+    },
+    **{
+        "Learner": "cl.engine.learner:Learner",
+        "Experiment": "cl.engine.experiment:Experiment",
+        "Memory": "cl.toolkit.memory:Memory",
+    },
+    **{"TransferMatrix": "cl.metrics.transfer:TransferMatrix", "Report": "cl.report.contract:Report"},
+    **{"Instrument": "cl.engine.instrument:Instrument", "InputError": "cl.errors:InputError"},
+    **{"check_strategy": "cl.testing:check_strategy", "check_stream": "cl.data.stream_checks:check_stream"},
     **{name: f"cl.{name}" for name in ("strategies", "streams", "backbones")},
 }
 __all__ = sorted(_PLACES)

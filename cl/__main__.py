@@ -1,6 +1,6 @@
 """`python -m cl` is `cl-run`."""
 
-from cl.cli import main
+from cl.app.cli import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from cl.errors import InputError
-
-if TYPE_CHECKING:
-    from cl.task import TaskData
 
 Value = TypeVar("Value")
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -77,14 +74,6 @@ def own(rows: int) -> Tensor:
         tensor([0, 1, 2])
     """
     return torch.arange(rows) if rows < world_size() else torch.arange(rank(), rows, world_size())
-
-
-def shard(data: TaskData) -> TaskData:
-    """Return this process's part of some examples, for counts that are summed; see `own`.
-
-    Where there are fewer examples than processes, each counts all of them: a share of W times as many is the same.
-    """
-    return data if world_size() == 1 else data.take(own(len(data)))
 
 
 def deal(rows: Indices, batch_size: int) -> tuple[Indices, int, bool]:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def imported(path: str) -> Any:
-    """Return what a path such as "cl.task:Stream" names, or the module that one without a colon names.
+    """Return what a path such as "cl.data.task:Stream" names, or the module that one without a colon names.
 
     Example:
         >>> imported("cl.errors:InputError").__name__

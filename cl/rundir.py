@@ -80,7 +80,7 @@ class Estimate(NamedTuple):
 
 
 class TaskCosts(NamedTuple):
-    """What a task took, see `cl.instruments.resources`; a run of an earlier version may lack columns."""
+    """What a task took, see `cl.measure.resources`; a run of an earlier version may lack columns."""
 
     task: int
     seconds: float = math.nan

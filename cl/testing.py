@@ -16,13 +16,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from cl.data.stream_checks import check_stream, same
+from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch, Strategy, misspelt
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.learner import Learner
-from cl.report import Run
-from cl.strategy import Batch, Strategy, misspelt
-from cl.stream_checks import check_stream, same
-from cl.task import SCENARIOS, Scenario, Stream, Task, TaskData
+from cl.report.run import Run
 
 __all__ = ["ToyBackbone", "check_strategy", "check_stream", "toy_learner", "toy_run", "toy_stream"]
 _trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, barebones=False)
@@ -95,7 +95,7 @@ def toy_learner(
     stream = toy_stream(num_tasks, scenario)
     torch.manual_seed(seed)
     if backbone == "vit":
-        from cl.vit import ViT
+        from cl.backbones.vit import ViT
 
         body: nn.Module = ViT((1, 4, 4), patch_size=2, dim=16, depth=1, heads=2)
     else:

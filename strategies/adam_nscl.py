@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cl.engine.loader import EvalLoader
+from cl.engine.strategy import OptimizerFactory, Strategy
 from cl.errors import check_range
-from cl.loader import EvalLoader
 from cl.random import Random
-from cl.representation import layer_inputs
-from cl.strategy import OptimizerFactory, Strategy
-from cl.subspace import check_statistics, protected_layers, silence_others
+from cl.toolkit.layers import layer_inputs
+from cl.toolkit.subspace import check_statistics, protected_layers, silence_others
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def null_projector(covariance: Tensor, ratio: float, released_rule: bool = False) -> Tensor:

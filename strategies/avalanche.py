@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cl.data.avalanche import drawing, preparation, quietly, take_back, to_experience, to_network
+from cl.data.task import TaskData
+from cl.engine.strategy import Strategy
 from cl.errors import DivergenceError, InputError, check_range
-from cl.interop import drawing, preparation, quietly, take_back, to_experience, to_network
 from cl.random import derive
-from cl.strategy import Strategy
-from cl.task import TaskData
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class Avalanche(Strategy):

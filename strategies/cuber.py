@@ -37,11 +37,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.errors import check_range
-from cl.subspace import ScaledByTask, Subspaces, protected_layers, sampled_gradients, sampled_inputs, silence_others
+from cl.toolkit.subspace import (
+    ScaledByTask,
+    Subspaces,
+    protected_layers,
+    sampled_gradients,
+    sampled_inputs,
+    silence_others,
+)
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def correlation(old: Tensor, g: Tensor) -> Tensor:

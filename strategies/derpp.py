@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.distributed import share
+from cl.engine.preflight import check_draws
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import check_range
-from cl.memory import Memory
-from cl.preflight import check_draws
-from cl.strategy import Batch, Strategy
+from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream
+    from cl.data.task import Stream
+    from cl.engine.learner import Learner
 
 
 def dark_knowledge(logits: Tensor, stored: Tensor) -> Tensor:

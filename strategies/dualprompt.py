@@ -32,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl.backbones.vit import freeze_transformer
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError, check_range
-from cl.strategy import Batch, Strategy
-from cl.vit import freeze_transformer
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class DualPrompt(Strategy):

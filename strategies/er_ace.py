@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from cl.distributed import share, total
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import check_range
-from cl.memory import Memory
-from cl.strategy import Batch, Strategy
+from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream
+    from cl.data.task import Stream
+    from cl.engine.learner import Learner
 
 
 def without(logits: Tensor, classes: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ The loss is the cross-entropy over the classes that compete in the scenario (cla
 
 from __future__ import annotations
 
-from cl.strategy import Strategy
+from cl.engine.strategy import Strategy
 
 
 class Finetune(Strategy):

@@ -34,16 +34,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cl.data.task import TaskData
 from cl.distributed import from_first, gathered, own
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError, check_range
-from cl.memory import Memory
 from cl.random import Random
-from cl.strategy import Batch, Strategy
-from cl.task import TaskData
+from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def mix(view: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:

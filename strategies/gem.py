@@ -28,16 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from cl.distributed import from_first, mean_gradients, own
+from cl.engine.preflight import check_draws
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError, check_range
-from cl.memory import Memory
-from cl.preflight import check_draws
-from cl.strategy import Batch, Strategy
-from cl.subspace import remark_rescaled
-from cl.weights import flat
+from cl.toolkit.memory import Memory
+from cl.toolkit.subspace import remark_rescaled
+from cl.toolkit.weights import flat
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

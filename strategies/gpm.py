@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cl.engine.strategy import Strategy
 from cl.errors import check_range
 from cl.random import Random
-from cl.strategy import Strategy
-from cl.subspace import (
+from cl.toolkit.subspace import (
     check_plain_sgd,
     check_statistics,
     new_directions,
@@ -41,8 +41,8 @@ from cl.subspace import (
 )
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class GPM(Strategy):

@@ -41,15 +41,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cl.by_task import rows_by_task
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import check_range
-from cl.isolation import by_row, chained_layers, check_isolation, keep_outputs, silence_others
-from cl.strategy import Batch, Strategy
-from cl.subspace import check_plain_sgd
+from cl.toolkit.by_task import rows_by_task
+from cl.toolkit.isolation import by_row, chained_layers, check_isolation, keep_outputs, silence_others
+from cl.toolkit.subspace import check_plain_sgd
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 CLOSED = 1e-12
 

@@ -7,8 +7,8 @@ classes of the task, and for older ones the sigmoids q that the network of befor
           \log (1 - g_c) + \sum_{c\ \mathrm{old}} q_c \log g_c + (1 - q_c) \log (1 - g_c) \Big)
 
 After the task each of the t classes seen keeps :math:`m = \lfloor K / t \rfloor` exemplars: the first m of an older
-one, and of a new one those that herding chooses (algorithms 4 and 5, `cl.exemplars.herding`). The class of an input is
-that of the nearest mean of exemplars, of features of length 1 (algorithm 1).
+one, and of a new one those that herding chooses (algorithms 4 and 5, `cl.toolkit.herding.herding`). The class of an
+input is that of the nearest mean of exemplars, of features of length 1 (algorithm 1).
 
 .. math:: \hat y = \arg\min_c \lVert \phi(x) - \mu_c \rVert, \qquad \mu_c \propto \sum_{p \in P_c} \phi(p)
 
@@ -37,17 +37,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl.data.target import classes_of
+from cl.data.task import TaskData
 from cl.distributed import gathered, own
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.exemplars import class_means, herding, nearness, unit_features
-from cl.memory import Memory
-from cl.strategy import Batch, Strategy
-from cl.target import classes_of
-from cl.task import TaskData
+from cl.toolkit.herding import class_means, herding, nearness, unit_features
+from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class ICaRL(Strategy):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl.strategy import Strategy
-from cl.task import TaskData
+from cl.data.task import TaskData
+from cl.engine.strategy import Strategy
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class Joint(Strategy):

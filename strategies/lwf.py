@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError, check_range
-from cl.memory import remark_without
-from cl.strategy import Batch, Strategy
+from cl.toolkit.memory import remark_without
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, scaled: bool = True) -> Tensor:

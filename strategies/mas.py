@@ -28,16 +28,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import check_range
-from cl.fisher import check_single, gradient_sum, sampled_inputs
-from cl.memory import remark_without
 from cl.random import Random
-from cl.strategy import Batch, Strategy
-from cl.weights import check_encode, check_held, flat, held
+from cl.toolkit.fisher import check_single, gradient_sum, sampled_inputs
+from cl.toolkit.memory import remark_without
+from cl.toolkit.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def sensitivity(module: nn.Module, x: Tensor, classes: Tensor) -> Tensor:

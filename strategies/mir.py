@@ -32,14 +32,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from cl.distributed import mean_gradients, share
+from cl.engine.preflight import check_draws
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError, check_range
-from cl.memory import Memory
-from cl.preflight import check_draws
-from cl.strategy import Batch, Strategy
+from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream
+    from cl.data.task import Stream
+    from cl.engine.learner import Learner
 
 
 def most_raised(before: Tensor, after: Tensor, size: int) -> Tensor:

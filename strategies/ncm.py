@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl.engine.loader import EvalLoader
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
-from cl.loader import EvalLoader
-from cl.strategy import Strategy
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class NCM(Strategy):

@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cl.engine.strategy import Strategy
 from cl.errors import InputError, check_range, unknown
-from cl.fisher import check_single
 from cl.random import Random
-from cl.strategy import Strategy
-from cl.subspace import check_plain_sgd, check_statistics, check_trained, protected, sampled
-from cl.weights import flat
+from cl.toolkit.fisher import check_single
+from cl.toolkit.subspace import check_plain_sgd, check_statistics, check_trained, protected, sampled
+from cl.toolkit.weights import flat
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 LOGITS = ("truth", "mean", "all")
 

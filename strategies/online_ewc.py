@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import check_range
-from cl.fisher import check_fisher, check_labels, check_single, task_fisher
-from cl.memory import remark_without
 from cl.random import Random
-from cl.strategy import Batch, Strategy
-from cl.weights import check_encode, check_held, flat, held
+from cl.toolkit.fisher import check_fisher, check_labels, check_single, task_fisher
+from cl.toolkit.memory import remark_without
+from cl.toolkit.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class OnlineEWC(Strategy):
@@ -43,7 +43,7 @@ class OnlineEWC(Strategy):
         gamma: What is kept of the old Fisher at each new task.
         fisher: Labels in the Fisher: "true" (summed over p(y|x)), "sampled" (one drawn), "empirical" (the data's).
         num_samples: Training examples that it is measured on; None means all.
-        batch_size: Examples whose mean gradient is squared; 1 is the Fisher's definition. See `cl.fisher`.
+        batch_size: Examples whose mean gradient is squared; 1 is the Fisher's definition. See `cl.toolkit.fisher`.
 
     Raises:
         InputError: If a kind of Fisher is unknown, another strategy owns `encode`, nothing is trainable, or single

@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl.by_task import run_by_task
+from cl.engine.strategy import Strategy
 from cl.errors import InputError, check_range
-from cl.isolation import check_isolation, keep_outputs, layer_weights, silence_others
-from cl.strategy import Strategy
+from cl.toolkit.by_task import run_by_task
+from cl.toolkit.isolation import check_isolation, keep_outputs, layer_weights, silence_others
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def smallest(weight: Tensor, among: Tensor, share: float) -> Tensor:

@@ -29,14 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl.engine.loader import EvalLoader
+from cl.engine.strategy import Strategy
 from cl.errors import InputError, check_range
-from cl.loader import EvalLoader
 from cl.random import Random
-from cl.strategy import Strategy
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task, TaskData
+    from cl.data.task import Stream, Task, TaskData
+    from cl.engine.learner import Learner
 
 
 def ridge_regression(G: Tensor, Q: Tensor, strengths: Tensor) -> Tensor:

@@ -31,16 +31,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.by_task import check_apart
+from cl.backbones.vit import freeze_transformer
+from cl.engine.loader import EvalLoader
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import check_range
-from cl.loader import EvalLoader
 from cl.random import Random
-from cl.strategy import Batch, Strategy
-from cl.vit import freeze_transformer
+from cl.toolkit.by_task import check_apart
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def distances(features: Tensor, centres: Tensor, norm: float) -> Tensor:

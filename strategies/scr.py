@@ -16,7 +16,7 @@ Differences from the paper: none known in the loss. With several epochs an examp
 first one only; the first batch, which finds an empty memory, is trained on alone.
 Differences from the reference code: that makes no step before the memory holds something, and draws a mean at random
 for a class without exemplar. The first view is as the stream augments it, there plain. Of the second, hue and order
-of the colours' changes differ a little (`cl.augment.ContrastiveView`).
+of the colours' changes differ a little (`cl.data.augment.ContrastiveView`).
 
 State: the memory, M rows with labels; the projection, D x D + D x dim weights; the means, C x D. A step has two forward
 passes over both incoming and replayed rows. Scenarios: all. Refuses inputs that are no images, targets other than
@@ -31,17 +31,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.augment import ContrastiveView
+from cl.data.augment import ContrastiveView
+from cl.data.task import TaskData
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError, check_range
-from cl.exemplars import class_means, nearness, unit_features
-from cl.memory import Memory
 from cl.random import Random
-from cl.strategy import Batch, Strategy
-from cl.task import TaskData
+from cl.toolkit.herding import class_means, nearness, unit_features
+from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import check_range
-from cl.memory import remark_without
-from cl.strategy import Batch, Strategy
-from cl.weights import check_encode, check_held, flat, held
+from cl.toolkit.memory import remark_without
+from cl.toolkit.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 class SI(Strategy):

@@ -39,16 +39,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cl.by_task import check_apart, run_by_task
+from cl.engine.strategy import Strategy
 from cl.errors import InputError, check_range
-from cl.isolation import layer_weights
 from cl.random import Random
-from cl.strategy import Strategy
-from cl.subspace import check_statistics
+from cl.toolkit.by_task import check_apart, run_by_task
+from cl.toolkit.isolation import layer_weights
+from cl.toolkit.subspace import check_statistics
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 
 def supermask(scores: Tensor, density: float) -> Tensor:

@@ -32,12 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl.engine.strategy import OptimizerFactory, Strategy
 from cl.errors import InputError, check_range, unknown
-from cl.strategy import OptimizerFactory, Strategy
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
 
 FORMS = ("rmsprop", "adam", "adagrad")
 

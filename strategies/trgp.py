@@ -10,11 +10,12 @@ there by a matrix :math:`Q_j` of the new task's own, learned with the rest from 
 .. math:: \tilde W = W + \sum_j W B_j (Q_j - I) B_j^\top
 
 The old tasks' weights are as they were, so nothing is forgotten; their rows pass through :math:`\tilde W` of their own.
-When the task ends its own subspace is chosen among the columns of O and new directions (`cl.subspace.task_directions`).
+When the task ends its own subspace is chosen among the columns of O and new directions
+(`cl.toolkit.subspace.task_directions`).
 
 Differences from the paper: biases and norms get no gradient after the first task. Of all Q of a task one matrix A is
-kept, in the coordinates of O (`cl.subspace.Subspaces`), which under SGD is the same. Where tasks share outputs, as in
-its Permuted-MNIST (`stream.shared_labels=true`), the head is a layer like the others.
+kept, in the coordinates of O (`cl.toolkit.subspace.Subspaces`), which under SGD is the same. Where tasks share outputs,
+as in its Permuted-MNIST (`stream.shared_labels=true`), the head is a layer like the others.
 Differences from the reference code: a new direction is never lost to an index off by one, batch norm's affine
 parameters do not move, the gradient is measured in evaluation mode, and the second and third task select as the others
 do. In its networks no layer is scaled unless the first one has selected a task. Its Permuted-MNIST has
@@ -34,11 +35,11 @@ import torch
 from torch import Tensor
 
 from cl.errors import check_range
-from cl.subspace import ScaledByTask, protected_layers, sampled_gradients, sampled_inputs, silence_others
+from cl.toolkit.subspace import ScaledByTask, protected_layers, sampled_gradients, sampled_inputs, silence_others
 
 if TYPE_CHECKING:
-    from cl.learner import Learner
-    from cl.task import Task
+    from cl.data.task import Task
+    from cl.engine.learner import Learner
 
 
 def trusted(energies: Tensor, total: Tensor, trust: float, max_tasks: int) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl.data.avalanche import drawing, quietly
+from cl.data.task import Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError, unknown
-from cl.interop import drawing, quietly
 from cl.random import derive
-from cl.task import Order, Scenario, Stream, Task, TaskData
 
 TESTS = ("given", "own")
 _VALIDATION = ("valid", "validation", "val")  # what Avalanche and its users call it
@@ -40,7 +40,7 @@ def avalanche(
             compares, refuses such draws. Else everything is read once, and random transforms are drawn from the seed.
         scenario: "class", "task" or "domain"; None means "task" where task labels differ, else "domain" where
             experiences share classes, else "class". Classes that come again in a class-incremental stream may.
-        order: Order of the tasks, see `cl.task.Stream`.
+        order: Order of the tasks, see `cl.data.task.Stream`.
         seed: Seed of a shuffled order, and of transforms that are read once.
         tests: "given", as above; or "own": each task tests on those rows of its test experience whose classes it
             trains, for one complete test set whose classes come one by one (CORe50's NICv2), and for test sets that
@@ -50,7 +50,7 @@ def avalanche(
         InputError: If it is no such benchmark, has no experiences, or they do not fit together.
 
     Example:
-        >>> from cl.interop import to_avalanche
+        >>> from cl.data.avalanche import to_avalanche
         >>> from cl.testing import check_stream, toy_stream
         >>> stream = avalanche(to_avalanche(toy_stream(num_tasks=3)))
         >>> stream.scenario, [task.classes for task in stream]

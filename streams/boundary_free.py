@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from cl.compose import reorder
+from cl.data.task import Order, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
-from cl.task import Order, Stream, Task, TaskData
 
 
 def boundary_free(source: Stream, overlap: float = 1.0, order: Order = None, seed: int = 0) -> Stream:
@@ -36,7 +36,7 @@ def boundary_free(source: Stream, overlap: float = 1.0, order: Order = None, see
 
     Example:
         >>> from cl.compose import copies, permute
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> drifting = boundary_free(permute(copies(digits(), 3)))
         >>> drifting.boundaries, drifting[0].train.tasks.unique().tolist(), drifting[1].train.tasks.unique().tolist()
         (False, [0, 1], [0, 1, 2])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cl.compose import copies, corrupt, reorder
-from cl.data import Dataset
-from cl.task import Order, Scenario, Stream
+from cl.data.dataset import Dataset
+from cl.data.task import Order, Scenario, Stream
 
 
 def corrupted(
@@ -23,7 +23,8 @@ def corrupted(
 
     Args:
         dataset: uint8 images.
-        kinds: Of `cl.corruptions.CORRUPTIONS`, or "clean"; None means the clean images and all fifteen after them.
+        kinds: Of `cl.compose.corruptions.CORRUPTIONS`, or "clean"; None means the clean images and all fifteen after
+            them.
         severity: 1 to 5.
         scenario: "domain" by default.
         val_fraction: Share of the training set that becomes validation.
@@ -36,11 +37,11 @@ def corrupted(
         InputError: If the inputs are no images, a kind or severity is unknown, or shared_labels is False in "domain".
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> [task.name for task in corrupted(digits(), ["clean", "fog", "pixelate"])]
         ['clean', 'fog', 'pixelate']
     """
-    from cl.corruptions import CORRUPTIONS
+    from cl.compose.corruptions import CORRUPTIONS
 
     chosen = ["clean", *CORRUPTIONS] if kinds is None else list(kinds)
     whole = copies(dataset, len(chosen), scenario, val_fraction, seed=seed, shared_labels=shared_labels)

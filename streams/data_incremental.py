@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cl.compose import copies, partition, reorder
-from cl.data import Dataset
-from cl.task import Order, Stream
+from cl.data.dataset import Dataset
+from cl.data.task import Order, Stream
 
 
 def data_incremental(
@@ -23,7 +23,7 @@ def data_incremental(
         InputError: If a class has fewer rows than there are tasks.
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> [len(task.test) for task in data_incremental(digits(), num_tasks=2)]
         [181, 178]
     """

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from cl.compose import concat, copies
 from cl.compose.tasks import Match
-from cl.data import Dataset
-from cl.task import Order, Scenario, Stream
+from cl.data.dataset import Dataset
+from cl.data.task import Order, Scenario, Stream
 
 
 def domains(
@@ -37,7 +37,7 @@ def domains(
             differ.
 
     Example:
-        >>> from cl.sources import digits, synthetic
+        >>> from cl.data.sources import digits, synthetic
         >>> other = synthetic(num_classes=10, input_shape=(1, 8, 8), image=True)
         >>> domains({"digits": digits(), "blobs": other}, scenario="task").num_classes
         20

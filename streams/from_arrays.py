@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl.data import Array, Dataset, Numbers, make_dataset
+from cl.data.by_row import Float32, by_task
+from cl.data.dataset import Array, Dataset, Numbers, make_dataset
+from cl.data.rows import Rows, check_plain, open_array
+from cl.data.target import TARGETS
+from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
-from cl.own_data import Float32, by_task
-from cl.rows import Rows, check_plain, open_array
-from cl.target import TARGETS
-from cl.task import Order, Scenario, Stream
 
 Given = Any  # a numpy array, a tensor, or the path of a .npy file
 
@@ -57,7 +57,7 @@ def from_arrays(
         test_task: The task of each test row, or None.
         num_tasks: Without task arrays, T; None means 5, or the number of classes where it is smaller.
         class_names: One a class, in ascending order of the labels; or one a column of other targets.
-        target: "label", "multilabel" or "regression", see `cl.target`.
+        target: "label", "multilabel" or "regression", see `cl.data.target`.
         scenario: None means "class" where every class has one task, else "domain".
         val_fraction: Share of each task's training rows that becomes validation.
         normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].

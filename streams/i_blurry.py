@@ -13,10 +13,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cl.data import Array, Dataset, split_validation
+from cl.data.dataset import Array, Dataset, split_validation
+from cl.data.task import Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
-from cl.task import Order, Scenario, Stream, Task, TaskData
 
 
 def blend(
@@ -68,7 +68,7 @@ def i_blurry(
         InputError: If shares are outside [0, 1], the scenario is "domain", or there are fewer classes than tasks.
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> stream = i_blurry(digits(), num_tasks=2, disjoint=0.5, blur=0.2)
         >>> [len(task.classes) for task in stream], len(stream[0].train.labels.unique())
         ([5, 5], 8)

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cl.data import Numbers, make_dataset
+from cl.data.by_row import by_task
+from cl.data.class_names import in_natural_order
+from cl.data.dataset import Numbers, make_dataset
+from cl.data.images import check_disjoint, decoded_images, folders_in, list_parts
+from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
 from cl.files import place
-from cl.images import check_disjoint, decoded_images, folders_in, list_parts
-from cl.labels import in_natural_order
-from cl.own_data import by_task
 from cl.random import derive
-from cl.task import Order, Scenario, Stream
 
 PATTERNS = ("task/split/class", "split/task/class")
 
@@ -46,7 +46,7 @@ def image_folders(
 
     A class is known by its name over the whole stream; labels are numbered as classes first appear, task by task. One
     tree whose classes are to be split into tasks is `stream=split dataset=image_folder`. What is hidden or a system's
-    is left out, see `cl.images.list_images`.
+    is left out, see `cl.data.images.list_images`.
 
     Args:
         root: The folder that holds all of it.

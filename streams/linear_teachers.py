@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl.data import Array
+from cl.data.dataset import Array
+from cl.data.task import Order, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
-from cl.task import Order, Stream, Task, TaskData
 
 
 def geometry(
@@ -94,7 +94,7 @@ def _orthonormal(draw: np.random.Generator, size: int) -> Array:
 def expected_transfer(bases: Tensor, teachers: Tensor, initial: Tensor | None = None) -> Tensor:
     r"""Return the R that fine-tuning has when it converges on every task, by the equations above, (T + 1, T).
 
-    Any metric of `cl.transfer` is then known too, such as its forgetting and its forward transfer.
+    Any metric of `cl.metrics.transfer` is then known too, such as its forgetting and its forward transfer.
 
     Args:
         bases: U, orthonormal columns, (T, D, r), in the order of learning.
@@ -102,7 +102,7 @@ def expected_transfer(bases: Tensor, teachers: Tensor, initial: Tensor | None = 
         initial: Weights of the untrained head, (K, D); None means 0.
 
     Example:
-        >>> from cl.transfer import forgetting_chaudhry, fwt_gem
+        >>> from cl.metrics.transfer import forgetting_chaudhry, fwt_gem
         >>> R = expected_transfer(*geometry(num_tasks=2, overlap=0.5, similarity=1.0))
         >>> round(forgetting_chaudhry(R).item(), 6), round(fwt_gem(R).item(), 6)  # o^2 (1-o)^2, o (2 - o)
         (0.0625, 0.75)

@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.cells import read_targets, read_times
-from cl.data import Numbers, make_dataset, split_validation
+from cl.data.by_row import by_task
+from cl.data.cells import read_targets, read_times
+from cl.data.class_names import in_natural_order
+from cl.data.dataset import Numbers, make_dataset, split_validation
+from cl.data.images import decoded_images
+from cl.data.table import Table, read_table, rename
+from cl.data.target import TARGETS
+from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
 from cl.files import place
-from cl.images import decoded_images
-from cl.labels import in_natural_order
-from cl.own_data import by_task
 from cl.random import derive
-from cl.table import Table, read_table, rename
-from cl.target import TARGETS
-from cl.task import Order, Scenario, Stream
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "label", "task", "split", "timestamp")
@@ -82,7 +82,7 @@ def manifest(
             None means that all have one size already.
         channels: 3 for colour, 1 for grey.
         exif_orientation: Whether to turn pictures as their EXIF data say, as viewers do; else they stay as stored.
-        target: "label", "multilabel" or "regression", see `cl.target`.
+        target: "label", "multilabel" or "regression", see `cl.data.target`.
         by: What makes a task: "task", the column, or "time", a period.
         num_tasks: The number of periods; None means 5.
         test_fraction: Share of each class in each task that becomes the test set where no column says it.

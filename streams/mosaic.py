@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl.data import Array, Dataset, split_validation
+from cl.data.dataset import Array, Dataset, split_validation
+from cl.data.rows import Rows
+from cl.data.task import MOST_TASKS, SCENARIOS, Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError, check_range
 from cl.random import derive
-from cl.rows import Rows
-from cl.task import MOST_TASKS, SCENARIOS, Order, Scenario, Stream, Task, TaskData
 
 
 def tile(cells: Tensor, grid: int) -> Tensor:
@@ -64,7 +64,7 @@ def mosaic(
             would show.
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> stream = mosaic(digits(), num_tasks=5)
         >>> stream.input_shape, stream[1].classes, stream[1].train.labels.shape
         ((1, 16, 16), (2, 3), torch.Size([1000, 10]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cl.compose import copies, permute, reorder
-from cl.data import Dataset
-from cl.task import Order, Scenario, Stream
+from cl.data.dataset import Dataset
+from cl.data.task import Order, Scenario, Stream
 
 
 def permuted(
@@ -34,7 +34,7 @@ def permuted(
         InputError: If the dataset comes with augmentation, there are no tasks, or shared_labels is False in "domain".
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> stream = permuted(synthetic(num_classes=3), num_tasks=4)
         >>> len(stream), stream.num_classes
         (4, 3)

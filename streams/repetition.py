@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cl.data import Array, Dataset, split_validation
+from cl.data.dataset import Array, Dataset, split_validation
+from cl.data.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError, check_range
 from cl.random import derive
-from cl.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 
 
 def occurrences(num_tasks: int, num_classes: int, first: float, again: Sequence[float], seed: int) -> Array:
@@ -81,7 +81,7 @@ def repetition(
         InputError: If a probability is outside its range, or the scenario is "domain".
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> stream = repetition(digits(), num_tasks=6, rows_per_task=60)
         >>> len(stream), len({c for task in stream for c in task.classes})
         (6, 10)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cl.compose import copies, reorder, rotate
-from cl.data import Dataset
-from cl.task import Order, Scenario, Stream
+from cl.data.dataset import Dataset
+from cl.data.task import Order, Scenario, Stream
 
 
 def rotated(
@@ -38,7 +38,7 @@ def rotated(
         InputError: If the inputs are no images, the angles are not one a task, or shared_labels is False in "domain".
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> [task.name for task in rotated(digits(), num_tasks=3, max_angle=90)]
         ['0°', '30°', '60°']
     """

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cl.data import Dataset, rows_of_each, split_validation
+from cl.data.dataset import Dataset, rows_of_each, split_validation
+from cl.data.rows import Rows
+from cl.data.task import Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
-from cl.rows import Rows
-from cl.task import Order, Scenario, Stream, Task, TaskData
 
 
 def split(
@@ -36,8 +36,8 @@ def split(
         num_tasks: Tasks of equal size; give this or `classes_per_task`.
         classes_per_task: Classes of every task, or of each.
         first_task: Classes of a larger first task; the others share the rest.
-        class_order: "natural", "shuffled" (by `seed`), "curriculum" (as `cl.curriculum` designs it, from the raw
-            inputs of at most 200 training examples a class), or the classes in order.
+        class_order: "natural", "shuffled" (by `seed`), "curriculum" (as `cl.compose.curriculum` designs it, from the
+            raw inputs of at most 200 training examples a class), or the classes in order.
         classes: The classes to use; None means all that have rows.
         scenario: "class" (the default), "task" or "domain".
         val_fraction: Share of the training set that becomes validation.
@@ -48,7 +48,7 @@ def split(
         InputError: If the classes cannot be split so.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> stream = split(synthetic(num_classes=5), num_tasks=2, first_task=3)
         >>> [task.classes for task in stream]
         [(0, 1, 2), (3, 4)]
@@ -124,7 +124,7 @@ def _class_order(
 
 def _curriculum(dataset: Dataset, classes: list[int]) -> list[int]:
     """Return the classes in the order that the Curriculum Designer puts first, before any training."""
-    from cl.curriculum import class_distances, design_orders
+    from cl.compose.curriculum import class_distances, design_orders
 
     if len(classes) < 2:
         return classes

@@ -9,9 +9,9 @@ neutral    permuted inputs under labels drawn at random                      0 o
 target     the dataset as it is, few training rows                           it is learned
 =========  ================================================================  =======================================
 
-The step effect is E[i, target] = R[i, target] - R[i-1, target], `cl.transfer.step_effect`. A negative task follows a
-positive one, since from chance it could take 1 / C at most; a neutral task comes first, since it may well cost what
-has been learned, but the labels it teaches say nothing of the target's.
+The step effect is E[i, target] = R[i, target] - R[i-1, target], `cl.metrics.transfer.step_effect`. A negative task
+follows a positive one, since from chance it could take 1 / C at most; a neutral task comes first, since it may well
+cost what has been learned, but the labels it teaches say nothing of the target's.
 
 Differences from the paper: its sequences are of language tasks; here they are made from one dataset.
 """
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from cl.compose import copies, permute_pixels, relabel, transform, turn
-from cl.data import Dataset, split_validation
+from cl.data.dataset import Dataset, split_validation
+from cl.data.task import Order, Stream, Task, TaskData
 from cl.errors import InputError, unknown
 from cl.random import derive
-from cl.task import Order, Stream, Task, TaskData
 
 KINDS = {
     "positive": ("positive",),
@@ -48,7 +48,7 @@ def designed_signs(stream: Stream) -> tuple[int, ...]:
         InputError: If the stream was put in another order, which has other signs.
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> designed_signs(transfer_by_design(digits(), "mixed"))
         (0, 1, -1)
     """
@@ -84,7 +84,7 @@ def transfer_by_design(
         InputError: If the kind is unknown, targets are no labels, there is one class, or a task has too few rows.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> [(task.name, len(task.train)) for task in transfer_by_design(synthetic(num_train=1000), "negative")]
         [('positive', 450), ('negative', 450), ('target', 100)]
     """

@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_module
 from hydra.utils import get_class, get_method
 from omegaconf import OmegaConf
 
-from cl.build import _learner, _mappings
-from cl.make import made
-from cl.strategy import Strategy
-from cl.task import Stream, Task, TaskData
+from cl.app.build import _learner, _mappings
+from cl.app.instantiate import made
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
 ENGINE = sorted((ROOT / "cl").rglob("*.py"))
@@ -37,6 +37,45 @@ def imports(path: Path) -> set[str]:
 
 def ids(paths: list[Path]) -> list[str]:
     return [str(p.relative_to(ROOT)) for p in paths]
+
+
+FLOORS = {  # a room imports only from rooms below it, and from itself
+    **{"errors": 0, "lazy": 0, "settings": 0},
+    **{"distributed": 1, "explain": 1, "rundir": 1},
+    **{"files": 2, "random": 2, "trainer": 2},
+    **{"backbones": 3, "data": 3, "metrics": 3},
+    **{"compose": 4, "report": 4},
+    **{"compare": 5, "engine": 5, "streams": 5},
+    **{"testing": 6, "toolkit": 6},
+    **{"measure": 7, "strategies": 7},
+    **{"app": 8},
+    **{"__init__": 9, "__main__": 9},  # the front door
+}
+
+
+def room_of(path: Path) -> str:
+    """Return the package of `cl` that a file stands in, or the module that it is."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "cl" else parts[0]
+
+
+@pytest.mark.parametrize("path", ENGINE + STRATEGIES + STREAMS, ids=ids(ENGINE + STRATEGIES + STREAMS))
+def test_a_room_imports_only_from_rooms_below_it(path):
+    """What is imported for type checking alone counts, too."""
+    own, found = room_of(path), imports(path)
+    rooms = {name.split(".")[1] for name in found if name.startswith("cl.")} & FLOORS.keys() - {own}
+    assert {room for room in rooms if FLOORS[room] >= FLOORS[own]} == set()
+    whole = [a.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names]
+    assert "cl" not in whole, "the front door is for users"
+
+
+def test_no_file_name_stands_twice():
+    names = [path.name for path in ENGINE if not path.name.startswith("__")]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_the_engine_room_stays_small():
+    assert sum(code_lines(path.read_text()) for path in (ROOT / "cl" / "engine").glob("*.py")) < 2000
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=ids(ENGINE))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from cl.augment import ContrastiveView, Normalize, RandomCropFlip, _luma, _turn_hue
+from cl.data.augment import ContrastiveView, Normalize, RandomCropFlip, _luma, _turn_hue
 from cl.errors import InputError
 
 

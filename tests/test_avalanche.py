@@ -14,18 +14,18 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from cl.data.avalanche import preparation, quietly, to_avalanche, to_experience, to_network
+from cl.data.rows import Items
+from cl.data.sources import digits
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
 from cl.errors import DivergenceError, InputError
-from cl.experiment import Experiment
-from cl.interop import preparation, quietly, to_avalanche, to_experience, to_network
-from cl.learner import Learner
 from cl.random import derive
-from cl.rows import Items
-from cl.sources import digits
 from cl.strategies.avalanche import Avalanche
 from cl.strategies.er import ER
 from cl.streams.avalanche import avalanche
 from cl.streams.split import split
-from cl.task import Stream, Task, TaskData
 from cl.testing import ToyBackbone, check_strategy, check_stream, toy_learner, toy_run, toy_stream
 
 with quietly():  # a missing solver, at import
@@ -551,11 +551,11 @@ def test_the_strategy_adds_nothing_to_the_checkpoint():
 def test_composed_from_the_command_line(tmp_path):
     from hydra import compose, initialize_config_module
 
-    from cl.build import build
+    from cl.app.build import build
 
     overrides = [
         "stream=avalanche",
-        "stream.benchmark._target_=cl.interop.to_avalanche",
+        "stream.benchmark._target_=cl.data.avalanche.to_avalanche",
         "+stream.benchmark.stream._target_=cl.testing.toy_stream",
         "strategy=avalanche",
         "strategy.avalanche.path=avalanche.training.Replay",

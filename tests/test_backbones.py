@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from cl.backbones import MLP, AlexNetGPM, ResNet18, SimpleCNN, Timm, ViT, load_backbone
+from cl.backbones.networks import MLP, AlexNetGPM, ResNet18, SimpleCNN, Timm, ViT, load_backbone
 from cl.errors import InputError
-from cl.isolation import chained_layers
+from cl.toolkit.isolation import chained_layers
 
 CONF = Path(__file__).parent.parent / "conf"
 CUSTOM = CONF / "backbone" / "custom.yaml"  # of what the user names
@@ -282,8 +282,8 @@ def test_configured_datasets(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mean", "std", "told"), [(0.5, 0.5, True), (0.25, 0.75, False), (0.26, 0.75, False)])
 def test_weights_that_expect_inputs_of_other_statistics_are_told(mean, std, told):
-    from cl.augment import Normalize
-    from cl.build import _notes
+    from cl.app.build import _notes
+    from cl.data.augment import Normalize
 
     net = MLP((3, 4, 4), hidden=[2])
     net.input_statistics = (mean,) * 3, (std,) * 3

@@ -15,20 +15,22 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
-from cl import checkpoint, explain
-from cl.cli import main
+from cl import explain
+from cl.app.cli import main
+from cl.data.task import Stream, Task, TaskData
+from cl.engine import checkpoint
+from cl.engine.experiment import Experiment
+from cl.engine.finite import check_finite
+from cl.engine.learner import Learner
+from cl.engine.strategy import CHAINED, ONE_OWNER, Composition, Strategy
 from cl.errors import DivergenceError, InputError
-from cl.experiment import Experiment
 from cl.files import replace_file, write_text
-from cl.finite import check_finite
-from cl.learner import Learner
-from cl.memory import Memory
-from cl.report import Report, Run
-from cl.report.files import FileReport
+from cl.report.contract import Report
+from cl.report.run import Run
+from cl.report.tables import FileReport
 from cl.strategies.er import ER
-from cl.strategy import CHAINED, ONE_OWNER, Composition, Strategy
-from cl.task import Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
+from cl.toolkit.memory import Memory
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 TASKS = 3
@@ -294,7 +296,7 @@ def test_a_full_disk_while_torch_writes_is_a_sentence(tmp_path: Path, monkeypatc
 
 PLUGIN = """
 import torch
-from cl.strategy import Strategy
+from cl.engine.strategy import Strategy
 
 class Ends(Strategy):
     def __init__(self, how="bug"):

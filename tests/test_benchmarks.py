@@ -20,7 +20,7 @@ from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import measure
 from benchmarks.strategies import NAMES, job, whole
 from benchmarks.workloads import WORKLOADS, Arrays, _made, _tasks
-from cl.experiment import Experiment
+from cl.engine.experiment import Experiment
 from cl.strategies.ewc import EWC
 
 

@@ -15,20 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cl.build import build
-from cl.compare.cli import main
+from cl.app.build import build
+from cl.compare.command import main
 from cl.compare.read import read_run
-from cl.experiment import Experiment
-from cl.instruments.curves import LearningCurves
-from cl.report import Run, curves
+from cl.engine.experiment import Experiment
+from cl.measure.learning_curves import LearningCurves
+from cl.metrics.transfer import TransferMatrix
+from cl.report import curves_picture as curves
 from cl.report.caption import LONGEST, caption, shorten
-from cl.report.files import FileReport
 from cl.report.fit import cut, lines, width
 from cl.report.picture import draw, draw_accuracy
+from cl.report.run import Run
+from cl.report.tables import FileReport
 from cl.report.terminal import TerminalReport
 from cl.strategies.er import ER
 from cl.testing import toy_learner, toy_stream
-from cl.transfer import TransferMatrix
 
 
 def run_of(place: Path, *overrides: str) -> Run:

@@ -17,7 +17,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from cl import explain
-from cl.cli import main
+from cl.app.cli import main
 from cl.files import alone
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
@@ -424,7 +424,7 @@ def test_a_reader_that_leaves_takes_no_run_with_it(tmp_path):
 
 MOVING = """
 from pathlib import Path
-from cl.strategy import Strategy
+from cl.engine.strategy import Strategy
 
 class Moving(Strategy):
     def after_task(self, learner, task):

@@ -21,18 +21,18 @@ from omegaconf import OmegaConf
 
 import cl.compare
 from cl.compare.align import align, method_config, shortest_names, strategies
-from cl.compare.cli import main
+from cl.compare.command import main
 from cl.compare.forecasts import forecasts
+from cl.compare.leaderboard import cell_text, leaderboard, number, terminal_tables
 from cl.compare.lines import front
 from cl.compare.numbers import Number, summarise
 from cl.compare.read import RunFiles, find_runs, read_run
-from cl.compare.table import cell_text, leaderboard, number, terminal_tables
 from cl.compare.tuning import MARKS
 from cl.errors import InputError
-from cl.report import Run
-from cl.report.files import FileReport
+from cl.metrics.transfer import SCALARS, TransferMatrix, worked_example
 from cl.report.manifest import write_manifest
-from cl.transfer import SCALARS, TransferMatrix, worked_example
+from cl.report.run import Run
+from cl.report.tables import FileReport
 
 Rows = list[dict[str, str]]
 

@@ -24,14 +24,14 @@ from cl.compose import (
     subsample,
     transform,
 )
-from cl.data import Dataset
+from cl.data.dataset import Dataset
+from cl.data.sources import digits, map_style, synthetic
+from cl.data.task import Stream, Task, TaskData
 from cl.errors import InputError
-from cl.sources import digits, map_style, synthetic
 from cl.streams.boundary_free import boundary_free
 from cl.streams.i_blurry import blend, i_blurry
 from cl.streams.repetition import occurrences, repetition
 from cl.streams.split import split
-from cl.task import Stream, Task, TaskData
 from cl.testing import check_stream, toy_stream
 
 DIGITS = digits()
@@ -158,8 +158,8 @@ def test_a_task_learned_again_shows_instant_transfer():
 
     import pytorch_lightning as pl
 
-    from cl.experiment import Experiment
-    from cl.learner import Learner
+    from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
     from cl.testing import ToyBackbone
 
     stream = repeat(toy_stream(2), visits=[0, 1, 0])
@@ -269,7 +269,7 @@ def test_the_share_of_a_task_falls_linearly_between_neighbours(overlap):
 def test_rows_without_boundaries_are_trained_on_in_their_order():
     seen: list[int] = []
 
-    from cl.strategy import Strategy
+    from cl.engine.strategy import Strategy
 
     class Watch(Strategy):
         def after_step(self, learner, batch, logits):
@@ -279,8 +279,8 @@ def test_rows_without_boundaries_are_trained_on_in_their_order():
 
     import pytorch_lightning as pl
 
-    from cl.experiment import Experiment
-    from cl.learner import Learner
+    from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
     from cl.testing import ToyBackbone
 
     stream = boundary_free(toy_stream(3))

@@ -14,12 +14,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from cl.augment import Normalize, RandomCropFlip
 from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, relabel, repeat, subsample
+from cl.data.augment import Normalize, RandomCropFlip
+from cl.data.sources import digits, synthetic
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
 from cl.random import Random
-from cl.sources import digits, synthetic
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.coda_prompt import CODAPrompt
@@ -54,7 +56,6 @@ from cl.strategies.si import SI
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
-from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
 from cl.streams.data_incremental import data_incremental
@@ -64,7 +65,6 @@ from cl.streams.permuted import permuted
 from cl.streams.repetition import repetition
 from cl.streams.rotated import rotated
 from cl.streams.split import split
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import check_strategy, check_stream, toy_learner, toy_stream
 
 ROOT = Path(__file__).parent.parent

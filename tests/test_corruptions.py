@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from cl import corruptions
-from cl.corruptions import CORRUPTIONS, corrupt
+from cl.compose import corruptions
+from cl.compose.corruptions import CORRUPTIONS, corrupt
 from cl.errors import InputError
 
 ALPHA = 1e-4

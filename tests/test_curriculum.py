@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cl.curriculum import METRICS, class_distances, design_orders, effectiveness, order_score, rank_orders
+from cl.compose.curriculum import METRICS, class_distances, design_orders, effectiveness, order_score, rank_orders
 from cl.errors import InputError
 
 SEEDS = st.integers(0, 2**32 - 1)

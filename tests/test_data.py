@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cl.cache
-from cl.cache import Allocate, cached, decoded, fingerprint
+import cl.data.cache
 from cl.compose import copies, transform
-from cl.data import Array, Dataset, channel_moments, split_validation
+from cl.data.cache import Allocate, cached, decoded, fingerprint
+from cl.data.dataset import Array, Dataset, channel_moments, split_validation
 from cl.errors import InputError
 
 X = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
@@ -189,11 +189,11 @@ def test_damaged_cache_is_built_again(tmp_path: Path, damage: str, caplog: pytes
 
 def test_arrays_are_looked_at_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    monkeypatch.setattr(cl.cache, "_digest_array", lambda file: read.append(file) or "same")
+    monkeypatch.setattr(cl.data.cache, "_digest_array", lambda file: read.append(file) or "same")
     for _ in range(3):
         cached("key", tmp_path, Counter())
     assert len(read) == 3, "as they were written"
-    cl.cache._looked_at.clear()  # another process
+    cl.data.cache._looked_at.clear()  # another process
     for _ in range(3):
         cached("key", tmp_path, Counter())
     assert len(read) == 6
@@ -202,7 +202,7 @@ def test_arrays_are_looked_at_once_in_a_process(tmp_path: Path, monkeypatch: pyt
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from cl.cache import cached
+from cl.data.cache import cached
 def build(allocate):
     allocate("x", (5, 1, 2, 2))[:2] = 1
     print("building", flush=True)
@@ -239,8 +239,8 @@ def content(x: int) -> dict[str, Array]:
 
 def test_files_of_one_name_size_and_time_do_not_share_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    original = cl.cache._digest_source
-    monkeypatch.setattr(cl.cache, "_digest_source", lambda file: reads.append(file) or original(file))
+    original = cl.data.cache._digest_source
+    monkeypatch.setattr(cl.data.cache, "_digest_source", lambda file: reads.append(file) or original(file))
     files = []
     for k in range(2):
         files.append(tmp_path / f"tree{k}" / "a.bmp")
@@ -260,7 +260,7 @@ def test_files_of_one_name_size_and_time_do_not_share_an_entry(tmp_path: Path, m
     os.utime(files[0], ns=(5, 5))
     assert read(0, 12) == 12.0, "another content at the old time"
     reads.clear()
-    monkeypatch.setattr(cl.cache, "_SETTLED", -100.0)  # as if the files had been there for long
+    monkeypatch.setattr(cl.data.cache, "_SETTLED", -100.0)  # as if the files had been there for long
     read(0, 96), read(1, 96)
     assert len(reads) == 2
     assert [read(0, 95), read(1, 95)] == [12.0, 11.0] and len(reads) == 2, "the same files are not read again"

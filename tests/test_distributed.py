@@ -15,12 +15,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from cl import checkpoint, processes
+from cl.engine import checkpoint
 from cl.errors import InputError
 from cl.strategies.er import ER
 from cl.strategies.finetune import Finetune
 from cl.strategies.lwf import LwF
 from cl.testing import ToyBackbone
+from cl.trainer import processes
 
 sys.path.append(str(Path(__file__).parent))  # which the processes inherit
 import two_processes

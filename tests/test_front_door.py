@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import cl
-from cl.again import differences
+from cl.app.resume import differences
 from cl.compare.read import read_run
-from cl.sources import digits
+from cl.data.sources import digits
 from cl.testing import toy_stream
 
 pytestmark = pytest.mark.xdist_group(__name__)
@@ -70,7 +70,7 @@ def test_packages_offer_what_their_files_hold():
 
 
 def test_a_stream_is_called_by_its_name_whoever_imported_it_first():
-    code = "{}; import cl; from cl.sources import digits; print(cl.streams.split(digits(), num_tasks=2))"
+    code = "{}; import cl; from cl.data.sources import digits; print(cl.streams.split(digits(), num_tasks=2))"
     for first in ("pass", "from cl.streams.split import split"):
         assert ran(code.format(first)).stdout.startswith("Stream('split digits': 2 tasks")
 
@@ -382,7 +382,7 @@ def test_a_refused_run_leaves_nothing(tmp_path: Path):
 
 
 def test_a_seed_that_does_not_reach_the_stream_is_told(tmp_path: Path):
-    from cl.build import _ignored
+    from cl.app.build import _ignored
 
     def told(*overrides: str) -> list[str]:
         with initialize_config_module("cl.conf", version_base="1.3"):

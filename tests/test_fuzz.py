@@ -33,8 +33,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from cl.cli import main
-from cl.trainer import _HOLDS, INSTEAD
+from cl.app.cli import main
+from cl.trainer.arguments import _HOLDS, INSTEAD
 
 BY_HAND, LOG = int(os.environ.get("CL_FUZZ", "0")), os.environ.get("CL_FUZZ_LOG")
 CONF = Path(__file__).parent.parent / "conf"
@@ -222,8 +222,8 @@ def meaningless(overrides: list[str]) -> list[str]:
     """Return the overrides that mean nothing, so that a run must not finish without a word about them.
 
     These are values that are none (`???`), keys that nothing reads, groups and options that are not there, values
-    beside the few that a key has, and arguments of Trainer that a run refuses (`cl.trainer.INSTEAD`) with another value
-    than the one that holds anyway.
+    beside the few that a key has, and arguments of Trainer that a run refuses (`cl.trainer.arguments.INSTEAD`) with
+    another value than the one that holds anyway.
     """
     given = dict(override.partition("=")[::2] for override in overrides if "=" in override)
     found = []

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-import cl.images
+import cl.data.images
+from cl.data.sources import image_folder
 from cl.errors import InputError
-from cl.sources import image_folder
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,13 +44,13 @@ def refuses(words: str, root: Path, **options: object) -> None:
 
 def test_webp_folder_is_decoded_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decodes: list[int] = []
-    original = cl.images.decode
+    original = cl.data.images.decode
 
     def counted(*arguments: Any) -> Bytes:
         decodes.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(cl.images, "decode", counted)
+    monkeypatch.setattr(cl.data.images, "decode", counted)
     tree(tmp_path)
     for _ in range(2):
         data = image_folder(tmp_path)

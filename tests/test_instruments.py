@@ -16,22 +16,22 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from cl.compose import label_noise
+from cl.data.task import Stream, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.instrument import Instrument, features, subset, watching
+from cl.engine.learner import Learner
+from cl.engine.score import Accuracy
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.instruments import Instrument, features, subset, watching
-from cl.instruments.curves import LearningCurves
-from cl.instruments.estimates import Estimates
-from cl.instruments.probes import Probes
-from cl.instruments.resources import Resources
-from cl.learner import Learner
-from cl.report.files import FileReport
-from cl.score import Accuracy
+from cl.measure.estimators import Estimates
+from cl.measure.learning_curves import LearningCurves
+from cl.measure.probes import Probes
+from cl.measure.resources import Resources
+from cl.report.tables import FileReport
 from cl.strategies.er import ER
 from cl.strategies.icarl import ICaRL
 from cl.strategies.ncm import NCM
 from cl.strategies.supsup import SupSup
-from cl.strategy import Batch, Strategy
-from cl.task import Stream, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)

@@ -12,23 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 import toys
-from cl.backbones import MLP, ResNet18, SimpleCNN
-from cl.by_task import run_by_task
+from cl.backbones.networks import MLP, ResNet18, SimpleCNN
 from cl.compose import repeat
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.isolation import chained_layers, layer_weights
-from cl.learner import Learner
 from cl.random import derive
 from cl.strategies.er import ER
 from cl.strategies.gpm import GPM
 from cl.strategies.hat import HAT, _gate, annealed, compensation, new_share
 from cl.strategies.packnet import PackNet, smallest
 from cl.strategies.supsup import SupSup, entropy_slopes, supermask
-from cl.strategy import Batch, Strategy
 from cl.streams.boundary_free import boundary_free
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_stream
+from cl.toolkit.by_task import run_by_task
+from cl.toolkit.isolation import chained_layers, layer_weights
 from toys import trainer
 
 quick = settings(deadline=None, max_examples=50)
@@ -207,7 +207,7 @@ def test_packnet_says_where_its_weights_run_out():
 
 
 def test_what_packnet_refuses_would_change_old_answers(monkeypatch):
-    monkeypatch.setattr("cl.isolation.check_optimizer", lambda name, learner: None)
+    monkeypatch.setattr("cl.toolkit.isolation.check_optimizer", lambda name, learner: None)
     learner, stream = build(PackNet(), optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=0.01))
     assert max(drift(learner, stream)[:2]) > 1e-3
 

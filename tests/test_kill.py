@@ -17,15 +17,18 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-import cl.experiment
-from cl import again, checkpoint, explain
+import cl.engine.experiment
+from cl import explain
+from cl.app import resume as again
+from cl.app.validate import keep, settle
+from cl.engine import checkpoint
+from cl.engine.experiment import Experiment
 from cl.errors import InputError, Preempted
-from cl.experiment import Experiment
 from cl.files import append_text, read_sealed, remove_leftovers, replace_file, write_sealed
-from cl.report import Report, changed_since, read_result
-from cl.report.files import FileReport
+from cl.report.contract import Report
+from cl.report.result import changed_since, read_result
+from cl.report.tables import FileReport
 from cl.report.training import TrainingReport
-from cl.settle import keep, settle
 from cl.strategies.er import ER
 from cl.testing import toy_learner, toy_stream
 
@@ -195,8 +198,8 @@ def test_validation_comes_at_the_end_of_an_epoch_that_was_taken_up_again(tmp_pat
     """With chunks of a fixed size, too: a schedule that watches it would fail, and its curve have a gap."""
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-    from cl.learner import Learner
-    from cl.task import Stream, Task
+    from cl.data.task import Stream, Task
+    from cl.engine.learner import Learner
     from cl.testing import ToyBackbone
 
     def made(folder: Path) -> Experiment:
@@ -302,7 +305,7 @@ def test_of_checkpoints_that_would_take_too_much_few_are_kept_and_that_is_said(k
         def say(self, text: str) -> None:
             said.append(text)
 
-    monkeypatch.setattr(cl.experiment, "_AMPLE", 10)
+    monkeypatch.setattr(cl.engine.experiment, "_AMPLE", 10)
     learner, stream = toy_learner(num_tasks=3)
     Experiment(learner, stream, trainer, directory=tmp_path, reports=[Listener()], keep=keep).run()
     assert sorted(int(p.stem[-3:]) for p in (tmp_path / "checkpoints").glob("after*")) == left

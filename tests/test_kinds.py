@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from cl.build import build
+from cl.app.build import build
 
 NEED_FILES = {"custom", "from_arrays", "image_folders", "manifest", "avalanche"}
 KINDS = sorted({p.stem for p in (Path(__file__).parent.parent / "conf" / "stream").glob("*.yaml")} - NEED_FILES)

@@ -12,19 +12,19 @@ from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl.backbones import MLP
-from cl.build import build
+from cl.app.build import build
+from cl.backbones.networks import MLP
+from cl.data.sources import digits, synthetic
+from cl.engine.experiment import Experiment
+from cl.engine.head import Head
+from cl.engine.learner import Learner
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.head import Head
-from cl.learner import Learner
-from cl.sources import digits, synthetic
+from cl.metrics.transfer import bwt_gem, forgetting_chaudhry, fwt_gem, step_effect
 from cl.strategies.finetune import Finetune
 from cl.streams.linear_teachers import expected_transfer, geometry, linear_teachers
 from cl.streams.mosaic import mosaic, tile
 from cl.streams.transfer_by_design import KINDS, designed_signs, transfer_by_design
 from cl.testing import check_stream
-from cl.transfer import bwt_gem, forgetting_chaudhry, fwt_gem, step_effect
 
 DIGITS = digits()
 DATA = {"digits": DIGITS, "synthetic": synthetic()}

@@ -16,17 +16,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-import cl.build
-from cl import cli, sweep
-from cl.compare.cli import parser
-from cl.compare.cli import run as compare
+import cl.app.build
+from cl.app import cli, sweep
+from cl.compare.command import parser
+from cl.compare.command import run as compare
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 PLUGINS = {"joblib": "joblib", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
 SPY = """
 import os
 import torch
-from cl.strategy import Strategy
+from cl.engine.strategy import Strategy
 
 class Spy(Strategy):
     def __init__(self, fail):
@@ -88,14 +88,16 @@ def fake(outcomes: list[object]):
     ("interruption", "sentence"), [(KeyboardInterrupt(), "Interrupted."), (Preempted("pre-empted"), "pre-empted")]
 )
 def test_an_interruption_ends_the_whole_sweep(interruption, sentence, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(cl.build, "build", fake([0.5, interruption, AssertionError("a job after the interruption")]))
+    monkeypatch.setattr(
+        cl.app.build, "build", fake([0.5, interruption, AssertionError("a job after the interruption")])
+    )
     said = run_main(monkeypatch, tmp_path, "-m", "seed=0,1,2", "hydra.sweep.dir=out")
     assert said.startswith(sentence) and "failed" not in said
     assert len(list((tmp_path / "out").glob("*_seed*"))) == 2
 
 
 def test_batches_after_a_failure_are_run(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(cl.build, "build", fake([RuntimeError("broken"), 0.5, 0.5]))
+    monkeypatch.setattr(cl.app.build, "build", fake([RuntimeError("broken"), 0.5, 0.5]))
     batches = "hydra.sweeper.max_batch_size=1"
     said = run_main(monkeypatch, tmp_path, "-m", "seed=0,1,2", "hydra.sweep.dir=out", batches)
     assert said == "1 of 3 jobs failed: out/0_seed=0 (RuntimeError: broken)."
@@ -105,7 +107,7 @@ def test_batches_after_a_failure_are_run(monkeypatch, tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lost", [1, 3])
 def test_a_search_leaves_failed_trials_out(lost: int, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(cl.build, "build", fake([ValueError("broken")] * lost + [0.5, 0.25][: 3 - lost]))
+    monkeypatch.setattr(cl.app.build, "build", fake([ValueError("broken")] * lost + [0.5, 0.25][: 3 - lost]))
     search = ["hydra/sweeper=tune", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(0.1,1)"]
     said = run_main(monkeypatch, tmp_path, "-m", *search, "hydra.sweep.dir=out")
     assert said.startswith(f"{lost} of 3 jobs failed")
@@ -115,7 +117,7 @@ def test_a_search_leaves_failed_trials_out(lost: int, monkeypatch, tmp_path) -> 
 
 
 def test_a_single_run_stays_as_it_is(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(cl.build, "build", fake([cl.build.InputError("Give more.")]))
+    monkeypatch.setattr(cl.app.build, "build", fake([cl.app.build.InputError("Give more.")]))
     assert run_main(monkeypatch, tmp_path, "hydra.run.dir=out") == "Give more."
 
 
@@ -214,7 +216,7 @@ def test_the_same_sweep_goes_on_in_the_same_directories_with_the_users_threads(s
     check_end(result)
     assert {omp for omp, _ in threads(result)} == {"3"}
     assert {path: path.stat().st_mtime_ns for path in place.glob("out/*/checkpoints/*.ckpt")} == before
-    monkeypatch.setattr(cl.build, "build", fake([RuntimeError("Not built.")] * 4))
+    monkeypatch.setattr(cl.app.build, "build", fake([RuntimeError("Not built.")] * 4))
     run_main(monkeypatch, place, "-m", *JOBS, *SMALL, "hydra.sweep.dir=basic")
     names = {kind: {path.name for path in (place / kind).iterdir() if path.is_dir()} for kind in ("out", "basic")}
     assert len(names["basic"]) == 4 and names["basic"] == names["out"]
@@ -229,7 +231,7 @@ def test_jobs_are_named_after_what_varies(hydra_job, monkeypatch, tmp_path) -> N
     more = ["batch_size=11", "log_every=7", "optimizer.lr=0.05", "optimizer.momentum=0.1", "gradient_clip=1"]
     more += ["dataset=digits", "stream=split", "backbone=mlp", "backbone.hidden=[8]", "init=xavier", "report=quiet"]
     more += ["logger=none", "stream.num_tasks=5", "scenario=class", "trainer.accelerator=cpu", "reference_dir=a/b,c/d"]
-    monkeypatch.setattr(cl.build, "build", fake([RuntimeError("Not built.")] * 4))
+    monkeypatch.setattr(cl.app.build, "build", fake([RuntimeError("Not built.")] * 4))
     run_main(monkeypatch, tmp_path, "-m", hydra_job, *more, "seed=0,1", "hydra.sweep.dir=out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
     assert [name.partition("_")[2] for name in names] == ["seed=0", "seed=1", "seed=0", "seed=1"]

@@ -17,24 +17,24 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from cl import checkpoint
-from cl.augment import Normalize
-from cl.backbones import SimpleCNN
+from cl.backbones.networks import SimpleCNN
+from cl.backbones.vit import ViT
+from cl.data.augment import Normalize
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine import checkpoint
+from cl.engine.experiment import Experiment
+from cl.engine.head import competing
+from cl.engine.learner import Learner
+from cl.engine.loader import TrainLoader
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import DivergenceError, InputError
-from cl.experiment import Experiment
-from cl.head import competing
-from cl.learner import Learner
-from cl.loader import TrainLoader
 from cl.random import derive
 from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
 from cl.strategies.ewc import EWC
 from cl.strategies.gpm import GPM
 from cl.strategies.lwf import LwF
-from cl.strategy import Batch, Strategy
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
-from cl.vit import ViT
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 
@@ -206,7 +206,7 @@ def test_curves_are_means_over_exactly_so_many_steps_whatever_the_chunk(chunk_si
 @pytest.mark.parametrize(("seconds", "sizes"), [(0.01, [1, 2, 4, 8, 16, 32, 64, 64]), (0.2, [1] * 8)])
 def test_chunks_grow_while_they_are_brisk(seconds, sizes, monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr("cl.loader.time.perf_counter", lambda: next(clock) * seconds)
+    monkeypatch.setattr("cl.engine.loader.time.perf_counter", lambda: next(clock) * seconds)
     y = torch.arange(1000)
     loader = TrainLoader(TaskData(y, y), 2, None, 500, 0, lambda: 0, y.device)
     assert [len(chunk) for chunk in loader][:8] == sizes

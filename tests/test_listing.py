@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cl import listing
+from cl.app import listing
 from cl.errors import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -13,23 +13,23 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from cl.app.protocol import Protocol, first, rest
+from cl.data.task import Stream, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.instrument import Instrument
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.instruments import Instrument
-from cl.instruments.curves import LearningCurves
-from cl.instruments.estimates import Estimates
-from cl.instruments.resources import Resources
-from cl.learner import Learner
-from cl.measures import MEASURES, NEEDS, beside, forecasts, measure
-from cl.protocol import Protocol, first, rest
-from cl.report import Run
-from cl.report.curves import draw
-from cl.report.files import transfer_json
+from cl.measure.estimators import Estimates
+from cl.measure.learning_curves import LearningCurves
+from cl.measure.resources import Resources
+from cl.metrics.transfer import TransferMatrix, worked_example
+from cl.report.curves_picture import draw
 from cl.report.l2 import L2Log
-from cl.strategy import Batch
-from cl.task import Stream, TaskData
+from cl.report.run import Run
+from cl.report.scalars import MEASURES, NEEDS, beside, forecasts, measure
+from cl.report.tables import transfer_json
 from cl.testing import ToyBackbone, toy_learner, toy_stream
-from cl.transfer import TransferMatrix, worked_example
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 
@@ -235,7 +235,7 @@ def test_forecasts_stand_beside_the_transfer_that_was_measured() -> None:
 
 
 def test_an_estimate_is_of_the_features_before_the_task() -> None:
-    from cl.transferability import ESTIMATORS
+    from cl.metrics.transferability import ESTIMATORS
 
     learner, stream = toy_learner()
     estimates = Estimates(stream, ["vci", "knn", "covariance"])

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.strategy import Batch
 from cl.errors import InputError
-from cl.memory import POLICIES, STORAGES, Memory
 from cl.random import Random, derive
-from cl.strategy import Batch
-from cl.task import Stream, Task, TaskData
+from cl.toolkit.memory import POLICIES, STORAGES, Memory
 
 ALPHA = 1e-4  # seeds are fixed: a test that passes once passes always
 quick = settings(deadline=None, max_examples=40)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cl.errors import InputError
-from cl.metrics import curves as C
+from cl.metrics import inside_tasks as C
 
 NAN = float("nan")
 quick = settings(deadline=None, max_examples=40)

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cl import transfer
 from cl.errors import InputError
 from cl.metrics import lifelong as M
-from cl.transfer import worked_example
+from cl.metrics import transfer
+from cl.metrics.transfer import worked_example
 
 NAN = float("nan")
 quick = settings(deadline=None, max_examples=40)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cl import transfer
+from cl.metrics import transfer
 
 pytest.importorskip("avalanche")
 

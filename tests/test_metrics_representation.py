@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cl.errors import InputError
-from cl.metrics.representation import (
+from cl.metrics.features import (
     knn_probe,
     knn_votes,
     linear_cka,
@@ -151,7 +151,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, alone: bool) -> 
     x, y, test, _ = problem(3)
     query = None if alone else test
     whole = knn_votes(x, y, query)
-    monkeypatch.setattr("cl.metrics.representation._BLOCK", 7 * len(x))  # seven rows at once, and a rest
+    monkeypatch.setattr("cl.metrics.features._BLOCK", 7 * len(x))  # seven rows at once, and a rest
     assert torch.equal(knn_votes(x, y, query), whole)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cl.errors import InputError
-from cl.metrics import resources as M
-from cl.transfer import learning_accuracy_riemer, worked_example
+from cl.metrics import costs as M
+from cl.metrics.transfer import learning_accuracy_riemer, worked_example
 
 NAN = float("nan")
 quick = settings(deadline=None, max_examples=40)

@@ -11,16 +11,17 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from cl.backbones import MLP, SimpleCNN, ViT
+from cl.app.protocol import first, rest
+from cl.backbones.networks import MLP, SimpleCNN, ViT
+from cl.data.sources import digits
+from cl.data.task import Stream
+from cl.engine.experiment import Experiment
+from cl.engine.instrument import own_examples
+from cl.engine.learner import Learner
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.fisher import _of_linear_layers, _one_by_one, diagonal_fisher, gradient_sum, label_weights, task_fisher
-from cl.instruments import own_examples
-from cl.learner import Learner
-from cl.protocol import first, rest
+from cl.measure.references import References
 from cl.random import Random
-from cl.references import References
-from cl.sources import digits
 from cl.strategies.cuber import CUBER
 from cl.strategies.ewc import EWC
 from cl.strategies.hat import HAT
@@ -31,12 +32,11 @@ from cl.strategies.packnet import PackNet
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.supsup import SupSup
 from cl.strategies.trgp import TRGP
-from cl.strategy import Strategy
 from cl.streams.boundary_free import boundary_free
 from cl.streams.i_blurry import i_blurry
 from cl.streams.split import split
-from cl.task import Stream
-from cl.weights import flat
+from cl.toolkit.fisher import _of_linear_layers, _one_by_one, diagonal_fisher, gradient_sum, label_weights, task_fisher
+from cl.toolkit.weights import flat
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 

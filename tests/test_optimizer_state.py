@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 
-from cl.carried import Carried
+from cl.data.task import Stream, Task
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.optimizer_state import Carried
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.learner import Learner
 from cl.random import derive
 from cl.strategies.gdumb import GDumb
-from cl.strategy import Strategy
 from cl.streams.boundary_free import boundary_free
-from cl.task import Stream, Task
 from cl.testing import ToyBackbone, toy_stream
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)

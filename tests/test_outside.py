@@ -17,9 +17,9 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from cl.backbones import MLP
-from cl.experiment import Experiment
-from cl.learner import Learner
+from cl.backbones.networks import MLP
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
 from cl.strategies.er import ER
 from cl.testing import check_stream
 
@@ -131,7 +131,7 @@ def test_by_target(short, package: Path, tmp_path: Path):
 
 
 def test_by_target_from_where_the_command_is_given(package: Path, tmp_path: Path):
-    command = [sys.executable, "-I", "-c", "from cl.cli import main; main()"]  # as a script: no path of its own
+    command = [sys.executable, "-I", "-c", "from cl.app.cli import main; main()"]  # as a script: no path of its own
     stream = ["stream=custom", "stream._target_=blobs.stream.blobs", "report=quiet", "epochs=1"]
     done = subprocess.run([*command, *stream, f"hydra.run.dir={tmp_path}/out"], cwd=package, capture_output=True)
     assert done.returncode == 0, done.stderr

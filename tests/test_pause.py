@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
-from cl import checkpoint
+from cl.data.task import Task
+from cl.engine import checkpoint
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.preemption import Pause, cadence
+from cl.engine.strategy import Strategy
 from cl.errors import InputError, Preempted
-from cl.experiment import Experiment
-from cl.instruments.curves import LearningCurves
-from cl.learner import Learner
-from cl.pause import Pause, cadence
-from cl.report.files import FileReport
+from cl.measure.learning_curves import LearningCurves
+from cl.report.tables import FileReport
 from cl.report.training import TrainingReport
 from cl.report.wandb import WandbReport
 from cl.strategies.er import ER
 from cl.strategies.lwf import LwF
-from cl.strategy import Strategy
-from cl.task import Task
 from cl.testing import toy_learner
 from tests.test_report import items, parse
 
@@ -359,7 +359,7 @@ def history(directory: Path) -> list[tuple[Any, ...]]:
 
 def test_a_cadence_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("cl.pause.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cl.engine.preemption.time.monotonic", lambda: now[0])
     pause = Pause("2min", lambda state: None)
     now[0] = 119.9
     assert not pause.due

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 
-from cl.experiment import Experiment
+from cl.engine.experiment import Experiment
 from cl.report.points import Journal, Point, steps_on_disk
 from cl.report.wandb import _OPEN, WandbReport, _steps_of_ended
 from cl.strategies.er import ER

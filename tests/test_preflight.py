@@ -9,11 +9,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from cl.backbones import MLP, ResNet18
+from cl.backbones.networks import MLP, ResNet18
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.preflight import takes_single_row
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.learner import Learner
-from cl.preflight import takes_single_row
 from cl.strategies.agem import AGEM
 from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
@@ -21,8 +23,6 @@ from cl.strategies.er import ER
 from cl.strategies.gem import GEM
 from cl.strategies.joint import Joint
 from cl.strategies.mir import MIR
-from cl.strategy import Strategy
-from cl.task import Stream, Task, TaskData
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.learner import Learner
-from cl.memory import Memory
 from cl.strategies import adam_nscl, cuber, gem, ogd, sgp, tag
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
@@ -27,10 +28,9 @@ from cl.strategies.ogd import OGD
 from cl.strategies.sgp import SGP
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
-from cl.strategy import Batch, Strategy
-from cl.subspace import Subspaces, protected_layers
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
+from cl.toolkit.memory import Memory
+from cl.toolkit.subspace import Subspaces, protected_layers
 from toys import learn, trainer
 
 quick = settings(deadline=None, max_examples=50)

@@ -17,10 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cl.build import build as build_experiment
+from cl.app.build import build as build_experiment
+from cl.backbones.vit import Timm, ViT
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.learner import Learner
 from cl.strategies.coda_prompt import CODAPrompt, agreement, apart
 from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.er import ER
@@ -28,10 +31,7 @@ from cl.strategies.l2p import L2P
 from cl.strategies.ncm import NCM
 from cl.strategies.ranpac import RanPAC, ridge_regression
 from cl.strategies.s_prompts import SPrompts, distances
-from cl.strategy import Batch, Strategy
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
-from cl.vit import Timm, ViT
 from toys import learn, same, toy, trainer, weights
 
 quick = settings(deadline=None, max_examples=50)

@@ -12,17 +12,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from cl import provenance, rows
-from cl.compare.cli import parser
-from cl.compare.cli import run as compare
-from cl.config_file import read_config
+from cl.compare.command import parser
+from cl.compare.command import run as compare
+from cl.data import provenance, rows
+from cl.data.provenance import changes, digest
+from cl.data.rows import Mapped
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.experiment import Experiment
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.provenance import changes, digest
-from cl.report.files import FileReport
-from cl.rows import Mapped
+from cl.report.config_file import read_config
+from cl.report.tables import FileReport
 from cl.strategies.er import ER
-from cl.task import Stream, Task, TaskData
 from cl.testing import toy_learner, toy_stream
 
 cpu = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
@@ -30,7 +30,7 @@ cpu = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 
 STRATEGY = """
-from cl.strategy import Strategy
+from cl.engine.strategy import Strategy
 from helper import factor
 
 class Shrink(Strategy):

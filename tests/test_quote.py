@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl.quote import at_home, quote_paths
+from cl.app.quote import at_home, quote_paths
 
 NAMES = ["ü", "a=b", "(x)", "[x]", "{x}", "x#1", "a b", "it's", 'a"b', "a@b%c&d!e;f", "Zürich (2) = [é]"]
 

@@ -20,23 +20,23 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
-from cl.augment import Normalize
 from cl.compose import concat, copies, partition, repeat
-from cl.data import Dataset
+from cl.data.augment import Normalize
+from cl.data.avalanche import preparation
+from cl.data.class_names import in_natural_order, move, number_classes
+from cl.data.dataset import Dataset
+from cl.data.huggingface import huggingface
+from cl.data.images import image_folder, read_image
+from cl.data.rows import open_array, to_tensor
+from cl.data.sources import map_style, synthetic
+from cl.data.task import Stream, TaskData
+from cl.engine.learner import Learner
 from cl.errors import InputError
-from cl.huggingface import huggingface
-from cl.images import image_folder, read_image
-from cl.interop import preparation
-from cl.labels import in_natural_order, move, number_classes
-from cl.learner import Learner
-from cl.rows import open_array, to_tensor
-from cl.sources import map_style, synthetic
 from cl.streams.domains import domains
 from cl.streams.from_arrays import from_arrays
 from cl.streams.image_folders import image_folders
 from cl.streams.manifest import manifest
 from cl.streams.split import split
-from cl.task import Stream, TaskData
 from cl.testing import check_stream
 
 PETS = ["ant", "bee", "cat", "dog"]

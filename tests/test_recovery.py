@@ -9,9 +9,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from cl import checkpoint
-from cl.backbones import load_backbone
-from cl.experiment import Experiment
+from cl.backbones.networks import load_backbone
+from cl.engine import checkpoint
+from cl.engine.experiment import Experiment
 from cl.files import replace_file
 from cl.strategies.er import ER
 from cl.testing import ToyBackbone, toy_learner

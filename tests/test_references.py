@@ -12,16 +12,16 @@ import pytorch_lightning as pl
 import torch
 
 from cl.compose import relabel
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.instruments.curves import LearningCurves
-from cl.learner import Learner
-from cl.measures import measure
-from cl.references import References
+from cl.measure.learning_curves import LearningCurves
+from cl.measure.references import References
+from cl.report.scalars import measure
 from cl.strategies.er import ER
 from cl.strategies.joint import Joint
-from cl.strategy import Strategy
-from cl.task import Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_stream
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)

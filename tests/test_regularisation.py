@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.fisher import diagonal_fisher, label_weights
-from cl.learner import Learner
 from cl.random import Random, derive
 from cl.report.terminal import TerminalReport
 from cl.strategies import online_ewc
@@ -30,10 +31,9 @@ from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.si import SI
-from cl.strategy import Strategy
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
-from cl.weights import flat
+from cl.toolkit.fisher import diagonal_fisher, label_weights
+from cl.toolkit.weights import flat
 from toys import learn, toy, trainer
 
 quick = settings(deadline=None, max_examples=50)
@@ -265,7 +265,7 @@ def test_only_outputs_that_compete_count():
 
 @pytest.mark.parametrize("held", [1, 1000, 10**9])
 def test_the_sensitivity_is_that_of_gradients_taken_one_by_one(held, monkeypatch):
-    monkeypatch.setattr("cl.fisher._HELD_AT_ONCE", held)
+    monkeypatch.setattr("cl.toolkit.fisher._HELD_AT_ONCE", held)
     torch.manual_seed(0)
     net, x = nn.Sequential(ToyBackbone(), nn.Linear(16, 4)), torch.randn(7, 1, 4, 4)
     parameters, expected, batch = list(net.parameters()), 0.0, 0.0

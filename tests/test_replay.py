@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from cl import checkpoint
+from cl.data.stream_checks import same as equal
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine import checkpoint
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.exemplars import class_means, herding, nearness, unit_features
-from cl.experiment import Experiment
-from cl.learner import Learner
 from cl.random import derive
 from cl.strategies import er_ace, gdumb, mir, scr
 from cl.strategies.der import DER
@@ -30,10 +32,8 @@ from cl.strategies.gdumb import GDumb
 from cl.strategies.icarl import ICaRL
 from cl.strategies.mir import MIR
 from cl.strategies.scr import SCR
-from cl.strategy import Batch, Strategy
-from cl.stream_checks import same as equal
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
+from cl.toolkit.herding import class_means, herding, nearness, unit_features
 from toys import learn, same, toy, trainer, trunk
 
 ALPHA = 1e-4  # error of a statistical test; seeds are fixed

@@ -23,15 +23,7 @@ from rich.console import Console
 from rich.style import Style
 
 from cl.files import replace_file, write_text
-from cl.report import Report, Run, headline, percent, remarks
-from cl.report import progress as progress_module
-from cl.report.files import FileReport, strict_json, transfer_json
-from cl.report.manifest import versions, write_manifest
-from cl.report.picture import PictureReport, draw, draw_accuracy, panels
-from cl.report.progress import ProgressBar
-from cl.report.terminal import DIVERGING, SEQUENTIAL, TerminalReport, accuracy_grid, colour, difference_grid, layout
-from cl.report.wandb import WandbReport
-from cl.transfer import (
+from cl.metrics.transfer import (
     SCALARS,
     TransferMatrix,
     backward_transfer,
@@ -40,6 +32,16 @@ from cl.transfer import (
     step_effect,
     worked_example,
 )
+from cl.report import progress as progress_module
+from cl.report.contract import Report
+from cl.report.manifest import versions, write_manifest
+from cl.report.picture import PictureReport, draw, draw_accuracy, panels
+from cl.report.progress import ProgressBar
+from cl.report.run import Run
+from cl.report.tables import FileReport, strict_json, transfer_json
+from cl.report.terminal import DIVERGING, SEQUENTIAL, TerminalReport, accuracy_grid, colour, difference_grid, layout
+from cl.report.wandb import WandbReport
+from cl.report.wording import headline, percent, remarks
 
 
 def make_run(num_tasks: int, scenario: str = "class", rows: int | None = None, directory: Path = Path("run")) -> Run:
@@ -873,7 +875,7 @@ def test_all_reports_follow_a_real_run(offline: Path) -> None:
 
     import pytorch_lightning as pl
 
-    from cl.experiment import Experiment
+    from cl.engine.experiment import Experiment
     from cl.testing import toy_learner
 
     console, text = plain()

@@ -14,15 +14,15 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from cl import rows, task
 from cl.compose import copies, permute
-from cl.data import Dataset
+from cl.data import rows, task
+from cl.data.dataset import Dataset
+from cl.data.rows import Items, Mapped, first_not_finite, let_go, open_array, row_bytes
+from cl.data.task import Stream, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.loader import EvalLoader, TrainLoader, depends_on_batch
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.learner import Learner
-from cl.loader import EvalLoader, TrainLoader, depends_on_batch
-from cl.rows import Items, Mapped, first_not_finite, let_go, open_array, row_bytes
-from cl.task import Stream, TaskData
 from cl.testing import ToyBackbone, toy_stream
 
 CPU = torch.device("cpu")
@@ -197,9 +197,9 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path):
     del x
     script = """
         import resource, sys, torch
-        from cl import task
-        from cl.loader import TrainLoader
-        from cl.rows import Mapped
+        from cl.data import task
+        from cl.engine.loader import TrainLoader
+        from cl.data.rows import Mapped
         task.RESIDENT = 0
         data = task.TaskData(Mapped(sys.argv[1]), torch.zeros(4000, dtype=torch.int64))
         loader = TrainLoader(data, 20, 5, 200, 0, lambda: 0, torch.device("cpu"))

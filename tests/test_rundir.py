@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl import rundir
-from cl.again import expand
-from cl.branch import Branch
+from cl.app.resume import expand
 from cl.compare.align import align
 from cl.compare.read import find_runs, read_run
-from cl.config_file import refuse_other
+from cl.engine.branch import Branch
+from cl.engine.experiment import Experiment
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.instruments.curves import LearningCurves
-from cl.report.files import FileReport, table_csv
+from cl.measure.learning_curves import LearningCurves
+from cl.report.config_file import refuse_other
+from cl.report.tables import FileReport, table_csv
 from cl.report.training import TrainingReport
 from cl.rundir import ESTIMATES, LEARNING_CURVES, RESOURCES, TRAINING, TRANSFER, Table, csv_text
 from cl.testing import toy_learner

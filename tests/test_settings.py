@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl import checkpoint
+from cl.engine import checkpoint
 from cl.settings import SETTINGS, changes, is_path, results, setting
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def test_a_path_is_told_from_a_value(key, value, expected):
 STOP = """
 import os, signal
 from pathlib import Path
-from cl.strategy import Strategy
+from cl.engine.strategy import Strategy
 
 class Stop(Strategy):
     def after_step(self, learner, incoming, stale):

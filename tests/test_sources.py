@@ -16,8 +16,8 @@ import pytest
 import torch
 from torchvision import datasets
 
+from cl.data.sources import digits, synthetic, torchvision_dataset
 from cl.errors import InputError
-from cl.sources import digits, synthetic, torchvision_dataset
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
 from cl.errors import InputError
-from cl.statistics import (
+from cl.metrics.statistics import (
     EXACT,
     PairedTest,
     average_ranks,

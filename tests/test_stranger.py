@@ -15,13 +15,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from cl import checkpoint
-from cl.backbones import load_backbone
-from cl.branch import Branch
-from cl.cache import cached
+from cl.backbones.networks import load_backbone
+from cl.data.cache import cached
+from cl.data.rows import Mapped, open_array
+from cl.engine import checkpoint
+from cl.engine.branch import Branch
+from cl.engine.experiment import Experiment
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.rows import Mapped, open_array
 from cl.strategies.er import ER
 from cl.testing import ToyBackbone, toy_learner
 

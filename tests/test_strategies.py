@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from cl.backbones.vit import ViT
+from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.fisher import diagonal_fisher, label_weights
-from cl.learner import Learner
-from cl.memory import Memory
 from cl.random import Random, derive
-from cl.representation import layer_inputs
 from cl.strategies import agem, derpp, ewc, gpm, lwf
 from cl.strategies.agem import AGEM
 from cl.strategies.cumulative import Cumulative
@@ -33,10 +33,10 @@ from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.ncm import NCM
-from cl.strategy import Batch, Strategy
-from cl.task import SCENARIOS, Stream, Task, TaskData
 from cl.testing import ToyBackbone, toy_learner, toy_stream
-from cl.vit import ViT
+from cl.toolkit.fisher import diagonal_fisher, label_weights
+from cl.toolkit.layers import layer_inputs
+from cl.toolkit.memory import Memory
 from toys import learn, same, toy, trainer, trunk
 
 ALPHA = 1e-4  # error of a statistical test; seeds are fixed
@@ -628,7 +628,7 @@ def test_fisher_of_logistic_regression_in_closed_form(seed, size, num_classes, k
 
 @pytest.mark.parametrize("held", [1, 200, 10**9])
 def test_fisher_does_not_depend_on_how_much_is_held_at_once(held, monkeypatch):
-    monkeypatch.setattr("cl.fisher._HELD_AT_ONCE", held)
+    monkeypatch.setattr("cl.toolkit.fisher._HELD_AT_ONCE", held)
     x, y, weight, bias = problem(1, 20, 3, 4)
     head = nn.Linear(3, 4)
     head.load_state_dict({"weight": weight, "bias": bias})

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from cl.compose import permute_pixels, turn
 from cl.compose import resize as to_shape
+from cl.data.sources import digits, synthetic
+from cl.data.stream_checks import check_stream
+from cl.data.task import Stream
 from cl.errors import InputError
-from cl.sources import digits, synthetic
-from cl.stream_checks import check_stream
 from cl.streams.domains import domains
 from cl.streams.permuted import permuted
 from cl.streams.rotated import rotated
 from cl.streams.split import split
-from cl.task import Stream
 
 DIGITS = digits()
 
@@ -54,7 +54,7 @@ def test_labels_follow_the_order_of_learning():
 
 
 def test_a_designed_order_is_that_of_the_designer_and_moves_with_the_names_of_the_classes():
-    from cl.curriculum import class_distances, design_orders
+    from cl.compose.curriculum import class_distances, design_orders
 
     stream = split(DIGITS, num_tasks=5, class_order="curriculum")
     designed = design_orders(class_distances(DIGITS.train_x.flatten(1).double(), DIGITS.train_y))[0]

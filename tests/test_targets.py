@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cl.backbones import MLP
+from cl.backbones.networks import MLP
+from cl.data.target import TARGETS, classes_of
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.head import Head
+from cl.engine.learner import Learner
+from cl.engine.score import matrices
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import DivergenceError, InputError
-from cl.experiment import Experiment
-from cl.fisher import diagonal_fisher
-from cl.head import Head
-from cl.learner import Learner
-from cl.memory import Memory
-from cl.score import matrices
 from cl.strategies.agem import AGEM
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.derpp import DERpp
@@ -35,10 +36,9 @@ from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF, imitation
 from cl.strategies.ncm import NCM
-from cl.strategy import Batch, Strategy
 from cl.streams.linear_teachers import expected_transfer, geometry, linear_teachers
-from cl.target import TARGETS, classes_of
-from cl.task import Stream, Task, TaskData
+from cl.toolkit.fisher import diagonal_fisher
+from cl.toolkit.memory import Memory
 
 LABEL, MULTILABEL, REGRESSION = (TARGETS[name] for name in ("label", "multilabel", "regression"))
 TRAINER = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)

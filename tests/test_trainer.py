@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 
-from cl.cli import main
+from cl.app.cli import main
+from cl.engine.experiment import Experiment
 from cl.errors import InputError
-from cl.experiment import Experiment
-from cl.processes import run
 from cl.testing import toy_learner
-from cl.trainer import HARMLESS, INSTEAD, PASSED_ON, check_arguments
+from cl.trainer.arguments import HARMLESS, INSTEAD, PASSED_ON, check_arguments
+from cl.trainer.processes import run
 
 cpu = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 

@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cl import transfer
 from cl.errors import InputError
-from cl.transfer import LIBRARY_VARIANTS, SCALARS, TransferMatrix, worked_example
+from cl.metrics import transfer
+from cl.metrics.transfer import LIBRARY_VARIANTS, SCALARS, TransferMatrix, worked_example
 
 ALL = SCALARS | LIBRARY_VARIANTS
 NAN = float("nan")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cl.errors import InputError
-from cl.transferability import (
+from cl.metrics.transferability import (
     ESTIMATORS,
     covariance_similarity,
     knn_score,

@@ -23,23 +23,23 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-import cl.cache
-import cl.images
-import cl.rows
-import cl.task
-from cl.augment import RandomCropFlip
-from cl.data import channel_moments
+import cl.data.cache
+import cl.data.images
+import cl.data.rows
+import cl.data.task
+from cl.data.augment import RandomCropFlip
+from cl.data.by_row import Float32
+from cl.data.dataset import channel_moments
+from cl.data.huggingface import huggingface
+from cl.data.images import read_image
+from cl.data.rows import Mapped
+from cl.data.sources import digits
+from cl.data.table import read_table
 from cl.errors import InputError
-from cl.huggingface import huggingface
-from cl.images import read_image
-from cl.own_data import Float32
-from cl.rows import Mapped
-from cl.sources import digits
 from cl.streams.from_arrays import from_arrays
 from cl.streams.image_folders import image_folders
 from cl.streams.manifest import manifest
 from cl.streams.split import split
-from cl.table import read_table
 from cl.testing import check_stream
 
 
@@ -205,9 +205,9 @@ def test_large_files_stay_where_they_are(tmp_path, monkeypatch, kind):
     small = from_arrays(**{k: v.astype(kind) if k.endswith("_x") else v for k, v in arrays.items()}, val_fraction=0.25)
     for name, column in arrays.items():
         np.save(tmp_path / f"{name}.npy", column.astype(kind) if name.endswith("_x") else column)
-    for module in (cl.rows, cl.task):
+    for module in (cl.data.rows, cl.data.task):
         monkeypatch.setattr(module, "RESIDENT", 100)
-    monkeypatch.setattr("cl.rows.PART", 500)  # several parts
+    monkeypatch.setattr("cl.data.rows.PART", 500)  # several parts
     stream = from_arrays(**{name: str(tmp_path / f"{name}.npy") for name in arrays}, val_fraction=0.25)
     check_stream(stream)
     assert isinstance(stream[0].train.x, Mapped if kind == "uint8" else Float32) and not stream[0].train.resident
@@ -399,13 +399,13 @@ def test_test_sets_drawn_from_folders_do_not_depend_on_other_tasks(tmp_path):
 def decodes(monkeypatch):
     """The files that were decoded."""
     found: list[Any] = []
-    original = cl.images.read_image
+    original = cl.data.images.read_image
 
     def counted(file: Any, *arguments: Any) -> Any:
         found.append(file)
         return original(file, *arguments)
 
-    monkeypatch.setattr(cl.images, "read_image", counted)
+    monkeypatch.setattr(cl.data.images, "read_image", counted)
     return found
 
 
@@ -418,7 +418,7 @@ def test_a_cache_is_used_until_a_file_changes_or_it_is_damaged(tmp_path, monkeyp
     assert len(decodes) == count and all(
         torch.equal(a.test.tensors()[0], b.test.tensors()[0]) for a, b in zip(first, again, strict=True)
     )
-    monkeypatch.setattr(cl.rows, "RESIDENT", 100)
+    monkeypatch.setattr(cl.data.rows, "RESIDENT", 100)
     assert isinstance(image_folders(root)[0].train.x, Mapped), "what is large is read from the cache"
     assert torch.equal(image_folders(root)[1].train.tensors()[0], first[1].train.tensors()[0])
     monkeypatch.undo()

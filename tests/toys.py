@@ -8,10 +8,10 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from cl.experiment import Experiment
-from cl.learner import Learner
-from cl.strategy import Strategy
-from cl.task import Stream
+from cl.data.task import Stream
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Strategy
 from cl.testing import toy_learner
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from cl import distributed
+from cl.backbones.vit import ViT
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.experiment import Experiment
+from cl.engine.learner import Learner
+from cl.engine.strategy import Batch, Strategy
 from cl.errors import DivergenceError, InputError
-from cl.experiment import Experiment
-from cl.instruments.curves import LearningCurves
-from cl.instruments.probes import Probes
-from cl.learner import Learner
-from cl.memory import POLICIES, Memory
+from cl.measure.learning_curves import LearningCurves
+from cl.measure.probes import Probes
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.avalanche import Avalanche
@@ -53,10 +55,8 @@ from cl.strategies.si import SI
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
-from cl.strategy import Batch, Strategy
-from cl.task import Stream, Task, TaskData
 from cl.testing import ToyBackbone
-from cl.vit import ViT
+from cl.toolkit.memory import POLICIES, Memory
 
 ONE = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 TWO = partial(pl.Trainer, accelerator="cpu", devices=2, strategy="ddp", logger=False)

@@ -7,12 +7,12 @@ from typing import Any
 
 from cl.compare.align import Comparison, Stage, brief
 from cl.compare.forecasts import Forecast, meanings
+from cl.compare.leaderboard import Board, Column, Ranks
+from cl.compare.leaderboard import number as shown_number
 from cl.compare.markup import datum, table, term, text
 from cl.compare.notes import listed
 from cl.compare.numbers import Numbers, entries
 from cl.compare.read import COSTS, Entry
-from cl.compare.table import Board, Column, Ranks
-from cl.compare.table import number as shown_number
 from cl.compare.tuning import chosen, found
 
 

@@ -12,7 +12,7 @@ from cl.compare.figures import Block, Figure, Panel, Style, View, axis, points
 from cl.compare.markup import datum, table, term, text
 from cl.compare.numbers import Number, Numbers, order_of
 from cl.compare.read import RunFiles
-from cl.statistics import kendall_tau
+from cl.metrics.statistics import kendall_tau
 
 RESAMPLES = 2_000
 _EFFORT = 50_000_000  # pairs of points over all resamples: seconds, for thousands of points too
@@ -53,8 +53,8 @@ class Forecast:
 def forecasts(stage: Stage, numbers: Numbers) -> list[Forecast]:
     """Return every estimator of a stream by what it is measured against, and add its points and tau to the numbers.
 
-    tau is `cl.statistics.kendall_tau` over the points of all runs. Its interval resamples points as if they were
-    independent; those of one run are not. Above 158 points it takes fewer resamples than 2000, at least 100.
+    tau is `cl.metrics.statistics.kendall_tau` over the points of all runs. Its interval resamples points as if they
+    were independent; those of one run are not. Above 158 points it takes fewer resamples than 2000, at least 100.
     """
     found: dict[tuple[str, str], list[Point]] = {}
     for group, units in stage.runs.items():
@@ -162,7 +162,7 @@ def _row(forecast: Forecast) -> str:
 
 def meanings(found: Sequence[Forecast], level: float) -> dict[str, str]:
     """Return what the terms of the table mean, by the name of the definition."""
-    from cl.transferability import ESTIMATORS
+    from cl.metrics.transferability import ESTIMATORS
 
     if not found:
         return {}

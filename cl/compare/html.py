@@ -6,18 +6,18 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from importlib.metadata import version
 
-import cl
 from cl.compare.align import Comparison, Stage
 from cl.compare.appendix import configurations, definitions, provenance, ranks
 from cl.compare.figures import Block, Style, styles
 from cl.compare.forecasts import Forecast, taus
+from cl.compare.leaderboard import Board, Column, Ranks, Row, caveats, significance
 from cl.compare.lines import blocks
 from cl.compare.markup import datum, table, term, text
 from cl.compare.notes import listed
 from cl.compare.numbers import Number, Numbers, entries
 from cl.compare.read import Entry
-from cl.compare.table import Board, Column, Ranks, Row, caveats, significance
 
 _SVG_DASHES = {
     "solid": "",
@@ -68,7 +68,7 @@ def page(
         configurations(comparison, numbers),
         provenance(comparison),
         definitions(comparison, boards, numbers, [forecast for part in forecasts.values() for forecast in part]),
-        f"<footer><p>clsim {text(cl.__version__)}. Every number of this page stands in comparison.csv.</p></footer>",
+        f"<footer><p>clsim {text(version('clsim'))}. Every number of this page stands in comparison.csv.</p></footer>",
     ]
     figures = json.dumps([block.json() for block in drawn], allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
     head = (

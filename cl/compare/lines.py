@@ -25,9 +25,9 @@ from cl.compare.figures import (
 )
 from cl.compare.forecasts import Forecast
 from cl.compare.forecasts import block as forecasts
+from cl.compare.leaderboard import Board, Column, column
 from cl.compare.numbers import Number, Numbers
 from cl.compare.read import LOWER_IS_BETTER
-from cl.compare.table import Board, Column, column
 
 RESOURCES = ("seconds", "flops", "steps", "parameters", "memory_bytes", "state_bytes", "peak_memory_bytes")
 

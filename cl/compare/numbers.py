@@ -17,7 +17,7 @@ import numpy as np
 
 from cl.compare.align import Comparison, Stage, Unit
 from cl.compare.read import COSTS, Array, Entry, RunFiles
-from cl.statistics import bounded, cell_intervals, t_interval
+from cl.metrics.statistics import bounded, cell_intervals, t_interval
 
 Key: TypeAlias = tuple[str, str, str, str, str, str, str]
 

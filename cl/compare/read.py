@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cl import rundir
-from cl.config_file import read_config
 from cl.errors import InputError
+from cl.report.config_file import read_config
 from cl.rundir import LEARNING_CURVES, RESOURCES, TRANSFER, Cell, read_json, unreadable
 
 Array = npt.NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Building blocks of streams: pure functions from streams to streams, which YAML can nest.
 
-    >>> from cl.sources import digits
+    >>> from cl.data.sources import digits
     >>> stream = permute(copies(digits(), num_tasks=3))
     >>> [task.name for task in repeat(stream, visits=[0, 1, 0])]
     ['permutation 1', 'permutation 2', 'permutation 1 again']

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl.data import Dataset, split_validation
+from cl.data.dataset import Dataset, split_validation
+from cl.data.task import Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
-from cl.task import Order, Scenario, Stream, Task, TaskData
 
 Source = Stream | Dataset
 
@@ -42,7 +42,7 @@ def copies(
         InputError: If there are no tasks, or the scenario is "domain" and labels are each task's own.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> [task.classes for task in copies(synthetic(num_classes=2), 2, "task")]
         [(0, 1), (2, 3)]
     """

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cl.compose.base import Source, as_stream, generator
+from cl.data.task import Stream, Task
 from cl.errors import InputError
-from cl.task import Stream, Task
 
 
 def transform(
@@ -30,7 +30,7 @@ def transform(
         task_names: What they call the tasks; None means as before.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> halved = transform(synthetic(), lambda t: lambda x: x / 2, "halved")
         >>> bool((halved[0].train.tensors()[0] * 2 == synthetic().train_x).all())
         True
@@ -67,7 +67,7 @@ def permute(source: Source, identity_first: bool = False, seed: int = 0) -> Stre
         InputError: If the stream comes with augmentation.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> permute(synthetic())[0].name
         'permutation 1'
     """
@@ -109,7 +109,7 @@ def rotate(source: Source, angles: Sequence[float]) -> Stream:
         InputError: If the inputs are no images, or the angles are not one a task.
 
     Example:
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> rotate(digits(), [30])[0].name
         '30°'
     """
@@ -130,7 +130,7 @@ def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int =
 
     Args:
         source: Stream or dataset of images, uint8.
-        kinds: Of `cl.corruptions.CORRUPTIONS`, or "clean".
+        kinds: Of `cl.compose.corruptions.CORRUPTIONS`, or "clean".
         severity: 1 to 5.
         seed: Seed of the noise.
 
@@ -139,12 +139,12 @@ def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int =
 
     Example:
         >>> from cl.compose import copies
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> [task.name for task in corrupt(copies(digits(), 2), ["clean", "fog"])]
         ['clean', 'fog']
     """
-    from cl.corruptions import check_corruption
-    from cl.corruptions import corrupt as corrupted
+    from cl.compose.corruptions import check_corruption
+    from cl.compose.corruptions import corrupt as corrupted
 
     stream = as_stream(source)
     _images_only(stream, "corrupted")

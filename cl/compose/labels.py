@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cl.compose.base import Source, as_stream, check_share, choose, generator, labels_only
+from cl.data.task import Order, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
-from cl.task import Order, Stream, Task, TaskData
 
 
 def relabel(source: Source, labels: Sequence[int] | Mapping[int, Sequence[int]]) -> Stream:
@@ -26,7 +26,7 @@ def relabel(source: Source, labels: Sequence[int] | Mapping[int, Sequence[int]])
         InputError: If a list does not name a label for each class.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> data = synthetic(num_classes=3)
         >>> y = relabel(data, [2, 0, 1])[0].train.labels
         >>> bool((y == (data.train_y - 1) % 3).all())
@@ -67,7 +67,7 @@ def label_noise(
         InputError: If the share is outside [0, 1], the kind is unknown, or a task has one class.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> data = synthetic(num_train=100)
         >>> int((label_noise(data, 0.3)[0].train.labels != data.train_y).sum())
         30
@@ -109,7 +109,7 @@ def label_scarcity(source: Source, fraction: float = 0.1, order: Order = None, s
         seed: Seed of the rows.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> task = label_scarcity(synthetic(num_classes=10, num_train=1000), 0.1)[0]
         >>> len(task.train), len(task.unlabelled), task.unlabelled.labels.unique().tolist()
         (100, 900, [-1])
@@ -147,7 +147,7 @@ def subsample(
         seed: Seed of the rows.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> len(subsample(synthetic(num_classes=10), max_per_class=3)[0].train)
         30
     """
@@ -184,7 +184,7 @@ def long_tail(
         seed: Seed of ranks and rows.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> long_tail(synthetic(num_classes=3, num_train=300), 100, shuffled=False)[0].train.labels.bincount().tolist()
         [100, 10, 1]
     """

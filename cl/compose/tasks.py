@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.compose.base import Source, as_stream, labels_only
+from cl.data.class_names import join, move
+from cl.data.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError, check_range, unknown
-from cl.labels import join, move
 from cl.random import derive
-from cl.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 
 Match = Literal["name", "position"]
 
@@ -26,7 +26,7 @@ def reorder(source: Source, order: Order, seed: int = 0) -> Stream:
 
     Example:
         >>> from cl.compose import copies, permute
-        >>> from cl.sources import digits
+        >>> from cl.data.sources import digits
         >>> stream = reorder(permute(copies(digits(), 3)), [2, 0, 1])
         >>> stream[0].name, stream.order
         ('permutation 3', (2, 0, 1))
@@ -51,7 +51,7 @@ def repeat(
         InputError: If there is nothing to visit, or a position is not in the stream.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> len(repeat(synthetic(), times=3))
         3
     """
@@ -115,7 +115,7 @@ def concat(
             classes differ.
 
     Example:
-        >>> from cl.sources import digits, synthetic
+        >>> from cl.data.sources import digits, synthetic
         >>> other = synthetic(num_classes=4, input_shape=(1, 8, 8), image=True)
         >>> concat({"digits": digits(), "blobs": other}).num_classes
         14
@@ -215,7 +215,7 @@ def partition(source: Source, num_tasks: int = 5, seed: int = 0) -> Stream:
         InputError: If a class has fewer rows than there are parts.
 
     Example:
-        >>> from cl.sources import synthetic
+        >>> from cl.data.sources import synthetic
         >>> stream = partition(synthetic(num_train=1000), 4)
         >>> [len(task.train) for task in stream]
         [250, 250, 250, 250]

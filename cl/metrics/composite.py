@@ -1,4 +1,4 @@
-"""Composite scores that single papers report; curriculum effectiveness, of R alone, is in `cl.transfer`."""
+"""Composite scores that single papers report; curriculum effectiveness, of R alone, is in `cl.metrics.transfer`."""
 
 from __future__ import annotations
 

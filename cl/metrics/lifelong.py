@@ -175,7 +175,7 @@ def performance_maintenance(E: Table, order: Sequence[int] | None = None, termin
         InputError: if a shape is wrong or `order` holds no task.
 
     Example:
-        >>> from cl.transfer import worked_example
+        >>> from cl.metrics.transfer import worked_example
         >>> f"{performance_maintenance(worked_example()).value:.6f}"
         '0.010000'
     """
@@ -204,7 +204,7 @@ def forward_transfer_l2(E: Table, order: Sequence[int] | None = None, kind: str 
         InputError: if E is not (L + 1, T), `order` holds no task, or there is no such kind.
 
     Example:
-        >>> from cl.transfer import worked_example
+        >>> from cl.metrics.transfer import worked_example
         >>> transfer = forward_transfer_l2(worked_example())
         >>> print(transfer.parts)
         tensor([[   nan, 2.0000, 1.2000],
@@ -225,7 +225,7 @@ def backward_transfer_l2(E: Table, order: Sequence[int] | None = None, kind: str
         InputError: as `forward_transfer_l2`.
 
     Example:
-        >>> from cl.transfer import worked_example
+        >>> from cl.metrics.transfer import worked_example
         >>> f"{backward_transfer_l2(worked_example(), kind='contrast').value:.6f}"
         '-0.005700'
     """
@@ -357,7 +357,7 @@ def l2_suite(
         InputError: if a shape is wrong, or there is not one curve a block and one expert a task.
 
     Example:
-        >>> from cl.transfer import worked_example
+        >>> from cl.metrics.transfer import worked_example
         >>> curves = [[0.1, 0.9], [0.4, 0.8], [0.4, 0.8]]
         >>> found = l2_suite(worked_example(), curves, scale=False)
         >>> f"{found['performance_maintenance_mrlep'].value:.6f}"

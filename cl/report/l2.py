@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cl import rundir
 from cl.errors import InputError
-from cl.instruments.curves import LearningCurves
-from cl.report import Report, Run
+from cl.report.contract import Report
+from cl.report.run import Curves, Run
 
 
 class L2Log(Report):
@@ -33,7 +33,7 @@ class L2Log(Report):
         """Write the logs."""
         from cl.metrics.lifelong import write_l2_expert_log, write_l2_log
 
-        curves: LearningCurves = run.instruments["curves"]
+        curves: Curves = run.instruments["curves"]
         folder = run.directory / rundir.L2_LOG
         write_l2_log(folder / "lifelong", run.primary.R.cpu(), curves.own(), run.task_names)
         for t, expert in enumerate(run.references.get("experts", ())):

@@ -16,7 +16,7 @@ from typing import Any
 from cl import rundir
 from cl.errors import InputError
 from cl.files import relative, write_text
-from cl.report import Run
+from cl.report.run import Run
 
 _PACKAGES = {
     "clsim": "clsim",
@@ -113,9 +113,7 @@ def versions() -> dict[str, str]:
     """
     import torch
 
-    import cl
-
-    found = {"python": platform.python_version(), "platform": platform.platform(), "clsim": cl.__version__}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "clsim": metadata.version("clsim")}
     for name, distribution in _PACKAGES.items():
         try:
             found[name] = metadata.version(distribution)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from cl import rundir
 from cl.files import replace_file
-from cl.report import Pace, Report, Run, headline, percent, remarks
 from cl.report.caption import caption_parts, place, shorten
+from cl.report.contract import Pace, Report
 from cl.report.fit import DPI, cut, lines
+from cl.report.run import Run
+from cl.report.wording import headline, percent, remarks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from torch import Tensor
 
-    from cl.transfer import TransferMatrix
+    from cl.metrics.transfer import TransferMatrix
 
 MAX_NUMBERS = 20  # tasks up to which every cell carries its number
 _UNMEASURED = "#cfcfcf"
@@ -74,7 +76,7 @@ def _accuracy_panel(matrix: TransferMatrix, run: Run) -> Panel:
 
 
 def _backward_panel(matrix: TransferMatrix, run: Run) -> Panel:
-    from cl.transfer import backward_transfer
+    from cl.metrics.transfer import backward_transfer
 
     values = backward_transfer(matrix.R)
     title = f"Backward transfer, in points  [{matrix.mask} mask]"
@@ -84,7 +86,7 @@ def _backward_panel(matrix: TransferMatrix, run: Run) -> Panel:
 
 
 def _forward_panel(matrix: TransferMatrix, run: Run) -> Panel:
-    from cl.transfer import forward_transfer
+    from cl.metrics.transfer import forward_transfer
 
     values = forward_transfer(matrix.R)
     title = f"Forward transfer, in points  [{matrix.mask} mask]"
@@ -96,7 +98,7 @@ def _forward_panel(matrix: TransferMatrix, run: Run) -> Panel:
 
 
 def _step_panel(matrix: TransferMatrix) -> Panel:
-    from cl.transfer import step_effect
+    from cl.metrics.transfer import step_effect
 
     values = step_effect(matrix.R)
     off_diagonal = values.clone().fill_diagonal_(0.0)
@@ -154,7 +156,7 @@ def draw(run: Run) -> Figure:
 
     Example:
         >>> from pathlib import Path
-        >>> from cl.transfer import TransferMatrix, worked_example
+        >>> from cl.metrics.transfer import TransferMatrix, worked_example
         >>> run = Run(Path("."), {}, ["a", "b", "c"], "task", {"task": TransferMatrix(3, "task")})
         >>> for i, row in enumerate(worked_example()):
         ...     run.primary.record(i, row)
@@ -278,7 +280,7 @@ class PictureReport(Report):
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from cl.transfer import TransferMatrix
+        >>> from cl.metrics.transfer import TransferMatrix
         >>> run = Run(Path(tempfile.mkdtemp()), {}, ["a"], "domain", {"domain": TransferMatrix(1, "domain")})
         >>> PictureReport().finish(run)
         >>> (run.directory / "transfer.png").exists()

@@ -12,8 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cl import rundir
-from cl.report import Report, Run, headline, named, percent, remarks
 from cl.report.caption import caption, shorten
+from cl.report.contract import Report
+from cl.report.run import Run
+from cl.report.wording import headline, named, percent, remarks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,7 +146,7 @@ class TerminalReport(Report):
     Example:
         >>> from pathlib import Path
         >>> from rich.console import Console
-        >>> from cl.transfer import TransferMatrix, worked_example
+        >>> from cl.metrics.transfer import TransferMatrix, worked_example
         >>> run = Run(Path("run"), {}, ["a", "b", "c"], "task", {"task": TransferMatrix(3, "task")})
         >>> run.primary.record(0, worked_example()[0])
         >>> TerminalReport(Console(force_terminal=False)).row(run, after_task=0)
@@ -210,8 +212,8 @@ class TerminalReport(Report):
             seconds = time.monotonic() - self._began
             self._print(f"{run.directory.name}: {headline(run, run.primary.mask)}, in {seconds:.0f} s")
             return
-        from cl.measures import beside
-        from cl.transfer import backward_transfer, forward_transfer, step_effect
+        from cl.metrics.transfer import backward_transfer, forward_transfer, step_effect
+        from cl.report.scalars import beside
 
         old, new, step = run.primary, run.zero_shot, run.primary
         for mask, matrix in run.matrices.items():

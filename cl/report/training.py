@@ -11,7 +11,8 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from cl.files import append_text, sync, write_text
-from cl.report import Report, Run
+from cl.report.contract import Report
+from cl.report.run import Run
 from cl.rundir import TRAINING, TrainingPoint, csv_text
 
 

@@ -23,13 +23,14 @@ from pytorch_lightning.loggers import Logger
 
 from cl import rundir
 from cl.files import write_text
-from cl.report import Report, Run
+from cl.report.contract import Report
 from cl.report.points import Journal, Point, steps_on_disk, steps_so_far
+from cl.report.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from cl.transfer import TransferMatrix
+    from cl.metrics.transfer import TransferMatrix
 
 _TAG = 64  # the longest tag that W&B takes
 _GROUP = 128
@@ -357,7 +358,7 @@ def _until(matrix: TransferMatrix, row: int) -> TransferMatrix:
 
 def _scalars(run: Run) -> dict[str, float]:
     """Return `<mask>/<scalar>`, `transfer/<scalar>` and `measure/<name>`, unmeasured ones left out."""
-    from cl.measures import measure
+    from cl.report.scalars import measure
 
     named = {f"measure/{name}": value for name, value in measure(run)[0].items()}
     named |= {f"{mask}/{name}": value for mask in run.matrices for name, value in run.scalars(mask).items()}

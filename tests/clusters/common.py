@@ -112,7 +112,7 @@ def check_same(sweep: Path, expected: Path) -> None:
         if (here[name] / "transfer.csv").read_bytes() != (there[name] / "transfer.csv").read_bytes():
             sys.exit(f"{here[name]}/transfer.csv is not that of the undisturbed run.")
     for argument in ("", "--unfinished"):
-        call = "from cl.compare.cli import main; main()"
+        call = "from cl.compare.command import main; main()"
         compare = [sys.executable, "-c", call, str(sweep), "--out", str(sweep), *argument.split()]
         done = subprocess.run(compare, capture_output=True, text=True)
         if done.returncode != 0:

@@ -84,7 +84,7 @@ def _point(entry: Any, files: Path) -> tuple[int, dict[str, Any]]:
 def _checkpoint(path: Path) -> Any:
     import torch
 
-    from cl.checkpoint import is_whole
+    from cl.engine.checkpoint import is_whole
 
     if not is_whole(path):
         return {"whole": False}

@@ -109,29 +109,29 @@ def warm() -> None:
     import matplotlib.figure  # noqa: F401
     import torch
 
-    import cl.augment
-    import cl.branch
-    import cl.build
-    import cl.checkpoint
-    import cl.experiment
-    import cl.instruments.curves
-    import cl.instruments.estimates
-    import cl.instruments.probes
-    import cl.measures
-    import cl.protocol
-    import cl.references
-    import cl.report.files
+    import cl.app.build
+    import cl.app.protocol
+    import cl.backbones.vit
+    import cl.data.augment
+    import cl.data.sources
+    import cl.engine.branch
+    import cl.engine.checkpoint
+    import cl.engine.experiment
+    import cl.measure.estimators
+    import cl.measure.learning_curves
+    import cl.measure.probes
+    import cl.measure.references
+    import cl.metrics.statistics
+    import cl.metrics.transferability
     import cl.report.picture
     import cl.report.progress
+    import cl.report.scalars
+    import cl.report.tables
     import cl.report.terminal
     import cl.report.training
-    import cl.sources
-    import cl.statistics
     import cl.streams.split
-    import cl.transferability
-    import cl.vit
 
-    for file in (Path(cl.build.__file__).parents[1] / "strategies").glob("[a-z]*.py"):
+    for file in (Path(cl.app.build.__file__).parents[1] / "strategies").glob("[a-z]*.py"):
         if file.stem != "avalanche":
             __import__(f"cl.strategies.{file.stem}")
     torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def warm_wandb() -> None:
 
 def run(command: Command, limit: int | None = None, fuse: Fuse | None = None) -> int:
     """Run `cl-run`, or a function, in this process; return its exit status."""
-    from cl.cli import main
+    from cl.app.cli import main
 
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -115,7 +115,7 @@ def outcome(base: Path, whole: Path, name: str, damage: Damage, draw: random.Ran
     damage(place / name, draw)
     command = ["resume=out"] if draw.random() < 0.5 else ARGUMENTS
     attempt = Attempt(place, command)
-    from cl.checkpoint import is_whole
+    from cl.engine.checkpoint import is_whole
 
     status, text = attempt.wait(), attempt.log.read_text()
     short = Path(name).name

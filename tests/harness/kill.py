@@ -39,7 +39,7 @@ COMMON = [
     *("trainer.accelerator=cpu", "report=quiet", "~report.picture", "~report.curves", "hydra.run.dir=out"),
 ]
 _STEPS = ["checkpoint.every=2", "chunk_size=1"]
-_CROP = "dataset.augment={_target_:cl.augment.RandomCropFlip,padding:2}"
+_CROP = "dataset.augment={_target_:cl.data.augment.RandomCropFlip,padding:2}"
 _IMAGES = ["dataset.image=true", "dataset.input_shape=[3,8,8]", _CROP]
 MLP = ["backbone.hidden=[16]"]
 _VIT = ["backbone=vit", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"]

@@ -13,8 +13,8 @@ def from_python() -> None:
 
     import pytorch_lightning as pl
 
-    from cl.experiment import Experiment
-    from cl.report.files import FileReport
+    from cl.engine.experiment import Experiment
+    from cl.report.tables import FileReport
     from cl.report.training import TrainingReport
     from cl.report.wandb import WandbReport
     from cl.strategies.er import ER
@@ -38,7 +38,7 @@ OWN = [
     *("stream=from_arrays", *(f"stream.{name}={name}.npy" for name in ("train_x", "train_y", "test_x", "test_y"))),
     *("strategy=[er]", "strategy.er.memory_size=20", "+strategy.shrink._target_=mine.Shrink"),
 ]
-_STRATEGY = """from cl.strategy import Strategy
+_STRATEGY = """from cl.engine.strategy import Strategy
 
 class Shrink(Strategy):
     def loss(self, learner, batch, logits):

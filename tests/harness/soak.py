@@ -41,7 +41,7 @@ def resident() -> float:
 
 def watch(say: Any) -> None:
     """Have every saved checkpoint tell time, memory and the sizes of all files."""
-    from cl import checkpoint
+    from cl.engine import checkpoint
 
     save, state = checkpoint.save, {"at": time.perf_counter(), "cpu": time.process_time()}
 

@@ -1,0 +1,1 @@
+"""From a command line or a script to an experiment: compose, check and build a configuration; run jobs."""

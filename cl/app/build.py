@@ -1,0 +1,259 @@
+"""From a composed configuration to an `Experiment`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from cl.app import sweep
+from cl.app.instantiate import made, make, takes
+from cl.app.validate import keep, protocol_of, settle
+from cl.errors import InputError
+from cl.settings import SETTINGS
+
+
+def build(cfg: Any, directory: Path) -> Any:
+    """Return the `Experiment` of a composed configuration.
+
+    Args:
+        cfg: What Hydra composed from `cl.conf`.
+        directory: The run's directory; an unfinished run there is continued.
+
+    Raises:
+        InputError: If the configuration asks for what cannot work, or another one was begun in the directory.
+    """
+    from cl.distributed import rank
+    from cl.engine.branch import Branch
+    from cl.engine.experiment import Experiment
+    from cl.engine.strategy import Strategy
+
+    config = settle(cfg, directory)
+    protocol = protocol_of(cfg) if cfg.get("protocol") else None
+    stream = _stream(cfg, protocol)
+    strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
+    learner = _learner(cfg, stream, strategies)
+    reports, loggers, callbacks = _reports(cfg)
+    experiment = Experiment(
+        learner,
+        stream,
+        make(cfg.trainer),
+        epochs=cfg.epochs,
+        directory=directory,
+        reports=reports,
+        logger=loggers,
+        callbacks=callbacks,
+        config=config,
+        notes=_ignored(cfg) + _notes(cfg, learner.backbone, stream.normalize) + ([protocol.remark] if protocol else []),
+        tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
+        columns=(cfg.get("report") or {}).get("columns", "all"),
+        keep=cfg.checkpoint.keep,
+        every=cfg.checkpoint.every,
+        instruments=_instruments(cfg, stream),
+        references=_references(cfg, config, reports),
+        branch=Branch.parse(cfg["from"]) if cfg["from"] else None,
+        allow_changed=cfg.allow_changed,
+    )
+    if rank() == 0:
+        keep(config, directory)  # only now: what cannot be built is no run to continue
+    return experiment
+
+
+def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str]:
+    """Return what of the data and of the user's code has changed since a directory's run finished, a few words each.
+
+    Raises:
+        InputError: If the stream cannot be made any more.
+    """
+    from cl.data.provenance import changes, provenance, recall
+    from cl.engine.branch import Branch
+
+    kept = recall(directory)
+    if kept is None:  # of an earlier version
+        return []
+    starts = {"from": Branch.parse(cfg["from"]).checkpoint} if cfg["from"] else {}
+    found = provenance(_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), config, starts=starts)
+    return changes(kept, {**found, "code": {**kept["code"], **found["code"]}})
+
+
+def _stream(cfg: Any, protocol: Any) -> Any:
+    from cl.data.task import Stream
+
+    stream = made(cfg.stream, Stream)
+    if cfg.scenario is not None and cfg.scenario != stream.scenario:
+        raise InputError(
+            f"scenario={cfg.scenario}, but {stream.name!r} is {stream.scenario}-incremental: drop it, or pass "
+            "scenario: ${scenario} on in the YAML of the stream."
+        )
+    return protocol.apply(stream) if protocol else stream
+
+
+def _ignored(cfg: Any) -> list[str]:
+    """Return a sentence where the seed was set and does not reach the stream, which has one of its own."""
+    reaches = cfg.seed == 0 or "seed" in cfg.stream or not takes(cfg.stream, "seed", by_name=True)
+    sentence = (
+        f"seed={cfg.seed} does not reach the stream, which is that of every other seed: write seed: ${{seed}} in its "
+        "YAML, or '+stream.seed=${seed}' on the command line."
+    )
+    return [] if reaches else [sentence]
+
+
+def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
+    """Return the learner of a stream."""
+    from functools import partial
+
+    from cl.backbones.networks import initialise
+    from cl.engine.learner import Learner
+    from cl.engine.network import network
+    from cl.engine.preflight import check_optimizer
+
+    backbone, head = network(stream, partial(_backbone, cfg), make(cfg.head), cfg.seed)
+    if cfg.init is not None:
+        initialise([backbone, head] if not cfg.weights else [head], cfg.init)
+    values = {key for key, row in SETTINGS.items() if row.type is not None}
+    options = {key: cfg[key] for key in inspect.signature(Learner).parameters if key in values}
+    optimizer, scheduler = make(cfg.optimizer), _scheduler(cfg)
+    check_optimizer(optimizer, scheduler, stream, cfg.trainer)
+    learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
+    if cfg.compile is not None:
+        learner.compile(cfg.compile)
+    return learner
+
+
+def _scheduler(cfg: Any) -> Any:
+    """Return what makes a schedule, or None; a length that is null is left open, for the learner to fill in."""
+    from omegaconf import open_dict
+
+    from cl.engine.schedules import LENGTHS
+
+    node = cfg.get("scheduler")
+    if node is None:
+        return None
+    with open_dict(node):  # the configuration has been kept already, as it was written
+        open_ends = {key: node.pop(key) for key in LENGTHS if key in node and node[key] is None}
+    made = make(node)
+    made.keywords.update(open_ends)
+    return made
+
+
+def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
+    """Return what is measured beside R."""
+    from cl.measure.choose import chosen
+
+    report = cfg.get("report") or {}
+    looks = {key: report[key] for key in ("every", "points", "subset", "flops") if key in report}
+    return chosen(stream, probes=list(cfg.probes), estimators=list(cfg.estimators), **looks)
+
+
+def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
+    """Return what makes the references, or None where none are wanted."""
+    from cl.engine.experiment import Experiment
+    from cl.measure.learning_curves import LearningCurves
+    from cl.measure.references import References
+
+    if not cfg.references:
+        return None
+
+    def experiment(stream: Any, strategies: dict[str, Any]) -> Any:
+        report = cfg.get("report") or {}
+        every, points = report.get("every"), report.get("points")
+        points = 10 if every is None and points is None else points
+        curves = {"curves": LearningCurves(stream, every, points, report.get("subset", 1000))}
+        return Experiment(
+            _learner(cfg, stream, strategies),
+            stream,
+            make(cfg.trainer),
+            epochs=cfg.epochs,
+            instruments=curves if len(stream) == 1 else {},
+        )
+
+    def say(text: str) -> None:
+        for report in reports:
+            report.say(text)
+
+    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, say).measure
+
+
+def _notes(cfg: Any, backbone: Any, normalize: Any) -> list[str]:
+    from cl.data.augment import Normalize
+
+    notes = []
+    weights = list(backbone.parameters())
+    frozen = not any(p.requires_grad for p in weights)
+    if weights and frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
+        notes.append("The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones.")
+    wanted = None if cfg.weights else getattr(backbone, "input_statistics", None)
+    if wanted is not None and isinstance(normalize, Normalize):
+        scale, shift = normalize.scale.flatten(), normalize.shift.flatten()
+        given = (-shift / scale).tolist(), (1 / scale).tolist()
+        pairs = [(w, g[i % len(g)]) for own, g in zip(wanted, given, strict=True) for i, w in enumerate(own)]
+        if any(abs(w - g) > 0.02 for w, g in pairs):
+            mean, std = (f"[{','.join(f'{v:g}' for v in values)}]" for values in wanted)
+            notes.append(
+                "The backbone's weights were trained on inputs with other statistics than this stream gives: "
+                f"dataset.mean={mean} dataset.std={std} are their own."
+            )
+    return notes
+
+
+def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
+    """Return the backbone; one of the user's may do without the shape of an input."""
+    from torch import nn
+
+    wants = takes(cfg.backbone, "input_shape")
+    backbone = made(cfg.backbone, nn.Module, **({"input_shape": input_shape} if wants else {}))
+    if cfg.weights:
+        from cl.backbones.networks import load_backbone
+
+        load_backbone(backbone, cfg.weights)
+    if cfg.freeze:
+        backbone.requires_grad_(False).eval()
+    return backbone
+
+
+def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Sort what `report`, `logger` and `callbacks` name: reports of ours, Lightning loggers, Lightning callbacks."""
+    import pytorch_lightning as pl
+    from omegaconf import OmegaConf
+    from pytorch_lightning.loggers import Logger
+
+    from cl.distributed import rank
+    from cl.report.contract import Report
+
+    parts = [
+        make(part)
+        for group in ("report", "logger", "callbacks")
+        for part in (cfg.get(group) or {}).values()
+        if OmegaConf.is_config(part)
+    ]
+    for part in parts:
+        _check_inside(part)
+        if sweep.running() and hasattr(part, "brief"):
+            part.brief = True
+    loggers = [part for part in parts if isinstance(part, Logger)]
+    loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
+    if rank() > 0:  # process 0 alone speaks
+        mute = Report, Logger, pl.callbacks.ProgressBar
+        return [], [], [part for part in parts if isinstance(part, pl.Callback) and not isinstance(part, mute)]
+    reports = [part for part in parts if isinstance(part, Report)]
+    return reports, loggers, [part for part in parts if isinstance(part, pl.Callback)]
+
+
+def _mappings(cfg: Any, group: str) -> list[tuple[str, Any]]:
+    """Return the entries of a group by name, each of which describes one thing."""
+    from omegaconf import OmegaConf
+
+    entries = (cfg.get(group) or {}).items()
+    for name, node in entries:
+        if not OmegaConf.is_dict(node):
+            raise InputError(f"{group}.{name}={node} must be a mapping with a _target_.")
+    return list(entries)
+
+
+def _check_inside(logger: Any) -> None:
+    """Refuse a logger whose name or version would lead out of its folder."""
+    folder, inside = getattr(logger, "save_dir", None), getattr(logger, "log_dir", None)
+    if isinstance(folder, str) and isinstance(inside, str):
+        root = Path(folder).resolve()
+        if root not in (Path(inside).resolve(), *Path(inside).resolve().parents):
+            raise InputError(f"A logger of {folder} would write to {inside}, outside of it: give it a plain name.")

@@ -1,0 +1,129 @@
+"""`cl-list`: what can be chosen, one line each, from the docstrings and the configurations' first lines."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from cl.app.plugins import GROUP
+from cl.errors import InputError, unknown
+from cl.settings import SETTINGS
+
+SHOWN = ("strategy", "stream")
+_SETTINGS = "settings"  # no group: the keys themselves
+
+
+def groups() -> list[str]:
+    """Return the groups of `cl.conf` that options stand in.
+
+    Example:
+        >>> "strategy" in groups()
+        True
+    """
+    folders = [folder for folder in files("cl.conf").iterdir() if folder.is_dir()]
+    return sorted(f.name for f in folders if any(part.name.endswith(".yaml") for part in f.iterdir()))
+
+
+def options(group: str) -> dict[str, str]:
+    """Return the options of a group of configurations, ours and those of installed packages, with a line on each.
+
+    Of a strategy it is the first paragraph of its file's docstring; else the comment on top of the YAML file, or where
+    there is none the first paragraph on what it makes. Nothing is imported for it.
+
+    Args:
+        group: Such as "strategy"; "settings" are the keys of the configuration, with what each means.
+
+    Raises:
+        InputError: If there is no such group.
+
+    Example:
+        >>> options("strategy")["gpm"]
+        'Gradient Projection Memory (Saha, Garg and Roy 2021, algorithm 1).'
+    """
+    if group == _SETTINGS:
+        return {key: row.help for key, row in SETTINGS.items()}
+    if group not in groups():
+        raise unknown("group", group, [*groups(), _SETTINGS])
+    found = {
+        path.name.removesuffix(".yaml"): line(path.read_text(encoding="utf-8"), group == "strategy")
+        for path in _yamls(group)
+    }
+    return dict(sorted(found.items()))
+
+
+def _yamls(group: str) -> Iterator[Any]:
+    theirs = sorted((point.value for point in entry_points(group=GROUP)), reverse=True)
+    for package in [*theirs, "cl.conf"]:  # ours last: nobody's replaces it
+        folder = files(package) / group
+        if folder.is_dir():
+            yield from (path for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def line(text: str, is_method: bool = False) -> str:
+    r"""Return a line on what a YAML file configures.
+
+    Args:
+        text: Of the file.
+        is_method: Whether it configures a method, whose file's docstring begins with its name and paper.
+
+    Example:
+        >>> line("# Wrong labels.\n_target_: cl.compose.labels.label_noise")
+        'Wrong labels.'
+        >>> line("# Of no interest.\ner:\n  _target_: cl.strategies.er.ER", is_method=True)[:36]
+        'Experience Replay (Rolnick et al. 20'
+    """
+    target = re.search(r"^\s*_target_: *([\w.]+)", text, flags=re.MULTILINE)
+    name, _, thing = (target.group(1) if target is not None else "").rpartition(".")
+    said = re.match(r"((?:# .*\n)+)", re.sub(r"\A# @package.*\n", "", text))
+    if name and (is_method or said is None):
+        return described(name, "" if is_method else thing)
+    lines = said.group(1).replace("# ", "").splitlines() if said is not None else []
+    whole = next((i for i, some in enumerate(lines) if some.endswith((".", ")"))), len(lines) - 1)
+    return " ".join(lines[: whole + 1])
+
+
+def described(module: str, thing: str = "") -> str:
+    """Return the first paragraph on a module, or on a class or function in it; nothing where it cannot be read."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        return ""
+    node: ast.Module | ast.ClassDef | ast.FunctionDef = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    if thing:
+        defined = [part for part in node.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
+        found = next((part for part in defined if part.name == thing), None)
+        if found is None:
+            return ""
+        node = found
+    return " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `cl-list`."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(prog="cl-list", description="Lists what can be chosen by group=option.")
+    known = ", ".join([*groups(), _SETTINGS])
+    parser.add_argument("group", nargs="*", default=SHOWN, help=f"of {known}; strategy and stream")
+    console = Console()
+    for group in parser.parse_args(arguments).group:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        try:
+            listed = options(group)
+        except InputError as error:
+            parser.exit(1, f"{error}\n")
+        for option, said in listed.items():
+            name = option if group == _SETTINGS else f"{group}={option}"
+            table.add_row(f"[bold]{name}[/]", escape(said))
+        console.print(table, "")

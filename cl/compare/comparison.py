@@ -1,0 +1,164 @@
+"""`cl.compare`: a comparison of runs as an object, for Python and for `cl-compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cl.compare.align import Comparison, align
+from cl.compare.forecasts import forecasts
+from cl.compare.html import leaderboard_table, page
+from cl.compare.leaderboard import Board, Ranks, caveats, column, leaderboard, ranks, terminal_tables
+from cl.compare.markup import text
+from cl.compare.numbers import Numbers, summarise
+from cl.compare.read import RunFiles, find_runs, read_run
+from cl.errors import InputError, unknown
+from cl.files import place, write_text
+from cl.report.run import Run
+
+MAX_NUMBERS = 100_000  # cells of differences up to which the page offers every group as a base
+
+
+@dataclass(repr=False)
+class Compared:
+    """Runs beside one another: what `cl-compare` makes of them.
+
+    Attributes:
+        comparison: The runs in their groups, and sentences on what they do not share.
+        boards: A leaderboard for each stream.
+        over: Ranks over several streams, or None.
+        numbers: Every number with its spread, interval and test.
+        bases: Groups that the page can subtract from the others.
+    """
+
+    comparison: Comparison
+    boards: list[Board]
+    over: Ranks | None
+    numbers: Numbers
+    bases: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that belong beside the numbers."""
+        return [*caveats(self.boards), *self.comparison.notes]
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `comparison.html`, one file, and `comparison.csv`; return the path of the page."""
+        out = place(directory)
+        found = {stage.name: forecasts(stage, self.numbers) for stage in self.comparison.stages}
+        write_text(out / "comparison.csv", self.numbers.csv())
+        html = page(self.comparison, self.boards, self.over, self.numbers, self.bases, found)
+        write_text(out / "comparison.html", html)
+        return out / "comparison.html"
+
+    def show(self, console: Any = None) -> None:
+        """Print leaderboards, ranks and notes.
+
+        Args:
+            console: Of rich; None is that of the terminal, 200 columns wide elsewhere.
+        """
+        from rich.console import Console
+
+        console = console or Console(soft_wrap=False)
+        if not console.is_terminal:
+            console.width = 200
+        for board in self.boards:
+            for table in terminal_tables(board, console.width):
+                console.print(table)
+        if self.over:
+            line = ", ".join(f"{name} {number.mean:.2f}" for name, number in self.over.groups.items())
+            line += f"; critical difference {self.over.critical.mean:.2f}"
+            console.print(f"average rank over {self.over.num_streams} streams: {line}", markup=False, highlight=False)
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False)
+
+    def __repr__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        printed = StringIO()
+        self.show(Console(file=printed, force_jupyter=False))
+        return printed.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        boards = "".join(
+            f"<h4>{text(board.stream)}</h4><p>{text(board.caption)}</p>{leaderboard_table(board, self.numbers)}"
+            for board in self.boards
+        )
+        notes = "".join(f"<li>{text(note)}</li>" for note in self.notes)
+        return boards + (f"<ul>{notes}</ul>" if notes else "")
+
+
+def compare(
+    *runs: Run | str | Path,
+    by: Sequence[str] = (),
+    scalar: str = "average_accuracy",
+    level: float = 0.95,
+    base: str | None = None,
+    unfinished: bool = False,
+) -> Compared:
+    """Compare runs as `cl-compare` does: leaderboards with intervals, paired tests over shared seeds, ranks, a page.
+
+    Args:
+        runs: Runs, as `cl.run` and `cl.load` return them; or directories, each of a run or with some below it.
+        by: Parts of the configuration that make a group, such as "strategy"; empty means all that differ.
+        scalar: What ranks the groups.
+        level: Confidence of the intervals, between 0 and 1.
+        base: The group that matrices are subtracted from; None is fine-tuning, or else the first.
+        unfinished: Whether runs with tasks left are kept, as groups of their own.
+
+    Returns:
+        The comparison, which prints itself as tables; `.save(directory)` writes the page.
+
+    Raises:
+        InputError: If there is nothing to compare, or what was asked for does not exist.
+
+    Example:
+        >>> compare("no such place")
+        Traceback (most recent call last):
+        cl.errors.InputError: There is no directory no such place: give a run directory, or a folder with some below it.
+    """
+    if not 0 < level < 1:
+        raise InputError(f"level={level} is not between 0 and 1: give, say, 0.95.")
+    if not runs:
+        raise InputError("There is nothing to compare: give runs, or directories with runs.")
+    comparison = align(_read(runs), by, unfinished)
+    first = base or _base(comparison)
+    if first not in comparison.groups:
+        raise unknown("group", first, comparison.groups)
+    layouts = [part[0] for stage in comparison.stages for part in stage.layouts.values()]
+    cells = len(comparison.groups) ** 2 * sum(R.size for run in layouts for R in run.matrices.values())
+    bases = [first, *(name for name in comparison.groups if name != first and cells <= MAX_NUMBERS)]
+    numbers = summarise(comparison, level, bases)
+    boards = _boards(comparison, numbers, scalar)
+    return Compared(comparison, boards, ranks(comparison, boards, numbers), numbers, bases)
+
+
+def _read(runs: Sequence[Run | str | Path]) -> list[RunFiles]:
+    """Return what is known of runs; one that was in memory alone is written to a folder that is then removed."""
+    places = [run.directory if isinstance(run, Run) else place(run) for run in runs if getattr(run, "stored", True)]
+    found = [read_run(path) for path in (find_runs(places) if places else ())]
+    for number, run in enumerate(runs, start=1):
+        if isinstance(run, Run) and not run.stored:
+            with TemporaryDirectory() as folder:
+                files = read_run(run.save(Path(folder) / "run"))
+            files.directory = Path(f"run {number}")
+            found.append(files)
+    return found
+
+
+def _boards(comparison: Comparison, numbers: Numbers, scalar: str) -> list[Board]:
+    """Return the leaderboards of the streams whose runs have the scalar, and note the others."""
+    having = [stage for stage in comparison.stages if column(stage, scalar)]
+    comparison.notes += [f"No run on {s.name} has {scalar}." for s in comparison.stages if having and s not in having]
+    return [leaderboard(comparison, stage, numbers, scalar) for stage in having or comparison.stages]
+
+
+def _base(comparison: Comparison) -> str:
+    """Return the group to subtract: the lower bound, else the first."""
+    bounds = [name for name, group in comparison.groups.items() if group.bound == "lower bound"]
+    return next(iter([*bounds, *comparison.groups]))

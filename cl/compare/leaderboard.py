@@ -1,0 +1,344 @@
+"""The leaderboard: which columns it has, who is best, who differs from the best, and ranks over streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cl.compare.align import Comparison, Stage
+from cl.compare.numbers import Number, Numbers, entries
+from cl.compare.read import Entry
+from cl.compare.tuning import MARKS, mark
+from cl.errors import unknown
+from cl.metrics.statistics import average_ranks, cliques, critical_difference, pairwise_tests
+from cl.report.caption import caption
+from cl.report.wording import percent
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("average_accuracy", "bwt_gem", "fwt_gem", "forgetting_chaudhry", "learning_accuracy_riemer", "seconds")
+TITLES = {
+    "average_accuracy": "average accuracy",
+    "bwt_gem": "backward transfer",
+    "fwt_gem": "forward transfer",
+    "forgetting_chaudhry": "forgetting",
+    "learning_accuracy_riemer": "learning accuracy",
+}
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity of the leaderboard.
+
+    Attributes:
+        quantity: Its name in the files.
+        mask: The mask that it is read under; "" for none.
+        entry: What it means.
+    """
+
+    quantity: str
+    mask: str
+    entry: Entry
+
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return TITLES.get(self.quantity, self.quantity.replace("_", " "))
+
+    def show(self, value: float, spread: bool = False) -> str:
+        """Return a value as it is printed: fractions in percent, "-" where there is none."""
+        if self.entry.scale.startswith("fraction"):
+            signed = "[-" in self.entry.scale and self.entry.higher_is_better
+            return percent(value, signed=signed and not spread)
+        return number(float(f"{value:.2g}") if spread else value)
+
+
+def number(value: float) -> str:
+    """Return a number that is no fraction, with three digits at most before its unit.
+
+    Example:
+        >>> number(1.5), number(1234567.0), number(2.4e15), number(float("nan"))
+        ('1.5', '1.23 M', '2.4e+15', '-')
+    """
+    if math.isnan(value):
+        return "-"
+    for size, unit in ((1e12, None), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{value:.3g}" if unit is None else f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+@dataclass
+class Row:
+    """One group of a leaderboard.
+
+    Attributes:
+        group: Its name.
+        bound: "upper bound", "lower bound" or "".
+        num: Runs.
+        cells: Its number in each column, None where unmeasured.
+        best: The columns in which it is the best of those that are no bounds.
+        test: Its test against the best group in the leading column, None for the best itself.
+        tuning: What must be said of how its hyper-parameters were chosen, or "".
+    """
+
+    group: str
+    bound: str
+    num: int
+    cells: list[Number | None]
+    best: list[bool] = field(default_factory=list)
+    test: Number | None = None
+    tuning: str = ""
+
+    @property
+    def result(self) -> bool:
+        """Whether its numbers are a result, and not a means of choosing hyper-parameters."""
+        return self.tuning != MARKS["tune_first"]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What stands below its name."""
+        return [remark for remark in (self.bound, self.tuning) if remark]
+
+
+@dataclass
+class Board:
+    """The leaderboard of one stream, the best group first.
+
+    Attributes:
+        stream: The name of the stream.
+        caption: What ran, over all groups.
+        columns: From the leading one on.
+        rows: One a group.
+        best: The best group, "" where none has a result.
+    """
+
+    stream: str
+    caption: str
+    columns: list[Column]
+    rows: list[Row]
+    best: str
+
+    @property
+    def title(self) -> str:
+        """What ran, below the name of the stream where that says more."""
+        return self.caption if self.stream in self.caption else f"{self.stream}: {self.caption}"
+
+
+@dataclass
+class Ranks:
+    """Average ranks over streams, the best group first.
+
+    Attributes:
+        groups: Its average rank, by group.
+        critical: How far apart two ranks must be to differ.
+        alike: Groups that are not told apart.
+        num_streams: Streams that were ranked.
+    """
+
+    groups: dict[str, Number]
+    critical: Number
+    alike: list[tuple[str, ...]]
+    num_streams: int
+
+
+def column(stage: Stage, quantity: str) -> Column | None:
+    """Return a quantity's column, None where no run has it.
+
+    It is read under the scenario's mask; where that comes with a caveat, under the mask "task" if it has none there.
+    """
+    found: dict[str, Entry] = {}
+    for units in stage.runs.values():
+        for run in units.values():
+            for (mask, name), entry in entries(run).items():
+                if name == quantity:
+                    found.setdefault(mask, entry)
+    if not found:
+        return None
+    mask = next(iter(found))
+    if found[mask].caveat and "task" in found and not found["task"].caveat:
+        mask = "task"
+    return Column(quantity, mask, found[mask])
+
+
+def leaderboard(comparison: Comparison, stage: Stage, numbers: Numbers, scalar: str) -> Board:
+    """Return the leaderboard of one stream, and add the tests against the best to the numbers.
+
+    Args:
+        comparison: What is compared.
+        stage: The stream.
+        numbers: From `summarise`.
+        scalar: What ranks the groups and is tested.
+
+    Raises:
+        InputError: If no run has that scalar.
+    """
+    lead = column(stage, scalar)
+    if lead is None:
+        every = {name for units in stage.runs.values() for run in units.values() for _, name in entries(run)}
+        raise unknown("scalar", scalar, every)
+    columns = [lead, *(c for name in COLUMNS if name != scalar and (c := column(stage, name)) is not None)]
+    rows = []
+    for group, units in stage.runs.items():
+        cells = [numbers.one(stage.name, group, c.quantity, c.mask) for c in columns]
+        rows.append(Row(group, comparison.groups[group].bound, len(units), cells, tuning=mark(units.values())))
+    rows.sort(key=lambda row: _merit(lead, row.cells[0]), reverse=True)
+    rivals = _rivals(comparison, rows)
+    for i, c in enumerate(columns):
+        top = max((_merit(c, row.cells[i]) for row in rivals), default=-math.inf)
+        for row in rows:
+            row.best.append(row in rivals and math.isfinite(top) and _merit(c, row.cells[i]) == top)
+    best = next((row.group for row in rows if row.best[0]), "")
+    tests = _against(stage, numbers, lead, best)
+    for row in rows:
+        row.test = tests.get(row.group)
+    runs = [run for row in rows for run in stage.runs[row.group].values()]
+    return Board(stage.name, caption(*runs), columns, rows, best)
+
+
+def _rivals(comparison: Comparison, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that may be best: finished results that are no bounds; all results where none is left."""
+    results = [row for row in rows if row.result]
+    finished = [row for row in results if comparison.groups[row.group].learned is None] or results
+    return [row for row in finished if not row.bound] or finished
+
+
+def _merit(column: Column, cell: Number | None) -> float:
+    if cell is None:
+        return -math.inf
+    return cell.mean if column.entry.higher_is_better else -cell.mean
+
+
+def _against(stage: Stage, numbers: Numbers, lead: Column, best: str) -> dict[str, Number]:
+    """Test every group against the best on the units that both have.
+
+    The best is chosen from the same runs, so Holm's correction is over all pairs and not over those with the best.
+    """
+    places = {unit: i for i, unit in enumerate(dict.fromkeys(u for units in stage.runs.values() for u in units))}
+    table: dict[str, dict[int, float]] = {}
+    for group, units in stage.runs.items():
+        values = {places[u]: entries(run).get((lead.mask, lead.quantity)) for u, run in units.items()}
+        table[group] = {place: entry.value for place, entry in values.items() if entry and math.isfinite(entry.value)}
+    tests = {}
+    for result in pairwise_tests(table, level=numbers.level):
+        if best not in (result.a, result.b):
+            continue
+        group, sign = (result.b, -1) if result.a == best else (result.a, 1)
+        found = vars(result.difference) | {"mean": sign * result.difference.mean}
+        if sign < 0:
+            found |= {"low": -result.difference.high, "high": -result.difference.low}
+        place = (stage.name, "", group, best, "", lead.mask, lead.quantity)
+        tests[group] = numbers.add(Number("test", *place, **found, p=result.p_holm))
+    return tests
+
+
+def ranks(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) -> Ranks | None:
+    """Return average ranks over the streams with results, None where fewer than two streams share two groups."""
+    boards = [board for board in boards if board.best]
+    table: dict[str, dict[str, float]] = {}
+    for name, group in comparison.groups.items():
+        cells = {board.stream: row.cells[0] for board in boards for row in board.rows if row.group == name}
+        if group.learned is None and len(cells) == len(boards) and all(cells.values()):
+            table[name] = {stream: cell.mean for stream, cell in cells.items() if cell}
+    if len(boards) < 2 or len(table) < 2:
+        return None
+    lead = boards[0].columns[0]
+    found = average_ranks(table, lead.entry.higher_is_better)
+
+    def add(group: str, quantity: str, value: float) -> Number:
+        return numbers.add(Number("rank", "", "", group, "", "", lead.mask, quantity, mean=value, num=len(boards)))
+
+    groups = {name: add(name, lead.quantity, found[name]) for name in sorted(found, key=found.__getitem__)}
+    critical = add("", "critical_difference", critical_difference(len(table), len(boards), ALPHA))
+    alike = [clique for clique in cliques(found, critical.mean) if len(clique) > 1]
+    return Ranks(groups, critical, alike, len(boards))
+
+
+def significance(test: Number | None, best: str, group: str) -> str:
+    """Return what a test against the best says, in a word."""
+    if group == best:
+        return "best"
+    if test is None or math.isnan(test.p):
+        return "-"
+    return f"p < {1e-4:g}" if test.p < 1e-4 else f"p = {test.p:.2g}"
+
+
+def terminal_tables(board: Board, width: int) -> list[Table]:
+    """Return a leaderboard as rich tables no wider than a terminal: mean ± sd over the runs, below it the interval.
+
+    Columns that do not fit stand in further tables, each with the groups, so that no number is cut. The best of a
+    column is bold.
+
+    Args:
+        board: The leaderboard.
+        width: Of the terminal, in characters.
+    """
+    from rich.text import Text
+
+    columns: list[tuple[Text | str, list[Text | str]]] = [("runs", [str(row.num) for row in board.rows])]
+    for i, c in enumerate(board.columns):
+        arrow = "↑" if c.entry.higher_is_better else "↓"
+        cells: list[Text | str] = [
+            Text(cell_text(c, row.cells[i]), style="bold" if row.best[i] else "") for row in board.rows
+        ]
+        columns.append(
+            (Text(f"{c.title.replace(' ', chr(10), 1)} {arrow}\n{f'{c.mask} mask' if c.mask else ''}"), cells)
+        )
+        if i == 0:
+            tests: list[Text | str] = [significance(row.test, board.best, row.group) for row in board.rows]
+            columns.append((Text("against best\n(Holm)"), tests))
+    groups = ["\n".join([row.group, *row.remarks]) for row in board.rows]
+    first = min(_width(["group", *groups]), max(12, width // 3))
+    parts: list[list[tuple[Text | str, list[Text | str]]]] = [[]]
+    room = width - first - 4
+    for title, cells in columns:
+        needs = _width([title, *cells]) + 3
+        if needs > room and parts[-1]:
+            parts.append([])
+            room = width - first - 4
+        parts[-1].append((title, cells))
+        room -= needs
+    return [_table(board.title if n == 0 else "", groups, first, part) for n, part in enumerate(parts)]
+
+
+def _table(name: str, groups: Sequence[str], first: int, columns: Sequence[tuple[Any, Sequence[Any]]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(name) if name else None, title_justify="left", show_lines=False, pad_edge=False)
+    table.add_column("group", width=first, overflow="fold")
+    for title, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for i, group in enumerate(groups):
+        table.add_row(Text(group), *(cells[i] for _, cells in columns))
+    return table
+
+
+def _width(cells: Iterable[Any]) -> int:
+    from rich.cells import cell_len
+
+    return max(cell_len(line) for cell in cells for line in str(cell).splitlines() or [""])
+
+
+def cell_text(c: Column, cell: Number | None) -> str:
+    """Return "mean ± sd" and, below it, the interval; only the mean of a single run."""
+    if cell is None:
+        return "-"
+    if math.isnan(cell.sd):
+        return c.show(cell.mean)
+    return f"{c.show(cell.mean)} ± {c.show(cell.sd, True)}\n[{c.show(cell.low)}, {c.show(cell.high)}]"
+
+
+def caveats(boards: Sequence[Board]) -> list[str]:
+    """Return what must be said beside the columns."""
+    found: Mapping[str, None] = dict.fromkeys(
+        f"{c.title.capitalize()}, {c.entry.caveat.rstrip('.')}."
+        for board in boards
+        for c in board.columns
+        if c.entry.caveat
+    )
+    return list(found)

@@ -1,0 +1,1 @@
+"""What is learned: datasets, how they are read, and tasks and streams of them."""

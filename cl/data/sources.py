@@ -1,0 +1,278 @@
+"""Where datasets come from: scikit-learn, torchvision, folders of images, and Gaussian blobs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cl.data.cache import Allocate, decoded
+from cl.data.dataset import Array, Dataset, Numbers, make_dataset, split_validation
+from cl.data.images import image_folder as image_folder
+from cl.data.items import read_sides
+from cl.errors import InputError, check_range, unknown
+from cl.files import place
+from cl.random import derive
+
+TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "emnist": "EMNIST",
+    "svhn": "SVHN",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
+_PATIENCE = 10.0  # seconds that a silent server is waited for
+
+
+def digits(
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+) -> Dataset:
+    """Load scikit-learn's 1,797 scans of handwritten digits, uint8 (1, 8, 8): the dataset that needs no download.
+
+    Args:
+        test_fraction: Share of each class that becomes the test set.
+        seed: Seed of that split.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
+        mean: Per channel in [0, 1]; None computes it from the training set.
+        std: As `mean`.
+        augment: Train-time augmentation.
+
+    Example:
+        >>> data = digits()
+        >>> tuple(data.train_x.shape), len(data.test_y), int(data.train_x.max())
+        ((1438, 1, 8, 8), 359, 255)
+    """
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()  # values 0..16
+    x = torch.from_numpy(np.rint(scans.images * (255 / 16)).astype(np.uint8))[:, None]
+    y = torch.from_numpy(scans.target.astype(np.int64))
+    train, test = split_validation(y, test_fraction, seed)
+    arrays = {"train_x": x[train], "train_y": y[train], "test_x": x[test], "test_y": y[test]}
+    return make_dataset("digits", arrays, [str(d) for d in range(10)], normalize, mean, std, augment)
+
+
+def synthetic(
+    num_classes: int = 10,
+    num_train: int = 1000,
+    num_test: int = 500,
+    input_shape: Sequence[int] = (16,),
+    separation: float = 4.0,
+    image: bool = False,
+    seed: int = 0,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+) -> Dataset:
+    """Draw balanced classes from Gaussians of unit covariance.
+
+    Class c is N(mu_c, I) with |mu_c| = separation / sqrt(2), in orthogonal directions where there are enough
+    dimensions, so that any two classes lie `separation` apart and the best accuracy on two is Phi(separation / 2).
+
+    Args:
+        num_classes: C.
+        num_train: Training examples in all.
+        num_test: Test examples in all.
+        input_shape: Shape of one input.
+        separation: Distance of two class means in standard deviations.
+        image: Whether to store uint8 images, 128 + 32 z rounded and clipped, in place of float32.
+        seed: Seed of everything.
+        normalize: See `digits`.
+        mean: See `digits`; float inputs are left as they are where it is None.
+        std: As `mean`.
+        augment: Train-time augmentation.
+
+    Raises:
+        InputError: If a class would stay empty, or images are asked for in a shape that is not (C, H, W).
+
+    Example:
+        >>> synthetic(num_classes=3, input_shape=(1, 8, 8), image=True).train_x.dtype
+        torch.uint8
+    """
+    shape = tuple(int(size) for size in input_shape)
+    check_range("dataset", 1, input_shape=shape)
+    if not shape:
+        raise InputError("dataset.input_shape=[] has no dimension: give one or more.")
+    if min(num_train, num_test) < num_classes or num_classes < 1:
+        raise InputError(
+            f"num_train={num_train} and num_test={num_test} leave one of {num_classes} classes empty: raise them."
+        )
+    if image and len(shape) != 3:
+        raise InputError(f"Synthetic images need input_shape=[C, H, W], not {list(shape)}: fix it or set image=false.")
+    draw = np.random.default_rng(derive(seed, "synthetic"))
+    size = int(np.prod(shape))
+    means = draw.standard_normal((num_classes, size))
+    means = np.linalg.qr(means.T)[0].T if num_classes <= size else means / np.linalg.norm(means, axis=1, keepdims=True)
+    arrays: dict[str, Tensor] = {}
+    for part, count in (("train", num_train), ("test", num_test)):
+        y = np.arange(count) % num_classes
+        z = means[y] * (separation / np.sqrt(2)) + draw.standard_normal((count, size))
+        z = np.rint(128 + 32 * z).clip(0, 255).astype(np.uint8) if image else z.astype(np.float32)
+        arrays |= {f"{part}_x": torch.from_numpy(z.reshape(count, *shape)), f"{part}_y": torch.from_numpy(y)}
+    return make_dataset("synthetic", arrays, [str(c) for c in range(num_classes)], normalize, mean, std, augment)
+
+
+def map_style(
+    train: Any,
+    test: Any,
+    name: str = "dataset",
+    class_names: Sequence[str] | None = None,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+) -> Dataset:
+    """Read any two map-style datasets of (input, label) items into arrays, once.
+
+    Args:
+        train: Training items; pictures become uint8 (C, H, W), grey or in their colours; arrays and tensors stay as
+            they are.
+        test: Test items.
+        name: What reports call it.
+        class_names: One name a class that has rows, or a label from 0 on; None means what both datasets say
+            (`class_to_idx`), by which their labels are matched, or the labels.
+        normalize: See `digits`.
+        mean: See `digits`; float inputs are left as they are where it is None.
+        std: As `mean`.
+        augment: Train-time augmentation, in place of what the items' own transforms would draw.
+
+    Raises:
+        InputError: If there are no items, or one is no pair of an input and a label, or of another shape or type.
+
+    Example:
+        >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
+        >>> map_style(pairs, pairs).class_names
+        ('0', '1')
+    """
+    x, y, names = read_sides([train], [test], class_names)
+    arrays: dict[str, Any] = dict(zip(("train_x", "test_x", "train_y", "test_y"), (*x, *y), strict=True))
+    arrays |= {key: value.float() for key, value in arrays.items() if value.dtype in (torch.float64, torch.float16)}
+    known = names or [str(c) for c in range(int(y[0].max()) + 1)]
+    return make_dataset(name, arrays, known, normalize, mean, std, augment)
+
+
+def torchvision_dataset(
+    name: str,
+    root: str | Path = "data",
+    split: str | None = None,
+    download: bool = True,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    normalize: bool = True,
+    mean: Numbers = None,
+    std: Numbers = None,
+    augment: nn.Module | None = None,
+) -> Dataset:
+    """Load mnist, fashion_mnist, kmnist, emnist, svhn, cifar10 or cifar100 through torchvision.
+
+    EMNIST is stored transposed and its "letters" count from 1; here images stand upright and labels start at 0.
+
+    Args:
+        name: Which one.
+        root: Where the files are, in torchvision's layout, or are downloaded to.
+        split: Of EMNIST only: byclass, bymerge, balanced (the default), letters, digits or mnist.
+        download: Whether to download what is missing.
+        cache: Whether to keep the decoded arrays as memory-mapped files.
+        cache_dir: Where; None means `<root>/.clsim-cache`.
+        normalize: See `digits`.
+        mean: See `digits`.
+        std: As `mean`.
+        augment: Train-time augmentation.
+
+    Raises:
+        InputError: If the files are missing and cannot be downloaded, naming files and folder.
+    """
+    from torchvision import datasets
+
+    if name not in TORCHVISION:
+        raise unknown("torchvision dataset", name, TORCHVISION)
+    source, root = getattr(datasets, TORCHVISION[name]), place(root)
+    if name == "emnist":
+        split = split or "balanced"
+        if split not in source.splits:
+            raise unknown("split of emnist", split, source.splits)
+    elif split is not None:
+        raise InputError(f"split={split!r} is only for emnist, not {name}: leave it out.")
+    files, archive = _files(source, root, split)
+
+    def load(train: bool) -> Any:
+        part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+        if split:
+            part["split"] = split
+        try:
+            with _timeout(_PATIENCE):
+                return source(root, download=download, **part)
+        except (OSError, RuntimeError, EOFError, HTTPException) as error:  # URLError is an OSError
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise InputError(
+                f"{name} could not be loaded from {root} ({reason}): "
+                f"put {', '.join(f.name for f in files)} into {files[0].parent}{archive}."
+            ) from error
+
+    def build(_: Allocate) -> dict[str, Array]:
+        parts = {"train": load(True), "test": load(False)}
+        arrays = {f"{part}_x": _pixels(data, name) for part, data in parts.items()}
+        shift = 1 if split == "letters" else 0
+        for part, data in parts.items():
+            labels = data.labels if name == "svhn" else data.targets
+            arrays[f"{part}_y"] = np.asarray(labels, dtype=np.int64) - shift
+        names = [str(d) for d in range(10)] if name in ("mnist", "svhn") else list(parts["train"].classes)[shift:]
+        return arrays | {"class_names": np.array(names)}
+
+    if cache and not all(file.is_file() for file in files):
+        load(True), load(False)  # what is downloaded first can be fingerprinted
+    arrays = decoded(name, files, root, (name, split), build, cache, cache_dir)
+    return make_dataset(name, arrays, arrays["class_names"].tolist(), normalize, mean, std, augment)
+
+
+@contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _files(source: Any, root: Path, split: str | None) -> tuple[list[Path], str]:
+    """Return the files that torchvision reads, and which archive would do in their place."""
+    if split:
+        folder, kinds = root / "EMNIST" / "raw", ("images-idx3-ubyte", "labels-idx1-ubyte")
+        names = [f"emnist-{split}-{part}-{kind}" for part in ("train", "test") for kind in kinds]
+        return [folder / name for name in names], f" (or gzip.zip, with download=true, into {folder})"
+    if hasattr(source, "resources"):
+        folder = root / source.__name__ / "raw"
+        return [
+            folder / name.removesuffix(".gz") for name, _ in source.resources
+        ], " (or, with download=true, their .gz)"
+    if hasattr(source, "base_folder"):
+        names = [name for name, _ in source.train_list + source.test_list] + [source.meta["filename"]]
+        return [
+            root / source.base_folder / n for n in names
+        ], f" (or {source.filename}, with download=true, into {root})"
+    return [root / source.split_list[part][1] for part in ("train", "test")], ""
+
+
+def _pixels(data: Any, name: str) -> Array:
+    x: Array = np.asarray(data.data)
+    if x.ndim == 4 and name != "svhn":  # which is (N, C, H, W)
+        x = x.transpose(0, 3, 1, 2)  # from (N, H, W, C)
+    if name == "emnist":
+        x = x.swapaxes(1, 2)
+    return x if x.ndim == 4 else x[:, None]

@@ -1,0 +1,68 @@
+"""The configuration of a run that was made from Python, read off its objects, so that it can be told and compared."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from cl.data.task import Stream
+from cl.engine.learner import Learner
+from cl.settings import SETTINGS
+
+
+def describe(learner: Learner, stream: Stream, epochs: int, backbone: Any = None, head: Any = None) -> dict[str, Any]:
+    """Return what a run is made of, under the keys that a configuration of `cl-run` has.
+
+    Arguments are those of the constructors that the objects keep under the same name and that are plain values.
+
+    Args:
+        learner: With its strategies, network, optimizer and schedule.
+        stream: Its name, length and order.
+        epochs: Passes over a task's training data.
+        backbone: What made the backbone, whose arguments are told, too, where it is a `partial`.
+        head: Likewise.
+
+    Example:
+        >>> from cl.testing import toy_learner
+        >>> config = describe(*toy_learner(num_tasks=2), epochs=3)
+        >>> config["epochs"], config["stream"]["num_tasks"], config["optimizer"]["_target_"]
+        (3, 2, 'torch.optim.sgd.SGD')
+    """
+    known = {"scenario", *inspect.signature(Learner).parameters}
+    plain = [key for key, row in SETTINGS.items() if row.kind == "result" and row.type is not None and key in known]
+    return {
+        **{key: getattr(learner, key) for key in plain if hasattr(learner, key)},
+        "epochs": epochs,
+        "stream": {"name": stream.name, "num_tasks": len(stream), "order": list(stream.order)},
+        "backbone": {**_object(learner.backbone), **_arguments(backbone)},
+        "head": {**_object(learner.head), **_arguments(head)},
+        "optimizer": _factory(learner._optimizer),
+        "scheduler": _factory(learner._scheduler),
+        "strategy": {str(name): _object(strategy) for name, strategy in learner.strategies.items()},
+    }
+
+
+def _object(thing: Any) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(thing)).parameters if name not in ("args", "kwargs", "self")]
+    kept = {name: vars(thing)[name] for name in names if name in vars(thing)}
+    return {"_target_": _name(type(thing)), **{name: value for name, value in kept.items() if _is_plain(value)}}
+
+
+def _factory(thing: Any) -> dict[str, Any] | None:
+    if thing is None:
+        return None
+    return {"_target_": _name(getattr(thing, "func", thing)), **_arguments(thing)}
+
+
+def _arguments(factory: Any) -> dict[str, Any]:
+    return {name: value for name, value in getattr(factory, "keywords", {}).items() if _is_plain(value)}
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, str | int | float | bool | None)

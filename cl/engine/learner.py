@@ -1,0 +1,443 @@
+"""`Learner`: backbone, head and strategies as one Lightning module; maps Lightning's hooks to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from cl import distributed
+from cl.data.augment import to_floats
+from cl.data.target import classes_of
+from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData, shard
+from cl.engine.fast_path import is_plain
+from cl.engine.head import Mask, competing
+from cl.engine.loader import TrainLoader, evaluation
+from cl.engine.loss_curves import Curves
+from cl.engine.network import BackboneFactory, HeadFactory, network
+from cl.engine.optimizer_state import Carried
+from cl.engine.preflight import check_rows
+from cl.engine.schedules import SchedulerFactory, known_interval, schedule_of, updates
+from cl.engine.score import calibrations, matrices, start
+from cl.engine.strategy import Batch, Composition, OptimizerFactory, Strategy
+from cl.engine.update import update
+from cl.errors import DivergenceError, InputError, unknown
+from cl.random import Random, derive
+
+COMPILERS = ("default", "reduce-overhead", "max-autotune")
+
+
+class Learner(pl.LightningModule):
+    """A backbone and a head over all classes that learn a stream under some strategies.
+
+    Args:
+        stream: What will be learned; tells every shape before training.
+        backbone: (B, *input) -> (B, num_features), with the attribute `num_features`; or what makes it from the shape
+            of an input, such as `MLP`, its weights then drawn from the seed.
+        strategies: By name, in the order in which batches and gradients chain; empty means fine-tuning.
+        optimizer: Parameters to optimizer; called anew for every task.
+        scheduler: Optimizer to learning-rate schedule, or None; what it leaves open of its length is filled in, see
+            `cl.engine.schedules.make_schedule`.
+        head: Features to logits (B, C), or what makes it from the numbers of features and classes; by default `Head`.
+        batch_size: Incoming rows a step.
+        eval_batch_size: Rows of an evaluation batch; None leaves it to the device.
+        chunk_size: Steps that Lightning sees as one batch; None lets it grow while a chunk takes less than a tenth of
+            a second, up to 64. Results do not depend on it.
+        gradient_clip: Largest norm of the gradient, or None.
+        train_mask: Classes that compete in the loss: "class" (all seen), "task" (those of the row's task), "domain"
+            (all there are); None means as at test.
+        optimizer_state: What happens at a boundary between tasks: each has an optimizer that begins anew ("reset"), or
+            goes on with the moments of the last one ("keep"). Without boundaries optimizer and schedule go on.
+        scheduler_interval: Whether the schedule moves after each "epoch" or each optimizer "step".
+        log_every: Steps between two points of the training curves, each the mean since the last.
+        seed: Seed of every draw; of a backbone and a head that are modules already, the weights stay.
+
+    Raises:
+        InputError: If the backbone has no `num_features`, two strategies own one hook, or one refuses the combination.
+
+    Example:
+        >>> from functools import partial
+        >>> from cl.data.task import Task, TaskData
+        >>> data = TaskData(torch.randn(8, 3), torch.arange(8) % 2)
+        >>> from cl.backbones.networks import MLP
+        >>> stream = Stream([Task(0, data, data)], num_classes=2)
+        >>> learner = Learner(stream, MLP, {}, partial(torch.optim.SGD, lr=0.1), seed=1)
+        >>> learner(torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+
+    seen: Tensor
+    membership: Tensor
+    batch_size: int
+    eval_batch_size: int | None
+    chunk_size: int | None
+    _schedule: LRScheduler | None = None
+
+    def __init__(
+        self,
+        stream: Stream,
+        backbone: nn.Module | BackboneFactory,
+        strategies: Mapping[str, Strategy],
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        *,
+        head: nn.Module | HeadFactory | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        chunk_size: int | None = None,
+        gradient_clip: float | None = None,
+        train_mask: Scenario | None = None,
+        optimizer_state: str = "reset",
+        scheduler_interval: str = "epoch",
+        log_every: int = 50,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        stream.check()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size}
+        for name, value in {**sizes, "log_every": log_every}.items():
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be 1 or more.")
+            setattr(self, name, value)
+        if train_mask not in (None, *SCENARIOS):
+            raise InputError(f"train_mask={train_mask!r} is unknown: use one of {', '.join(SCENARIOS)}, or null.")
+        self.automatic_optimization = False
+        self.backbone, self.head = network(stream, backbone, head, seed)
+        # A stack of convolutions is faster on channels-last images, by a third on a CPU; a patch embedding is not.
+        self._convolves = sum(isinstance(module, nn.Conv2d) for module in self.backbone.modules()) > 1
+        # Under __dict__, so that the parameters are not registered twice.
+        self.__dict__["_trunk"] = nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+        self.scenario: Scenario = stream.scenario
+        self.train_mask = train_mask or stream.scenario
+        self.gradient_clip, self.seed = gradient_clip, seed
+        self.augment, self.normalize, self.shuffle = stream.augment, stream.normalize, stream.boundaries
+        self._optimizer, self._scheduler, self.augment_random = optimizer, scheduler, Random(by_rank=True)
+        self._carried = Carried(optimizer_state, stream.boundaries)
+        self.scheduler_interval = known_interval(scheduler_interval)
+        self._allocate(stream)
+
+        self.task: Task = stream[0]
+        self.tasks_learned = 0
+        self.step = self.total_steps = 0  # within the task, and over the stream
+        self.rows, self.summed = 0, 0.0  # of a minibatch; of those of one update, in minibatches of full size
+        self.last_loss: Tensor | None = None
+        self._data: TaskData | None = None
+        self.task_labels: Tensor | None = None  # of the rows in `encode`, (B,); None: of the present task, or not told
+        self.told: Tensor | None = None  # those that a prediction is given
+        self._curves = Curves(log_every)
+        self.accumulate, self.limit = 1, 1.0
+        self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # by the step before which somebody measures
+        self.plain = self.compiled = False
+        self.strategies = Composition(strategies)
+        self._chains, self._owners = self.strategies.chains, self.strategies.owners
+        self.strategies.setup(self, stream)
+
+    def _allocate(self, stream: Stream) -> None:
+        """Make what has one row a task: who belongs to it, the masks, and R by mask and metric."""
+        self.num_tasks, self.num_classes, self.target = len(stream), stream.num_classes, stream.target
+        self._rows = [len(task.train) for task in stream]
+        membership = torch.zeros(self.num_tasks, self.num_classes, dtype=torch.bool)
+        for task in stream:
+            membership[task.index, slice(None) if self.target.name == "regression" else list(task.classes)] = True
+        self.register_buffer("membership", membership, persistent=False)
+        self.mixed = any(bool((task.train.tasks != task.index).any()) for task in stream)  # rows of several in one
+        self.shared_outputs = bool((membership.sum(0) > 1).any())  # whether tasks have classes in common
+        self.register_buffer("seen", torch.zeros(self.num_classes, dtype=torch.bool))
+        self.masks = nn.ModuleDict({name: Mask(self.num_tasks, self.num_classes) for name in SCENARIOS})
+        self.matrices, self.calibration = matrices(stream), calibrations(stream)
+        self._update_masks()
+
+    def __repr__(self) -> str:
+        parts = " + ".join([type(self.backbone).__name__, type(self.head).__name__, *self.strategies])
+        return f"Learner({parts}: {self.tasks_learned} of {self.num_tasks} tasks learned, {self.scenario}-incremental)"
+
+    # ---- what strategies use ------------------------------------------------------------------------------------
+
+    @property
+    def task_index(self) -> int:
+        """Position of the present task."""
+        return self.task.index
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Minibatches of an epoch of the present task."""
+        return 0 if self._data is None else updates(len(self._data), self.batch_size, self.limit)
+
+    @property
+    def num_steps(self) -> int:
+        """Minibatches of the present task in all."""
+        return self.steps_per_epoch * (self.trainer.max_epochs or 0)
+
+    def trunk(self) -> nn.ModuleDict:
+        """Return backbone and head, without the strategies' own parameters."""
+        trunk: nn.ModuleDict = self.__dict__["_trunk"]
+        return trunk
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether an optimizer goes on with what the one of the task before held."""
+        return self._carried.on
+
+    def forget_optimizer(self) -> None:
+        """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
+        self._carried.forget()
+
+    def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Build the configured optimizer over some parameters."""
+        return self._optimizer(parameters)
+
+    def competing(self, tasks: Task | Tensor) -> Tensor:
+        """Return the classes that compete on a task's examples in training, (K,); for task labels (n,), bool (n, C)."""
+        among = competing(self.train_mask, self.seen, self.membership)
+        return among[tasks] if isinstance(tasks, Tensor) else among[tasks.index].nonzero().flatten()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put backbone and head in evaluation mode for a while, uncompiled, and back as they were."""
+        modes = [(module, module.training) for module in self.trunk().modules()]
+        self.trunk().eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):  # hooks on layers and vmap are seen
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def prepare(self, x: Tensor, augment: bool = False) -> Tensor:
+        """Map raw inputs to what the backbone receives, augmented or not."""
+        if augment and self.augment is not None:
+            x = self.augment(x, self.augment_random.generator)
+        if self._convolves and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = to_floats(x) if self.normalize is None else self.normalize(x)
+        return x.to(self.dtype)
+
+    def compile(self, mode: str = "default") -> None:
+        """Compile backbone and head by torch.compile; results agree with eager ones to rounding, not to the bit.
+
+        Args:
+            mode: "default", "reduce-overhead" (CUDA graphs) or "max-autotune".
+
+        Raises:
+            InputError: If there is no such mode.
+        """
+        if mode not in COMPILERS:
+            raise unknown("mode of torch.compile", mode, COMPILERS)
+        self.compiled = True
+        for module in (self.backbone, self.head):
+            module.compile(mode=mode)
+
+    def forward(self, view: Tensor, task: Tensor | None = None) -> Tensor:
+        """Map prepared inputs (B, *input) to logits (B, C), with task labels (B,) where rows are of other tasks."""
+        self.task_labels = self.told if task is None else task
+        logits: Tensor = self._owners["classify"](self, self._owners["encode"](self, view))
+        return logits
+
+    def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:
+        """Send the logits of classes that do not compete to minus infinity; by default in the run's scenario."""
+        masked: Tensor = self.masks[scenario or self.scenario](logits, task)
+        return masked
+
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of the stream's target, for labels the cross-entropy, over the classes that compete."""
+        return self.target.loss(self.mask(logits, batch.task, self.train_mask), batch.y)
+
+    # ---- a task, called by cl.engine.experiment ---------------------------------------------------------------------
+
+    def before_task(self, task: Task) -> None:
+        """Begin a task on the training device: data in place, masks, every strategy's hook."""
+        self.task, self.step = task, 0
+        torch.manual_seed(derive(self.seed, "torch", task.index))
+        self.augment_random.seed(derive(self.seed, "augment", task.index))
+        for _, hook in self._chains["before_task"]:
+            hook(self, task)
+        data: TaskData = self._owners["training_data"](self, task)
+        self.seen |= self.membership[task.index]
+        if len(data):
+            self._data = data.on(self.device)
+            self.seen[list(classes_of(data.labels))] = True
+            check_rows(self, len(data))
+        self._update_masks()
+
+    @property
+    def has_training(self) -> bool:
+        """Whether there is anything to train in the present task."""
+        return self.steps_per_epoch > 0 and any(p.requires_grad for p in self.parameters())
+
+    def after_task(self, task: Task) -> None:
+        """End a task on the training device: every strategy's hook."""
+        for _, hook in self._chains["after_task"]:
+            hook(self, task)
+        self._data = None
+        self.tasks_learned = task.index + 1
+
+    def _update_masks(self) -> None:
+        for name, mask in self.masks.items():
+            mask.set(competing(name, self.seen, self.membership))  # type: ignore[operator, arg-type]
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build this task's optimizer, and its schedule."""
+        optimizer: Optimizer = self._owners["configure_optimizer"](self, self._optimizer)
+        rows = [0 if self._data is None else len(self._data)] if self.shuffle else self._rows
+        self._schedule = schedule_of(self, optimizer, rows)
+        self._carried.take_over(self, optimizer, self._schedule)
+        return optimizer
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return the present task's minibatches."""
+        assert self._data is not None
+        seed = derive(self.seed, "task", self.task.index) if self.shuffle else None
+        shape = self.batch_size, self.chunk_size, self.steps_per_epoch
+        return TrainLoader(self._data, *shape, seed, lambda: self.step, self.device)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch where it is: the columns were moved once."""
+        return batch
+
+    def on_train_start(self) -> None:
+        """Skip Lightning's wrappers around the optimizer where nobody would notice."""
+        self.plain = is_plain(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Make the epoch's draws (dropout) a function of seed, task and epoch."""
+        torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch, *distributed.place()))
+
+    def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
+        """Train on each minibatch, then look at the losses of the chunk."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=not self.plain)
+        losses = []
+        for batch in chunk:
+            self.look()
+            losses.append(self._train_on(batch, optimizer))
+        self._look_at(distributed.mean(torch.stack(losses).float()))
+
+    def look(self) -> None:
+        """Let those look who want to before the present step."""
+        for look in self.looks.get(self.step, ()):
+            look(self)
+
+    def _train_on(self, batch: Batch, optimizer: Any) -> Tensor:
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
+        incoming = batch
+        for _, extend in self._chains["extend_batch"]:
+            batch = extend(self, batch)
+        batch.view = self.prepare(batch.x, augment=True)
+        if not self.plain or self.accumulate > 1:
+            self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside others of the same update
+        logits = self(batch.view, batch.task)
+        loss: Tensor = self._owners["criterion"](self, batch, logits)
+        terms: dict[str, Tensor] = {}
+        for name, term in self._chains["loss"]:
+            value = term(self, batch, logits)
+            if value is not None:
+                loss = loss + value
+                terms[name] = value.detach()
+        terms["loss"] = loss.detach()
+        self._curves.add(terms)
+        update(self, loss, optimizer)
+        self.step += 1
+        self.total_steps += 1
+        if self._chains["after_step"] and not batch.idle:
+            incoming.view, stale = batch.view[: len(incoming)], logits.detach()[: len(incoming)]
+            for _, hook in self._chains["after_step"]:
+                hook(self, incoming, stale)
+        return terms["loss"]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let strategies project the unscaled gradients, then clip."""
+        for _, project in self._chains["project_gradients"]:
+            project(self)
+        if self.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+
+    def _look_at(self, losses: Tensor) -> None:
+        if not bool(torch.isfinite(losses).all()):  # the one synchronisation of the chunk
+            first = int((~torch.isfinite(losses)).nonzero()[0])
+            step = self.step - len(losses) + first + 1
+            raise DivergenceError(
+                f"The loss is {float(losses[first])} in task {self.task.index + 1} of {self.num_tasks}, epoch "
+                f"{self.current_epoch + 1}, step {step} of the task: lower the learning rate or the strategy's weight. "
+                "The checkpoint of the last finished task is kept."
+            )
+        self.last_loss = losses[-1]
+        self._curves.log(self.loggers, self.task.index + 1, self.total_steps)
+
+    def on_train_epoch_end(self) -> None:
+        """Run the strategies' hook, then the schedule."""
+        for _, hook in self._chains["after_epoch"]:
+            hook(self, self.task, self.current_epoch)
+        if isinstance(self._schedule, ReduceLROnPlateau):
+            self._schedule.step(self.trainer.callback_metrics["val/loss"])
+        elif self._schedule is not None and self.scheduler_interval == "epoch":
+            self._schedule.step()
+
+    def on_train_end(self) -> None:
+        """Write the rest of the curves."""
+        self._curves.log(self.loggers, self.task.index + 1, self.total_steps, rest=True)
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    def val_dataloader(self) -> Iterable[Batch]:
+        """Return the present task's validation examples, never augmented."""
+        if self.task.val is None:
+            return []
+        return evaluation(self, [shard(self.task.val)])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss, and for labels the accuracy, on the present task, weighted by rows."""
+        logits = self.predict(batch)
+        values = {"val/loss": self.criterion(logits, batch)}
+        if self.target.name == "label":
+            values["val/accuracy"] = (self.mask(logits, batch.task).argmax(1) == batch.y).float().mean()
+        self.log_dict(values, batch_size=len(batch), on_epoch=True, sync_dist=distributed.world_size() > 1)
+        # Loggers take "step" as such.
+        where = {"step": float(self.total_steps), "train/task": self.task.index + 1.0}
+        self.log_dict(where, batch_size=1, on_epoch=True, reduce_fx="max")
+
+    def on_test_epoch_start(self) -> None:
+        """Start the scores of a row of R."""
+        self._score = start(self.target, list(self.matrices), self.mask, self.membership)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score a batch of any tasks."""
+        self._score.update(self.predict(batch), batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Write the row of R, and of the calibration errors."""
+        for rows, kept in ((self._score.rows(), self.matrices), (self._score.errors(), self.calibration)):
+            for name, row in rows.items():
+                kept[name].record(self.tasks_learned, row)  # type: ignore[operator]
+
+    def features(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        """Return the backbone's features of raw inputs, (B, D), under the task labels (B,) that may be told."""
+        self.task_labels = task if self.scenario == "task" else None
+        return self._owners["encode"](self, self.prepare(x))  # type: ignore[no-any-return]
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the logits of a batch as they are scored, (B, C), unmasked; task labels are told where they may be."""
+        self.told = batch.task if self.scenario == "task" else None
+        logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
+        self.told = None
+        return logits
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the counters that a buffer on the device would have to be read for, and what the optimizer keeps."""
+        carried = {"optimizer": self._carried.state(self)} if self._carried.on else {}
+        return {"tasks_learned": self.tasks_learned, "total_steps": self.total_steps, **carried}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned."""
+        self.tasks_learned, self.total_steps = state["tasks_learned"], state["total_steps"]
+        self._carried.load(state.get("optimizer", {}))
+        self._update_masks()

@@ -1,0 +1,59 @@
+"""The network that learns: a backbone and a head that fit a stream, their first weights drawn from the run's seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+
+import torch
+from torch import nn
+
+from cl.data.task import Stream
+from cl.engine.head import Head
+from cl.errors import InputError
+from cl.random import derive
+
+BackboneFactory = Callable[[tuple[int, ...]], nn.Module]
+HeadFactory = Callable[[int, int], nn.Module]
+
+
+def network(
+    stream: Stream,
+    backbone: nn.Module | BackboneFactory,
+    head: nn.Module | HeadFactory | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """Return the backbone and the head of a stream, each as given or made by its factory.
+
+    Where there is a factory, torch's generator is seeded first: one seed gives the same initial weights, whatever the
+    strategies. Modules keep the weights that they have.
+
+    Args:
+        stream: Tells the shape of an input and the number of classes.
+        backbone: A module with the attribute `num_features`, or what makes one from the shape of an input.
+        head: A module, or what makes one from the numbers of features and of classes; None is `Head`.
+        seed: Of the run.
+
+    Raises:
+        InputError: If the backbone is no network, or does not say how many features it has.
+
+    Example:
+        >>> from cl.backbones.networks import MLP
+        >>> from cl.testing import toy_stream
+        >>> one, two = (network(toy_stream(), MLP, seed=3)[0] for _ in range(2))
+        >>> bool((one[1].weight == two[1].weight).all())
+        True
+    """
+    if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module | None):
+        torch.manual_seed(derive(seed, "initial weights"))
+    if not callable(backbone):
+        raise InputError(f"backbone={backbone!r} is no network: give a module, or what makes one from a shape.")
+    body = backbone if isinstance(backbone, nn.Module) else backbone(stream.input_shape)
+    width = getattr(body, "num_features", None)
+    if not isinstance(width, Integral):
+        raise InputError(
+            f"The backbone {type(body).__name__} has no num_features: set self.num_features to the width of what its "
+            "forward returns, (B, num_features)."
+        )
+    top = head if isinstance(head, nn.Module) else (head or Head)(int(width), stream.num_classes)
+    return body, top

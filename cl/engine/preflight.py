@@ -1,0 +1,160 @@
+"""What can be known before the first step: schedules that cannot move, minibatches that a network cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping
+from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from cl.distributed import world_size
+from cl.engine.schedules import check_schedule, updates
+from cl.errors import InputError
+
+if TYPE_CHECKING:
+    from cl.data.task import Stream
+    from cl.engine.learner import Learner
+
+
+def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> list[str]:
+    """Refuse a training that would fail, before anything is measured or written; return what should be known of it.
+
+    Args:
+        learner: In its initial state.
+        stream: What it will learn.
+        epochs: Passes over a task.
+        trainer: Options of the Trainer.
+
+    Raises:
+        InputError: If optimizer and schedule cannot step, or a minibatch of a single row meets batch norm.
+    """
+    told = check_schedule(learner, stream, epochs, trainer)
+    unknown = epochs == 0 or any(learner.strategies.owned(hook) for hook in ("training_data", "encode"))
+    limit = trainer.get("limit_train_batches") or 1.0
+    for task in () if unknown else stream:
+        if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, stream):
+            raise _refusal(learner, f"task {task.index + 1} of {stream.name!r} has {len(task.train)} rows")
+    return [told] if told else []
+
+
+def check_optimizer(optimizer: Any, scheduler: Any, stream: Stream, trainer: Mapping[str, Any]) -> None:
+    """Try what makes an optimizer out on a weight of its own; of the schedule, see that what it watches is there.
+
+    Raises:
+        InputError: If it makes no optimizer, that cannot step, or a schedule watches what is not measured.
+    """
+    made_of = _made(optimizer)
+    if getattr(scheduler, "func", scheduler) is ReduceLROnPlateau:
+        if any(task.val is None for task in stream):
+            raise InputError(
+                "ReduceLROnPlateau watches the validation loss, but a task has none: set stream.val_fraction."
+            )
+        for key in ("check_val_every_n_epoch", "limit_val_batches"):
+            if trainer.get(key, 1) != 1:
+                raise InputError(
+                    f"ReduceLROnPlateau watches the validation loss of every epoch: drop trainer.{key}={trainer[key]}."
+                )
+    try:
+        made_of.step()
+    except Exception as error:
+        raise InputError(f"The optimizer cannot step ({error}): correct its arguments.") from error
+
+
+def _made(optimizer: Any) -> Optimizer:
+    if not callable(optimizer):
+        raise InputError(
+            f"optimizer={type(optimizer).__name__} makes no optimizer: give what does, such as "
+            "functools.partial(torch.optim.SGD, lr=0.1)."
+        )
+    found = optimizer([torch.nn.Parameter(torch.zeros(1))])
+    if not isinstance(found, Optimizer):
+        raise InputError(f"optimizer makes a {type(found).__name__}, not an optimizer: correct its _target_.")
+    return found
+
+
+def check_watched(callbacks: Iterable[Callback], stream: Stream) -> None:
+    """Refuse callbacks that stop a task by its validation set where a task has none.
+
+    Raises:
+        InputError: Naming the callback, and what it watches.
+    """
+    for callback in callbacks:
+        watched = str(callback.monitor) if isinstance(callback, EarlyStopping) else ""
+        if watched.startswith("val/") and any(task.val is None for task in stream):
+            raise InputError(
+                f"EarlyStopping watches {watched}, but a task has no validation set: set stream.val_fraction."
+            )
+
+
+def check_rows(learner: Learner, num_rows: int) -> None:
+    """Refuse a task's minibatches of a single row, where a strategy chose what is trained on.
+
+    Raises:
+        InputError: If they meet batch norm.
+    """
+    if has_single_row(num_rows, learner, learner.limit) and not takes_single_row(learner, None):
+        raise _refusal(learner, f"there are {num_rows} rows in this task")
+
+
+def _refusal(learner: Learner, what: str) -> InputError:
+    where = f" in each of {world_size()} processes" if world_size() > 1 else ""
+    return InputError(
+        f"With batch_size={learner.batch_size}{where} a minibatch has a single row ({what}), which the norms of "
+        f"{type(learner.backbone).__name__} cannot take: choose another batch_size, or a backbone without batch norm."
+    )
+
+
+def has_single_row(num_rows: int, learner: Learner, limit: int | float = 1.0) -> bool:
+    """Say whether a process gets a minibatch of one row, to which no strategy adds any."""
+    if learner.strategies.chains["extend_batch"]:
+        return False
+    size, rest = learner.batch_size, num_rows % learner.batch_size
+    whole = num_rows // size
+    sizes = {size} if whole else set()
+    if rest and updates(num_rows, size, limit) > whole:
+        sizes.add(rest)
+    return any(n < 2 * world_size() for n in sizes)  # one row for some process; where it has none, another's
+
+
+def takes_single_row(learner: Learner, stream: Stream | None) -> bool:
+    """Say whether the backbone, as it is now, takes a minibatch of one row in training; by trying, without a trace.
+
+    Args:
+        learner: Of the backbone.
+        stream: Has the row; None for what the learner is about to train on.
+    """
+    data = learner.task.train if stream is None else stream[0].train
+    view = learner.prepare(data.take(torch.zeros(1, dtype=torch.int64)).tensors()[0].to(learner.device))
+    apart = {name: buffer.clone() for name, buffer in learner.backbone.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            functional_call(learner.backbone, apart, (view,))
+    except ValueError as error:
+        return "more than 1 value per channel" not in str(error)  # of batch norm, and of group norm on one pixel
+    return True
+
+
+def check_draws(name: str, learner: Learner, stream: Stream, parts: int = 1, **sizes: int | None) -> None:
+    """Refuse draws of one remembered row where batch norm needs two; in `setup`, of what passes the network by itself.
+
+    Args:
+        name: Of the strategy.
+        learner: Of the backbone.
+        stream: What it will learn.
+        parts: Into how many draws a size is shared out.
+        sizes: Settings by name that say how many rows are drawn; None where it is as many as come in.
+
+    Raises:
+        InputError: Naming the setting.
+    """
+    ones = [key for key, size in sizes.items() if size is not None and size // parts == 1]
+    if ones and not takes_single_row(learner, stream):
+        raise InputError(
+            f"{name}.{ones[0]}={sizes[ones[0]]} passes remembered examples one at a time through "
+            f"{type(learner.backbone).__name__}, whose norms need two or more: set it to {2 * parts} or more, or "
+            "use a backbone without batch norm."
+        )

@@ -1,0 +1,150 @@
+"""Learning-rate schedules: how many steps they have in a task, and whether they move there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from cl.errors import InputError
+
+if TYPE_CHECKING:
+    from cl.data.task import Stream
+    from cl.engine.learner import Learner
+
+INTERVALS = ("epoch", "step")
+LENGTHS = ("T_max", "total_steps", "total_iters")  # torch's names for the number of a schedule's steps
+_TRIED = 20_000  # steps that are tried out before training
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+def known_interval(interval: str) -> str:
+    """Return after what a schedule moves, "epoch" or "step".
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if interval not in INTERVALS:
+        raise InputError(f"scheduler_interval={interval!r} is unknown: use epoch or step.")
+    return interval
+
+
+def make_schedule(factory: SchedulerFactory, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+    """Return the schedule of an optimizer; where its length is left open, it is the number of its steps.
+
+    Args:
+        factory: Such as `partial(CosineAnnealingLR)`. What it leaves open (`T_max`, `total_steps` or `total_iters`
+            that is None, or that has no default and is not given) is filled in.
+        optimizer: Whose learning rate it moves.
+        num_steps: How often the schedule moves in a task: its epochs, or its optimizer steps.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.optim.lr_scheduler import CosineAnnealingLR
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> make_schedule(partial(CosineAnnealingLR, eta_min=0.01), optimizer, 40).T_max
+        40
+    """
+    given = dict(getattr(factory, "keywords", {}))
+    parameters = inspect.signature(getattr(factory, "func", factory)).parameters
+    filled: dict[str, Any] = {}
+    for name in parameters.keys() & set(LENGTHS):
+        default = parameters[name].default
+        value = given.get(name, None if default is inspect.Parameter.empty else default)
+        if value is None and not (given.get("epochs") and given.get("steps_per_epoch")):  # OneCycleLR's other way
+            filled[name] = max(num_steps, 1)
+    return factory(optimizer, **filled)
+
+
+def schedule_of(learner: Learner, optimizer: Optimizer, num_rows: Sequence[int]) -> LRScheduler | None:
+    """Return the schedule of a learner's optimizer, or None.
+
+    Args:
+        learner: In training.
+        optimizer: Of the present task.
+        num_rows: Training examples of the tasks that the schedule goes over.
+    """
+    if learner._scheduler is None:
+        return None
+    by_step = learner.scheduler_interval == "step"
+    each = [updates(n, learner.batch_size, learner.limit, learner.accumulate) if by_step else 1 for n in num_rows]
+    return make_schedule(learner._scheduler, optimizer, sum(each) * (learner.trainer.max_epochs or 0))
+
+
+def updates(num_rows: int, batch_size: int, limit: int | float, accumulate: int = 1) -> int:
+    """Return the optimizer steps of an epoch, each of `accumulate` minibatches or, at the end of an epoch, fewer.
+
+    Args:
+        num_rows: Training examples of a task.
+        batch_size: Of them a minibatch.
+        limit: Minibatches of an epoch at most, or a share of them.
+        accumulate: Minibatches an optimizer step.
+
+    Example:
+        >>> updates(103, 10, 1.0), updates(103, 10, 1.0, 4), updates(103, 10, 5), updates(103, 10, 0.5)
+        (11, 3, 5, 5)
+    """
+    steps = -(-num_rows // batch_size)
+    share = int(steps * limit) or int(limit > 0)  # a small one is one step, not none
+    return -(-min(steps, limit if isinstance(limit, int) else share) // accumulate)
+
+
+def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> str | None:
+    """Try a learner's optimizer and schedule out on a weight of their own, before anything is trained.
+
+    Args:
+        learner: Whose they are.
+        stream: What it will learn; where there are no boundaries, one schedule goes over all of it.
+        epochs: Passes over a task.
+        trainer: Options of the Trainer, of which those count that say how many steps an epoch has.
+
+    Returns:
+        A sentence where the schedule would never move the learning rate, as it ends too late; else None.
+
+    Raises:
+        InputError: If they cannot make their steps.
+    """
+    by_step, factory = learner.scheduler_interval == "step", learner._scheduler
+    if factory is None or (by_step and learner.strategies.owned("training_data")):  # whose rows are not known yet
+        return None
+    if by_step and getattr(factory, "func", factory) is ReduceLROnPlateau:
+        raise InputError("ReduceLROnPlateau watches the validation loss of every epoch: use scheduler_interval=epoch.")
+    limits = trainer.get("limit_train_batches") or 1.0, trainer.get("accumulate_grad_batches") or 1
+    each = [updates(len(task.train), learner.batch_size, *limits) * epochs for task in stream]
+    steps = each if by_step else [epochs] * len(each)
+    longest = max(steps) if stream.boundaries else sum(steps)
+    name, rates = _rates(learner, factory, longest, min(longest, _TRIED))
+    if longest > _TRIED or len(set(rates)) != 1:
+        return None
+    if len(set(_rates(learner, factory, longest, min(1000 * longest, _TRIED), past_end=True)[1])) == 1:
+        return None  # it is constant
+    unit, instead = ("step", "a shorter schedule") if by_step else ("epoch", "scheduler_interval=step")
+    if getattr(factory, "func", factory) is ReduceLROnPlateau:
+        instead = "a smaller patience"
+    number = f"{longest} {unit}{'s' * (longest > 1)} {'in a task' if stream.boundaries else 'in all'}"
+    return (
+        f"{name} leaves the learning rate at {rates[0]:g}: it has {number}, and does not move before their end. Use "
+        f"{instead}, more epochs, or scheduler=constant."
+    )
+
+
+def _rates(
+    learner: Learner, factory: SchedulerFactory, length: int, steps: int, past_end: bool = False
+) -> tuple[str, list[float]]:
+    """Return the name of a schedule and the learning rates of its first steps."""
+    optimizer = learner.new_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    rates: list[float] = []
+    try:
+        schedule = make_schedule(factory, optimizer, length)
+        optimizer.step()
+        for _ in range(steps):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            schedule.step(0.0) if isinstance(schedule, ReduceLROnPlateau) else schedule.step()
+    except Exception as error:
+        if not past_end:
+            raise InputError(f"Optimizer and scheduler cannot step ({error}): correct their arguments.") from error
+    return type(schedule).__name__, rates

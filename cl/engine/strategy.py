@@ -1,0 +1,339 @@
+"""The one plug-in contract: `Batch` and `Strategy`. Read this page first; it is the whole training protocol.
+
+A run, with each hook marked where it is called (`cl/engine/experiment.py` and `cl/engine/learner.py` do just this)::
+
+    strategy.setup(learner, stream)                        # once: allocate every tensor, refuse what cannot work
+    measure row 0 of R                                     # the untrained learner, on every task
+    for task in stream:
+        strategy.before_task(learner, task)                # teacher copy, masks
+        data = strategy.training_data(learner, task)       # one owner; default: task.train
+        optimizer = strategy.configure_optimizer(learner, factory)       # one owner; default: factory(parameters)
+        optimizer goes on with the last one's state            # where optimizer_state=keep or there are no boundaries
+        for epoch in range(epochs):
+            for batch in shuffled(data):                   # raw rows on the device: a function of (seed, task, epoch)
+                batch = strategy.extend_batch(learner, batch)            # may only append rows: replay
+                batch.view = normalize(augment(batch.x))                 # once, after the replayed rows are in
+                features = strategy.encode(learner, batch.view)          # one owner; default: learner.backbone
+                logits = strategy.classify(learner, features)            # one owner; default: learner.head
+                loss = strategy.criterion(learner, batch, logits)        # one owner; default: the target's masked loss
+                loss += strategy.loss(learner, batch, logits)            # every strategy; None adds nothing
+                loss.backward()
+                strategy.project_gradients(learner)                      # in place on .grad, before clipping
+                optimizer.step()
+                strategy.after_step(learner, incoming_rows, their_logits)    # fill a memory, path integrals
+            strategy.after_epoch(learner, task, epoch)     # phases inside a task
+        strategy.after_task(learner, task)                 # Fisher, bases, class means
+        measure row i of R with strategy.predict(learner, view)          # one owner; default: learner(view)
+        report, checkpoint
+
+Every hook is optional, and one that no strategy overrides costs nothing in the loop. Loss terms add; batches and
+gradients chain in the order of the configuration; a hook with one owner refuses two and names both. The engine alone
+calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The learner is
+passed in and never stored. All state is a registered buffer, parameter or sub-module of final shape after `setup`, so
+a strategy has no checkpoint code of its own. What should be known beside a run's numbers, `remark` says.
+
+In several processes (`trainer=ddp`) each sees its rows of every minibatch, and `.grad` is that of all rows when it is
+projected. Hooks between tasks see the whole task everywhere, and what they leave is taken from process 0, but for a
+`Memory`, which each has a share of. So little is left to say: `cl.distributed.mean_gradients` where a strategy takes a
+gradient of its own, `total` where it adds up in `after_step`, `share` for a number of rows to draw, and the attribute
+`distributed = False` where it cannot.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl.data.rows import kind_of
+from cl.distributed import world_size
+from cl.errors import InputError
+from cl.random import Random, derive
+
+if TYPE_CHECKING:
+    from cl.data.task import Stream, Task, TaskData
+    from cl.engine.learner import Learner
+
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of a stream as stored, with what rides along.
+
+    Args:
+        x: Raw inputs (B, *input), uint8 where the data are images.
+        y: Stream-wide labels, int64 (B,); or other targets, float32 (B, C).
+        task: Task labels, int64 (B,).
+        extras: Named tensors with one row an example, such as stored logits (B, C).
+        num_incoming: The first rows that come from the stream; the others were appended by `extend_batch`.
+        view: The augmented, normalised inputs that the backbone saw; set by the learner.
+        host: Labels and task labels of the incoming rows as numpy arrays, for what decides on the host
+            without waiting for the device.
+        idle: Whether the rows weigh nothing: those of a process that has none of a short minibatch.
+    """
+
+    x: Tensor
+    y: Tensor
+    task: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    num_incoming: int = -1
+    view: Tensor | None = None
+    host: tuple[Labels, Labels] | None = None
+    idle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_incoming < 0:
+            self.num_incoming = len(self.y)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __repr__(self) -> str:
+        extras = f", with {', '.join(self.extras)}" if self.extras else ""
+        return f"Batch({len(self)} rows of {kind_of(self.x)}, {self.num_incoming} incoming{extras})"
+
+    def append(self, other: Batch) -> Batch:
+        """Return this batch with another's rows behind its own.
+
+        Example:
+            >>> one = Batch(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
+            >>> both = one.append(one)
+            >>> len(both), both.num_incoming
+            (4, 2)
+        """
+        pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
+        x, y, task = (torch.cat(pair) for pair in pairs)
+        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle)
+
+    def take(self, rows: slice | Tensor) -> Batch:
+        """Return some of the rows, with their extras, as a batch of its own.
+
+        Example:
+            >>> batch = Batch(torch.zeros(3, 1), torch.tensor([4, 5, 6]), torch.zeros(3, dtype=torch.int64))
+            >>> batch.take(slice(1, None)).y.tolist(), batch.take(torch.tensor([2, 0])).y.tolist()
+            ([5, 6], [6, 4])
+        """
+        extras = {name: values[rows] for name, values in self.extras.items()}
+        return Batch(self.x[rows], self.y[rows], self.task[rows], extras)
+
+
+class Strategy(nn.Module):
+    """A method of continual learning; see the module's docstring for when each hook is called.
+
+    Example:
+        A method that shrinks the weights a little, in full:
+
+        >>> class Shrink(Strategy):
+        ...     def loss(self, learner, batch, logits):
+        ...         return 1e-3 * sum(p.pow(2).sum() for p in learner.trunk().parameters())
+        >>> overrides(Shrink(), "loss"), overrides(Shrink(), "after_step")
+        (True, False)
+    """
+
+    targets: tuple[str, ...] = ("label",)  # what it can learn, of cl.data.target
+    distributed = True  # whether it can learn in several processes
+    uses_task = False  # whether its features or outputs use the task labels that a scenario gives at test
+
+    def check_target(self, stream: Stream) -> None:
+        """Refuse a stream whose targets the method does not know.
+
+        Raises:
+            InputError: Naming both.
+        """
+        if stream.target.name not in self.targets:
+            raise InputError(
+                f"{type(self).__name__} learns from targets of kind {' or '.join(self.targets)}, but those of "
+                f"{stream.name!r} are {stream.target.name}: choose another strategy or another stream."
+            )
+
+    def check_processes(self) -> None:
+        """Refuse several processes where the method does not know them.
+
+        Raises:
+            InputError: Naming the method.
+        """
+        if not self.distributed and world_size() > 1:
+            raise InputError(
+                f"{type(self).__name__} cannot learn in {world_size()} processes: use trainer=default, with one device."
+            )
+
+    def remark(self, learner: Learner) -> str | None:
+        """Return a sentence that belongs beside the numbers of a run, such as why the method cannot work there.
+
+        It is asked for once, after every strategy's `setup`, and shown where the run's notes are.
+        """
+        return None
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate every tensor at its final shape and refuse what cannot work."""
+
+    def before_task(self, learner: Learner, task: Task) -> None:
+        """Act before the first batch of a task, on the training device."""
+
+    def after_task(self, learner: Learner, task: Task) -> None:
+        """Act after the last batch of a task, on the training device."""
+
+    def training_data(self, learner: Learner, task: Task) -> TaskData:
+        """Return what is trained on in this task; one owner."""
+        return task.train
+
+    def configure_optimizer(self, learner: Learner, factory: OptimizerFactory) -> Optimizer:
+        """Return the optimizer of this task; one owner."""
+        return factory(p for p in learner.parameters() if p.requires_grad)
+
+    def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+        """Return the batch with rows appended."""
+        return batch
+
+    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+        """Map prepared inputs (B, *input) to features (B, D); one owner.
+
+        `learner.task_labels` has the rows' task labels (B,) in training, and at test where the scenario gives them;
+        None means rows of the present task, or that nobody may know.
+        """
+        features: Tensor = learner.backbone(view)
+        return features
+
+    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+        """Map features (B, D) to logits (B, C) over all classes; one owner."""
+        logits: Tensor = learner.head(features)
+        return logits
+
+    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+        """Return the classification loss in place of the default; one owner."""
+        return learner.criterion(logits, batch)
+
+    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+        """Return a scalar, already weighted, to be added; None where there is nothing to add yet."""
+        return None
+
+    def project_gradients(self, learner: Learner) -> None:
+        """Change `.grad` in place, once per optimizer step, after unscaling and before clipping."""
+
+    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+        """Act after a step; sees the rows that came from the stream and their logits before the step, detached."""
+
+    def after_epoch(self, learner: Learner, task: Task, epoch: int) -> None:
+        """Act after an epoch."""
+
+    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+        """Map prepared inputs to logits (B, C) at test; one owner."""
+        logits: Tensor = learner(view)
+        return logits
+
+
+CHAINED = ("before_task", "after_task", "extend_batch", "loss", "project_gradients", "after_step", "after_epoch")
+ONE_OWNER = ("training_data", "configure_optimizer", "encode", "classify", "criterion", "predict")
+
+
+def misspelt(kind: type[Strategy]) -> str | None:
+    """Return a sentence on a method that nobody calls and whose name is nearly a hook's, None where there is none.
+
+    Example:
+        >>> class Mine(Strategy):
+        ...     def after_tasks(self, learner, task):
+        ...         pass
+        >>> misspelt(Mine)
+        'Mine: there is no hook called after_tasks; did you mean after_task?'
+    """
+    hooks = [*CHAINED, *ONE_OWNER, "setup", "remark"]
+    for part in kind.__mro__[: kind.__mro__.index(Strategy)]:
+        for name, method in vars(part).items():
+            if hasattr(Strategy, name) or not inspect.isfunction(method):
+                continue
+            near = difflib.get_close_matches(name.strip("_"), hooks, n=1, cutoff=0.85)
+            takes_learner = list(inspect.signature(method).parameters)[1:2] == ["learner"]
+            if near and takes_learner and not _calls(part, name):
+                return f"{kind.__name__}: there is no hook called {name}; did you mean {near[0]}?"
+    return None
+
+
+def _calls(kind: type[Strategy], name: str) -> bool:
+    """Say whether the source of a class mentions one of its methods beside its definition, or cannot be read."""
+    try:
+        return len(re.findall(rf"\b{name}\b", inspect.getsource(kind))) > 1
+    except (OSError, TypeError):
+        return False
+
+
+def overrides(strategy: Strategy, hook: str) -> bool:
+    """Say whether a strategy's class defines a hook itself."""
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
+
+
+class Composition(nn.ModuleDict):
+    """Strategies by name, and for each hook the methods to call, found once.
+
+    Attributes:
+        chains: Hook to the (name, method) pairs of the strategies that define it, in order.
+        owners: Hook with one owner to its method, which is the default where nobody defines it.
+
+    Raises:
+        InputError: If two strategies own one hook, a name cannot be one, or a hook's is misspelt.
+
+    Example:
+        >>> Composition({"plain": Strategy()}).chains["loss"]
+        []
+    """
+
+    def __init__(self, strategies: Mapping[str, Strategy]) -> None:
+        super().__init__()
+        for name in strategies:
+            if not re.fullmatch(r"[\w-]+", name) or name == "loss" or hasattr(self, name):
+                raise InputError(
+                    f"A strategy cannot be called {name!r}, which names its part of a checkpoint and a curve: choose a "
+                    "word of letters, digits, _ and - that is not taken."
+                )
+        for strategy in strategies.values():
+            said = misspelt(type(strategy))
+            if said is not None:
+                raise InputError(said)
+        self.update(dict(strategies))
+        self.chains = {h: [(n, getattr(s, h)) for n, s in strategies.items() if overrides(s, h)] for h in CHAINED}
+        self.owners = {h: self._owner(h, strategies) for h in ONE_OWNER}
+
+    @staticmethod
+    def _owner(hook: str, strategies: Mapping[str, Strategy]) -> Callable[..., Any]:
+        names = [name for name, strategy in strategies.items() if overrides(strategy, hook)]
+        if len(names) > 1:
+            raise InputError(
+                f"Strategies {names[0]!r} and {names[1]!r} both define {hook}, which has one owner: drop one of them."
+            )
+        owner: Callable[..., Any] = getattr(strategies[names[0]] if names else Strategy(), hook)
+        return owner
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Let each strategy refuse the stream or allocate, and seed its generators by its name."""
+        for name, strategy in self.items():
+            assert isinstance(strategy, Strategy)
+            strategy.check_target(stream)
+            strategy.check_processes()
+            strategy.setup(learner, stream)
+            for path, module in strategy.named_modules():
+                if isinstance(module, Random):
+                    module.seed(derive(learner.seed, name, path))
+
+    def remarks(self, learner: Learner) -> list[str]:
+        """Return the strategies' sentences on a run, each once."""
+        found = [strategy.remark(learner) for strategy in self.values()]  # type: ignore[operator]
+        told = [type(strategy).__name__ for strategy in self.values() if strategy.uses_task]
+        if told and learner.scenario == "task":
+            found.append(
+                f"{' and '.join(told)} has weights for each task and is told the task: R under the mask of all classes "
+                "is no class-incremental accuracy."
+            )
+        return list(dict.fromkeys(text for text in found if text))
+
+    def owned(self, hook: str) -> bool:
+        """Say whether a strategy defines a hook with one owner."""
+        return any(overrides(s, hook) for s in self.values())  # type: ignore[arg-type]

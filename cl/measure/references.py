@@ -1,0 +1,173 @@
+"""What a run is compared with: an expert on each task alone, and a joint learner of the tasks so far.
+
+Both start from the run's initial weights, with its optimizer, schedule and passes over the data, and no strategy. They
+are made when a run first needs them, and kept by all that determines them (the configuration but for strategy and
+reports, the initial weights and the data themselves, the versions of clsim and torch): ten strategies on one seed
+train them once, and so does a sweep whose jobs run side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cl.data.provenance import digest as digest_of
+from cl.data.task import Stream, Task, TaskData
+from cl.distributed import from_first, rank
+from cl.engine.strategy import Strategy
+from cl.errors import DivergenceError, InputError, unknown
+from cl.files import read_sealed, remove_leftovers, write_sealed
+from cl.settings import flatten, results
+
+if TYPE_CHECKING:
+    from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
+
+KINDS = ("experts", "joint")
+_WITHOUT = "method", "start"  # parts of the settings: references have no method, and initial weights a digest
+Reference = dict[str, Any]
+
+
+class Union(Strategy):
+    """Trains on every task of a stream in its first one."""
+
+    targets = ("label", "multilabel", "regression")
+
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Keep the tasks' examples as views."""
+        self._parts = [task.train for task in stream]
+
+    def training_data(self, learner: Learner, task: Task) -> TaskData:
+        """Return the union."""
+        return TaskData.concat(self._parts)
+
+
+class References:
+    """Makes the references of a run, or finds them.
+
+    Args:
+        kinds: Of `experts` and `joint`.
+        make: A stream and strategies to an experiment that reports nothing.
+        folder: Where all runs keep theirs, one file each.
+        config: The resolved configuration of the run.
+        say: Told of each in a sentence.
+
+    Raises:
+        InputError: If there is no such kind.
+
+    Example:
+        >>> References(["experts"], lambda stream, strategies: None, Path("references"), {}).kinds
+        ('experts',)
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        make: Callable[[Stream, dict[str, Strategy]], Experiment],
+        folder: Path,
+        config: dict[str, Any],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        strangers = [kind for kind in kinds if kind not in KINDS]
+        if strangers:
+            raise unknown("reference", strangers[0], KINDS)
+        self.kinds = tuple(dict.fromkeys(kinds))
+        self._make, self._folder, self.say = make, folder, say
+        flat = flatten(config)
+        curves = {key: flat.get(f"report.{key}") for key in ("every", "points", "subset")}
+        flat.pop("stream.order", None)  # which tasks come together is in the data themselves
+        self._config = {**results(flat, _WITHOUT), **curves}
+
+    def measure(self, stream: Stream) -> dict[str, list[Reference]]:
+        """Return, by kind, one reference a task: its metric on the task, steps, seconds and, of experts, the curve."""
+        make = {"experts": self._expert, "joint": self._joint}
+        return {kind: [make[kind](stream, t) for t in range(len(stream))] for kind in self.kinds}
+
+    def _expert(self, stream: Stream, t: int) -> Reference:
+        task = stream[t].each(lambda part: replace(part.of_tasks([t]), task=0), index=0)  # its own rows alone
+        alone = stream.derive([task].__getitem__, num_tasks=1)
+        return self._find("expert", t, alone, {}, [task], len(stream))
+
+    def _joint(self, stream: Stream, t: int) -> Reference:
+        known = range(t + 1)  # where tasks blend, rows of those to come stand in the earlier ones
+        tasks = [task.each(lambda part: part.of_tasks(known)) for task in stream[: t + 1]]
+        together = stream.derive(tasks.__getitem__, num_tasks=t + 1)
+        return self._find("joint", t, together, {"union": Union()}, tasks, len(stream))
+
+    def _find(
+        self, kind: str, t: int, stream: Stream, strategies: dict[str, Strategy], tasks: list[Task], total: int
+    ) -> Reference:
+        """Return a reference from its file, or train it while nobody else does."""
+        from filelock import FileLock
+
+        experiment = self._make(stream, strategies)
+        file = self._folder / f"{kind}_{self._digest(kind, experiment, tasks)}.json"
+        from_first(self._make_folder)
+        with FileLock(file.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others train as it does
+            what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
+            kept = from_first(lambda: self._kept(file))
+            if kept is None:
+                self.say(f"reference {what} of {total} ...")
+                try:
+                    kept = _train(experiment)
+                    if rank() == 0:
+                        write_sealed(file, kept)
+                except DivergenceError as error:  # unmeasured, and no reason to lose the run itself
+                    self.say(f"reference {what} diverged and is left out: {error}")
+                    return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
+            kept = from_first(lambda: kept)
+        return {"task": t + 1, **(kept or {})}
+
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"reference_dir={self._folder} cannot be made ({error.strerror}): name another."
+            ) from error
+
+    def _kept(self, file: Path) -> Reference | None:
+        """Return a reference from its file; one that is torn or changed is made again."""
+        remove_leftovers(self._folder, file.name)
+        return read_sealed(file)
+
+    def _digest(self, kind: str, experiment: Experiment, tasks: Sequence[Task]) -> str:
+        digest = hashlib.blake2b(digest_size=10)
+        versions = version("clsim"), torch.__version__
+        digest.update(json.dumps([kind, versions, self._config], sort_keys=True, default=str).encode())
+        for name, value in experiment.learner.trunk().state_dict().items():
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        seen: dict[Any, str] = {}
+        for task in tasks:
+            for part in (task.train, task.val, task.test):
+                digest.update("".join(digest_of(part, seen) if part is not None else ()).encode())
+        return digest.hexdigest()
+
+
+def _train(experiment: Experiment) -> Reference:
+    """Learn the first task of an experiment's stream, and measure all of it."""
+    from cl.measure.learning_curves import LearningCurves
+
+    began = time.perf_counter()
+    experiment.evaluate()
+    experiment.learn(experiment.stream[0])
+    experiment.evaluate()
+    matrix = experiment.run_view.primary
+    row = [value if value == value else None for value in matrix.R[1].tolist()]
+    found: Reference = {"value": row[-1], "row": row, "untrained": matrix.R[0].tolist()[-1]}
+    curve = next((m for m in experiment.instruments.values() if isinstance(m, LearningCurves)), None)
+    if curve is not None:
+        steps = [step for _, step, _ in curve.at]
+        found["curve"] = [list(point) for point in zip(steps, curve.values()[:, 0].tolist(), strict=True)]
+    return {**found, "steps": experiment.learner.total_steps, "seconds": time.perf_counter() - began}

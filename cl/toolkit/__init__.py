@@ -1,0 +1,1 @@
+"""What methods share: memories, the Fisher information, subspaces, subnetworks, herding."""

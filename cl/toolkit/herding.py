@@ -1,0 +1,78 @@
+"""What few examples stand for many: herding, which chooses them, and the class means that predictions are made by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl.data.task import TaskData
+from cl.engine.loader import EvalLoader
+
+if TYPE_CHECKING:
+    from cl.engine.learner import Learner
+
+
+def herding(features: Tensor, size: int) -> Tensor:
+    r"""Return examples whose mean stays near the mean of all (Welling 2009; Rebuffi et al. 2017, algorithm 4).
+
+    With the mean :math:`\mu` of all features, the k-th is, of those not chosen yet,
+
+    .. math:: p_k = \arg\min_x \Big\lVert \mu - \frac1k \Big(\phi(x) + \sum_{i<k} \phi(p_i)\Big) \Big\rVert
+
+    Args:
+        features: phi, (n, D).
+        size: How many to choose, at most n.
+
+    Returns:
+        Their places in the order of choice, int64 (size,): the first m are the choice of m.
+
+    Example:
+        >>> herding(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.96, 0.28]]), 3).tolist()
+        [2, 3, 1]
+    """
+    features = features.double()
+    mean, squares = features.mean(0), features.square().sum(1)
+    rest, chosen = torch.zeros_like(mean), []
+    for _ in range(min(size, len(features))):
+        rest = rest + mean  # k mu, less those chosen; the distance times k is that of phi(x) from it
+        best = (squares - 2 * (features @ rest)).argmin().view(1)
+        squares = squares.index_fill(0, best, torch.inf)
+        rest = rest - features.index_select(0, best)[0]
+        chosen.append(best)
+    return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.int64, device=features.device)
+
+
+@torch.no_grad()
+def unit_features(learner: Learner, data: TaskData) -> Tensor:
+    """Return the features of examples, never augmented, in evaluation mode and of length 1, (n, D)."""
+    with learner.evaluating():
+        batches = EvalLoader([data], learner.device, learner.eval_batch_size)
+        return torch.cat([F.normalize(learner.features(batch.x, batch.task).float(), dim=1) for batch in batches])
+
+
+def class_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """Return the mean feature of each class, of length 1, (C, D); zeros where a class has no row.
+
+    Example:
+        >>> class_means(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 1]), 2)
+        tensor([[0.0000, 0.0000],
+                [0.7071, 0.7071]])
+    """
+    total = features.new_zeros(num_classes, features.shape[1]).index_add_(0, y, features)
+    return F.normalize(total, dim=1)
+
+
+def nearness(features: Tensor, means: Tensor) -> Tensor:
+    """Return the negative squared distance of features (B, D), brought to length 1, from unit means (C, D).
+
+    A class whose mean is zero is at the largest distance that two unit vectors have.
+
+    Example:
+        >>> nearness(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        tensor([[ 0., -2., -4.]])
+    """
+    cosine = F.normalize(features.to(means.dtype), dim=1) @ means.T
+    return torch.where(means.any(1), 2 * cosine - 2, -4.0)

@@ -1,0 +1,57 @@
+"""The weights that a method holds near old values: those of backbone and head, as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cl.errors import InputError
+
+if TYPE_CHECKING:
+    from cl.engine.learner import Learner
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one vector.
+
+    Example:
+        >>> flat([torch.zeros(1, 2), torch.ones(1)]).tolist()
+        [0.0, 0.0, 1.0]
+    """
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def held(learner: Learner) -> list[nn.Parameter]:
+    """Return the trainable parameters of backbone and head.
+
+    Example:
+        >>> from cl.testing import toy_learner
+        >>> sum(p.numel() for p in held(toy_learner()[0]))
+        614
+    """
+    return [p for p in learner.trunk().parameters() if p.requires_grad]
+
+
+def check_held(name: str, learner: Learner) -> None:
+    """Refuse what would hold nothing; in `before_task`, as another strategy may freeze all in its `setup`.
+
+    Raises:
+        InputError: Naming the method.
+    """
+    if not held(learner):
+        raise InputError(f"{name} holds trainable weights, and all are frozen: drop it, or what freezes them.")
+
+
+def check_encode(name: str, learner: Learner) -> None:
+    """Refuse another strategy that owns `encode`, whose features are not those of backbone and head alone.
+
+    Raises:
+        InputError: Naming the method.
+    """
+    if learner.strategies.owned("encode"):
+        raise InputError(
+            f"{name} holds the weights of backbone and head, but another strategy owns encode: drop one of the two."
+        )

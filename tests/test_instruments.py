@@ -278,9 +278,8 @@ def test_operations_count_replay_and_not_who_watches() -> None:
 
 def test_what_a_memory_holds_is_counted() -> None:
     learner, stream = toy_learner({"er": ER(memory_size=50)})
-    run = Experiment(learner, stream, trainer)
-    run.run()
-    resources = run.resources
+    resources = Resources()
+    Experiment(learner, stream, trainer, instruments={"resources": resources}).run()
     rows = len(stream[0].train)
     assert resources.column("stored_examples") == [min(50, rows * (t + 1)) for t in range(3)]
     a_row = 16 + 8 + 8  # uint8 image, label, task label
@@ -298,11 +297,11 @@ def test_time_spent_on_watching_is_not_the_methods() -> None:
             time.sleep(0.3)
 
     learner, stream = toy_learner(num_tasks=2)
-    run = Experiment(learner, stream, trainer, instruments={"sleeper": Sleeper()})
-    run.run()
-    assert all(s >= 0.3 for s in run.resources.column("measuring_seconds"))
+    resources = Resources()
+    Experiment(learner, stream, trainer, instruments={"resources": resources, "sleeper": Sleeper()}).run()
+    assert all(s >= 0.3 for s in resources.column("measuring_seconds"))
     # the rest of the task is some milliseconds; a subtraction that is missing would add 0.3 s
-    assert run.resources.column("seconds")[1] < 0.3
+    assert resources.column("seconds")[1] < 0.3
 
 
 # ------------------------------------------------------------------ calibration and parts

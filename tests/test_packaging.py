@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -77,9 +78,7 @@ def test_the_wheel_runs_in_an_empty_place_beside_a_conf_of_the_users(wheel: Path
 
 
 def test_an_uninstalled_checkout_says_what_to_do(tmp_path: Path):
-    (tmp_path / "cl").mkdir()
-    for path in (ROOT / "cl").glob("*.py"):
-        (tmp_path / "cl" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / "cl", tmp_path / "cl", ignore=shutil.ignore_patterns("__pycache__"))
     # -S leaves out site-packages, where an editable install of this checkout would be found.
     done = subprocess.run([sys.executable, "-S", "-m", "cl"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "pip install -e ." in done.stderr

@@ -521,7 +521,7 @@ def test_draw_accuracy_shows_one_mask() -> None:
 def test_picture_report_draws_seldom_but_always_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    from cl import report as pace
+    from cl.report import contract as pace
     from cl.report import picture
 
     # made; 19.9: too early; 20: drawn until 23, which pauses for 60; 82.9: too early; 90: the end draws anyway

@@ -31,6 +31,7 @@ NEEDS = {
     "accuracy": "only an accuracy over all rows is a mean of those of the tasks",
     "experts": "references=[experts] trains one on each task",
     "joint": "references=[joint] trains one on tasks 1 to k",
+    "costs": "cl.measure.resources.Resources, an instrument, records what each task takes",
     "flops": "report.flops=true counts operations",
     "labels": "only labels have a confidence",
     "ridge": "probes=[ridge] fits one after each task",
@@ -65,6 +66,7 @@ class Evidence:
             "accuracy": lambda: self.run.primary.metric == "accuracy",
             "experts": lambda: "experts" in self.run.references,
             "joint": lambda: "joint" in self.run.references,
+            "costs": lambda: self._resources is not None,
             "flops": lambda: self._resources is not None and not any(map(math.isnan, self.column("flops"))),
             "labels": lambda: bool(self.run.calibration),
             "ridge": lambda: "ridge" in self.run.matrices,
@@ -272,16 +274,16 @@ MEASURES: dict[str, Measure] = {
         ("labels",), "sum_j ECE[T,j], 15 equal intervals of confidence", "Guo et al. 2017", higher_is_better=False,
     ),
     "seconds": Measure(
-        lambda e: sum(e.column("seconds")), (), "wall time of all tasks, evaluation not counted", "clsim",
+        lambda e: sum(e.column("seconds")), ("costs",), "wall time of all tasks, evaluation not counted", "clsim",
         "seconds", "1", higher_is_better=False, weighting="sum",
     ),
     "model_size_efficiency": Measure(
         lambda e: cost.model_size_efficiency_diaz(e.column("parameters")),
-        (), "min(1, mean_i |theta_1| / |theta_i|)", _DIAZ,
+        ("costs",), "min(1, mean_i |theta_1| / |theta_i|)", _DIAZ,
     ),
     "sample_storage_efficiency": Measure(
         lambda e: cost.sample_storage_efficiency_diaz(e.column("stored_examples"), sum(e.column("rows"))),
-        (), "1 - min(1, mean_i M_i / D), in examples", _DIAZ,
+        ("costs",), "1 - min(1, mean_i M_i / D), in examples", _DIAZ,
     ),
     "computational_efficiency": Measure(
         lambda e: cost.computational_efficiency_diaz(e.column("pass_flops"), e.column("flops")),
@@ -317,7 +319,7 @@ def _measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
     values: dict[str, float] = {}
     absent: dict[str, str] = {}
     evidence = Evidence(run)
-    if evidence.k < 1 or not evidence.column("seconds"):
+    if evidence.k < 1:
         return {}, dict.fromkeys(MEASURES, "no task has been learned yet")
     for name, entry in MEASURES.items():
         missing = [need for need in entry.needs if evidence.missing(need)]

@@ -339,7 +339,8 @@ def _draw(run: Run | None, row: int) -> dict[str, Any]:
     from cl.report.picture import draw_accuracy
 
     assert run is not None
-    run = replace(run, matrices={mask: _until(matrix, row) for mask, matrix in run.matrices.items()})
+    matrices = {mask: _until(matrix, row) for mask, matrix in run.matrices.items()}
+    run = replace(run, directory=Path(), matrices=matrices)  # W&B names the run, and a directory may be moved
     drawn: dict[str, Any] = {}
     for mask, matrix in run.matrices.items():
         columns = ["tasks learned", *(f"{j} {name}" for j, name in enumerate(run.task_names, start=1))]

@@ -14,6 +14,7 @@ def from_python() -> None:
     import pytorch_lightning as pl
 
     from cl.engine.experiment import Experiment
+    from cl.measure.choose import chosen
     from cl.report.tables import FileReport
     from cl.report.training import TrainingReport
     from cl.report.wandb import WandbReport
@@ -31,6 +32,7 @@ def from_python() -> None:
         reports=[curves, FileReport(), w_and_b],
         logger=[curves.logger, w_and_b.logger],
         every=4,
+        instruments=chosen(stream),
     ).run()
 
 

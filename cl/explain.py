@@ -155,7 +155,7 @@ def before_run(error: BaseException) -> str | None:
         place = place.tb_next
     modules = {module for module, _ in frames}
     if loader.__name__ in modules:
-        hint = "a group takes names, as strategy=er or strategy=[er,gpm], and ~group leaves it out"
+        hint = "a group takes names, as strategy=one or strategy=[one,other], and ~group leaves it out"
         return _one_line(f"The configuration cannot be composed ({error}): {hint}")
     if isinstance(error, OSError) and jobs.__name__ in modules and ("cl.app.cli", "run") not in frames:
         reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)

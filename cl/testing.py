@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from cl.data.stream_checks import check_stream, same
+from cl.data.target import TARGETS
 from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch, Strategy, misspelt
+from cl.engine.strategy import NEEDS, Batch, Strategy, misspelt
 from cl.errors import InputError
 from cl.report.run import Run
 
@@ -119,7 +120,7 @@ def toy_run(*strategies: Strategy, epochs: int = 2, **options: Any) -> Run:
 def check_strategy(
     make: Callable[..., Strategy | Mapping[str, Strategy]],
     *,
-    scenarios: tuple[Scenario, ...] = SCENARIOS,
+    scenarios: tuple[Scenario, ...] | None = None,
     backbone: str = "mlp",
     first_task_is_finetuning: bool = False,
     **options: Any,
@@ -129,11 +130,12 @@ def check_strategy(
     It must train in each scenario; resume at a task boundary, in a newly built learner, to the same bits and the same
     predictions, from a file that loads strictly with `weights_only=True`; do so beside a replay too; give the same
     weights for every chunk size; keep its state's shapes; only append rows to a batch; leave the global generator, the
-    modules' modes and the learner where they are; and, where the author says so, be fine-tuning in the first task.
+    modules' modes and the learner where they are; refuse a run in a scenario that its class does not list; and, where
+    the author says so, be fine-tuning in the first task.
 
     Args:
         make: Builds the strategy, or several by name: a class or a function.
-        scenarios: Those that the strategy supports.
+        scenarios: Those to train in; None means all that its class lists.
         backbone: "mlp" or "vit", see `toy_learner`.
         first_task_is_finetuning: Whether the weights after the first task must be those of fine-tuning, to the bit.
         options: Passed to `make`.
@@ -149,9 +151,11 @@ def check_strategy(
         made = make(**options)
         return made if isinstance(made, Mapping) else {"method": made}
 
-    for strategy in build().values():
-        said = misspelt(type(strategy))
-        assert said is None, said
+    supported = _check_card(build)
+    for scenario in SCENARIOS:
+        if scenario not in supported:
+            _check_refused(build, partial(toy_learner, scenario=scenario, backbone=backbone), scenario)
+    scenarios = scenarios or supported
     _check_manners(build, partial(toy_learner, scenario=scenarios[0], backbone=backbone))
     for scenario in scenarios:
         toy = partial(toy_learner, scenario=scenario, backbone=backbone)
@@ -162,6 +166,32 @@ def check_strategy(
             _check_inside(build, toy, states[3])
         if first_task_is_finetuning:
             _check_first_task(states[1], scenario, backbone)
+
+
+def _check_card(build: Build) -> tuple[Scenario, ...]:
+    """Check what the classes say of themselves; return the scenarios that they all work in."""
+    for strategy in build().values():
+        said = misspelt(type(strategy))
+        assert said is None, said
+        for name, words, known in (
+            ("scenarios", strategy.scenarios, SCENARIOS),
+            ("targets", strategy.targets, TARGETS),
+            ("needs", strategy.needs, NEEDS),
+            ("bound", (strategy.bound,), ("upper", "lower", "")),
+        ):
+            strange = [word for word in words if word not in known]
+            assert not strange, (
+                f"{type(strategy).__name__}.{name} has {strange[0]!r}: use words of {', '.join(map(repr, known))}."
+            )
+    return tuple(each for each in SCENARIOS if all(each in strategy.scenarios for strategy in build().values()))
+
+
+def _check_refused(build: Build, toy: Toy, scenario: Scenario) -> None:
+    strategies = build()
+    names = " + ".join(type(strategy).__name__ for strategy in strategies.values())
+    with suppress(InputError):
+        toy(strategies)
+        raise AssertionError(f"{names} does not list scenario={scenario} and takes a run in it: let setup refuse it.")
 
 
 class _Replay(Strategy):

@@ -73,6 +73,7 @@ class AdamNSCL(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
 
     def __init__(self, ratio: float = 10.0, num_samples: int | None = None, released_rule: bool = False) -> None:
         super().__init__()

@@ -60,6 +60,8 @@ class AGEM(Strategy):
         >>> check_strategy(AGEM, memory_size=40)
     """
 
+    needs = ("memory", "boundaries")
+
     def __init__(self, memory_size: int = 200, batch_size: int = 256, storage: str = "device") -> None:
         super().__init__()
         check_range("agem", 1, batch_size=batch_size)

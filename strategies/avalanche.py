@@ -51,6 +51,7 @@ class Avalanche(Strategy):
         True
     """
 
+    needs = ("boundaries",)
     distributed = False
 
     def __init__(

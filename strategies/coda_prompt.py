@@ -88,6 +88,8 @@ class CODAPrompt(Strategy):
         >>> check_strategy(CODAPrompt, num_components=6, blocks=(0,), backbone="vit", scenarios=("class",))
     """
 
+    needs = ("boundaries", "transformer")
+
     def __init__(
         self,
         num_components: int = 100,

@@ -103,7 +103,7 @@ class CUBER(ScaledByTask):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(CUBER, scenarios=("task",))
+        >>> check_strategy(CUBER)
     """
 
     def __init__(

@@ -30,6 +30,8 @@ class Cumulative(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
+    bound = "upper"
 
     def __init__(self, restart: bool = False) -> None:
         super().__init__()

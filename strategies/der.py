@@ -48,6 +48,7 @@ class DER(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("memory",)
 
     def __init__(
         self, memory_size: int = 200, alpha: float = 0.3, batch_size: int | None = None, storage: str = "device"

@@ -57,6 +57,7 @@ class DERpp(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("memory",)
 
     def __init__(
         self,

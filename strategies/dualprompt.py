@@ -60,6 +60,7 @@ class DualPrompt(Strategy):
         >>> check_strategy(DualPrompt, general_blocks=(0,), expert_blocks=(0,), backbone="vit", scenarios=("class",))
     """
 
+    needs = ("boundaries", "transformer")
     uses_task = True
     known: Tensor
 

@@ -42,6 +42,7 @@ class ER(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("memory",)
 
     def __init__(
         self,

@@ -64,6 +64,8 @@ class ERACE(Strategy):
         >>> check_strategy(ERACE, memory_size=20)
     """
 
+    needs = ("memory",)
+
     def __init__(
         self,
         memory_size: int = 200,

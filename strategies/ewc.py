@@ -62,6 +62,7 @@ class EWC(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
     importance: Tensor
     anchor: Tensor
 

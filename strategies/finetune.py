@@ -17,3 +17,4 @@ class Finetune(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    bound = "lower"

@@ -86,6 +86,8 @@ class GDumb(Strategy):
         >>> check_strategy(GDumb, memory_size=20)
     """
 
+    needs = ("memory", "boundaries")
+
     def __init__(
         self, memory_size: int = 500, cutmix: float = 0.0, alpha: float = 1.0, storage: str = "device"
     ) -> None:

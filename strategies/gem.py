@@ -114,6 +114,7 @@ class GEM(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("memory", "boundaries")
 
     def __init__(
         self, memory_size: int = 200, margin: float = 0.5, ridge: float = 1e-3, storage: str = "device"

@@ -64,6 +64,7 @@ class GPM(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries", "sgd")
 
     def __init__(
         self,

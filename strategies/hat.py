@@ -103,9 +103,11 @@ class HAT(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(HAT, scenarios=("task",))
+        >>> check_strategy(HAT)
     """
 
+    scenarios = ("task",)
+    needs = ("boundaries", "sgd")
     uses_task = True
     used: Tensor
 

@@ -63,9 +63,11 @@ class ICaRL(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(ICaRL, scenarios=("class", "task"), memory_size=20)
+        >>> check_strategy(ICaRL, memory_size=20)
     """
 
+    scenarios = ("class", "task")
+    needs = ("memory", "boundaries")
     means: Tensor
 
     def __init__(self, memory_size: int = 200, storage: str = "device") -> None:
@@ -76,11 +78,6 @@ class ICaRL(Strategy):
         """Allocate exemplars, teacher and means."""
         if learner.strategies.owned("encode"):
             raise InputError("iCaRL distils backbone and head, but another strategy owns encode: drop one of the two.")
-        if stream.scenario == "domain":
-            raise InputError(
-                "iCaRL tells new classes from old ones, but with scenario=domain all tasks have the same: use "
-                "scenario=class or scenario=task, or another strategy."
-            )
         if self.memory_size < stream.num_classes:
             raise InputError(
                 f"icarl.memory_size={self.memory_size} leaves some of the {stream.num_classes} classes without an "

@@ -27,6 +27,7 @@ class Joint(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    bound = "upper"
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Keep the union as views until it is needed."""

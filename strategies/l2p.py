@@ -48,6 +48,8 @@ class L2P(Strategy):
         >>> check_strategy(L2P, backbone="vit")
     """
 
+    needs = ("transformer",)
+
     def __init__(self, pool_size: int = 10, length: int = 5, top_k: int = 5, pull: float = 0.1) -> None:
         super().__init__()
         check_range("l2p", 1, pool_size=pool_size, length=length)

@@ -74,6 +74,7 @@ class LwF(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
 
     def __init__(
         self, alpha: float = 1.0, temperature: float = 2.0, scaled: bool = True, per_task: bool = False

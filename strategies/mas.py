@@ -84,6 +84,7 @@ class MAS(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
     importance: Tensor
     anchor: Tensor
 

@@ -70,6 +70,8 @@ class MIR(Strategy):
         >>> check_strategy(MIR, memory_size=20)
     """
 
+    needs = ("memory",)
+
     def __init__(
         self,
         memory_size: int = 200,

@@ -43,6 +43,7 @@ class NCM(Strategy):
         >>> check_strategy(NCM)
     """
 
+    needs = ("boundaries",)
     total: Tensor
     count: Tensor
 

@@ -88,6 +88,7 @@ class OGD(Strategy):
         >>> check_strategy(OGD, num_samples=20)
     """
 
+    needs = ("boundaries", "sgd")
     basis: Tensor
 
     def __init__(self, num_samples: int = 200, logits: str = "truth") -> None:

@@ -55,6 +55,7 @@ class OnlineEWC(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
     precision: Tensor
     mean: Tensor
 

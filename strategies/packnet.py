@@ -68,9 +68,11 @@ class PackNet(Strategy):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(PackNet, scenarios=("task",))
+        >>> check_strategy(PackNet)
     """
 
+    scenarios = ("task",)
+    needs = ("boundaries",)
     uses_task = True
     pruned: Tensor
 

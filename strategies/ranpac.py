@@ -69,6 +69,7 @@ class RanPAC(Strategy):
         >>> check_strategy(RanPAC, num_projections=20)
     """
 
+    needs = ("boundaries",)
     projection: Tensor
     G: Tensor
     Q: Tensor

@@ -75,6 +75,7 @@ class SPrompts(Strategy):
         >>> check_strategy(SPrompts, backbone="vit", scenarios=("domain",))
     """
 
+    needs = ("boundaries", "transformer")
     uses_task = True
     centres: Tensor
     known: Tensor

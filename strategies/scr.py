@@ -80,6 +80,7 @@ class SCR(Strategy):
         >>> check_strategy(SCR, memory_size=20)
     """
 
+    needs = ("memory", "boundaries")
     distributed = False  # every row is contrasted with all others of the batch
     means: Tensor
 

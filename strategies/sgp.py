@@ -78,6 +78,7 @@ class SGP(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries", "sgd")
 
     def __init__(
         self,

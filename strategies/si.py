@@ -54,6 +54,7 @@ class SI(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
     importance: Tensor
     anchor: Tensor
     path: Tensor

@@ -94,6 +94,7 @@ class SupSup(Strategy):
         >>> check_strategy(SupSup)
     """
 
+    needs = ("boundaries",)
     uses_task = True
 
     def __init__(self, density: float = 0.1) -> None:

@@ -104,6 +104,7 @@ class TAG(Strategy):
     """
 
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries",)
     momentum: Tensor
     squares: Tensor
     directions: Tensor

@@ -77,7 +77,7 @@ class TRGP(ScaledByTask):
 
     Example:
         >>> from cl.testing import check_strategy
-        >>> check_strategy(TRGP, scenarios=("task",))
+        >>> check_strategy(TRGP)
     """
 
     def __init__(

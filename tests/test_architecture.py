@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -82,6 +83,34 @@ def test_the_engine_room_stays_small():
 def test_the_engine_knows_no_stream_and_no_strategy(path):
     bad = {name for name in imports(path) if name.startswith(("cl.strategies", "cl.streams", "strategies", "streams"))}
     assert not bad, f"{path.name} imports {bad}"
+
+
+def texts(tree: ast.AST) -> list[ast.Constant]:
+    """Return the strings of a module, but for its docstrings."""
+    bodies = [node.body for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
+    docs = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
+    return [node for node in constants if isinstance(node.value, str)]
+
+
+def test_no_string_in_cl_names_a_strategy_or_stream():
+    """What the engine has to know of one, its class says; of messages, `cl-list` knows the names.
+
+    A word that is a parameter's name somewhere in `cl` (`split`, of a dataset) or a library's that `cl` imports is a
+    term of its own.
+    """
+    trees = {path: ast.parse(path.read_text()) for path in ENGINE}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    terms = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    terms |= {name.partition(".")[0] for path in ENGINE for name in imports(path)}
+    strategies, streams = ({path.stem for path in paths} - terms for paths in (STRATEGIES, STREAMS))
+    found = []
+    for path, tree in trees.items():
+        for node in texts(tree):
+            words = strategies & set(re.findall(r"\w+", node.value))
+            words |= streams & {node.value, *re.findall(r"streams?[.=](\w+)", node.value)}
+            found += [f"{path.relative_to(ROOT)}:{node.lineno} says {word}" for word in sorted(words)]
+    assert not found
 
 
 @pytest.mark.parametrize("path", STRATEGIES + STREAMS, ids=ids(STRATEGIES + STREAMS))

@@ -41,6 +41,9 @@ def random_R(seed: int, num_tasks: int = 3) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).random((num_tasks + 1, num_tasks), dtype=np.float32))
 
 
+BOUNDS = {"joint": "upper", "finetune": "lower"}
+
+
 def make_run(
     place: Path,
     strategy: str = "er",
@@ -57,7 +60,9 @@ def make_run(
     num_tasks = R.shape[1]
     matrices = {mask: TransferMatrix(num_tasks, mask) for mask in masks}
     tasks = list(names or (f"t{i}" for i in range(num_tasks)))
-    run = Run(place, {}, tasks, "class", matrices, order=order or tuple(range(num_tasks)))
+    run = Run(
+        place, {}, tasks, "class", matrices, order=order or tuple(range(num_tasks)), bound=BOUNDS.get(strategy, "")
+    )
     place.mkdir(parents=True)
     base = {
         "seed": seed,
@@ -573,6 +578,16 @@ def test_bounds_are_never_the_best_and_direction_is_respected(tmp_path):
             assert [row.group for row in board.rows if row.best[i]] == ["ewc"], column.quantity
         # the cells above the diagonal mean nothing where classes to come have no output
         assert column.mask == ("task" if column.quantity == "fwt_gem" else "class")
+
+
+def test_a_run_of_before_bounds_were_written_has_none(tmp_path):
+    for strategy in ("joint", "er"):
+        path = make_run(tmp_path / strategy, strategy) / "transfer.json"
+        content = json.loads(path.read_text())
+        assert content.pop("bound") == BOUNDS.get(strategy, "")
+        path.write_text(json.dumps(content))
+    found = align([read_run(path) for path in find_runs([tmp_path])])
+    assert {group.bound for group in found.groups.values()} == {""}
 
 
 def test_a_caveat_is_said_where_no_better_mask_exists(tmp_path, capsys):

@@ -19,7 +19,8 @@ from cl.data.augment import Normalize, RandomCropFlip
 from cl.data.sources import digits, synthetic
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
 from cl.engine.experiment import Experiment
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.learner import Learner
+from cl.engine.strategy import NEEDS, Batch, Strategy, overrides
 from cl.errors import InputError
 from cl.random import Random
 from cl.strategies.adam_nscl import AdamNSCL
@@ -65,7 +66,8 @@ from cl.streams.permuted import permuted
 from cl.streams.repetition import repetition
 from cl.streams.rotated import rotated
 from cl.streams.split import split
-from cl.testing import check_strategy, check_stream, toy_learner, toy_stream
+from cl.testing import ToyBackbone, check_strategy, check_stream, toy_learner, toy_stream
+from cl.toolkit.memory import Memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +88,11 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     backbone: str = "mlp"
     finetunes_first: bool = False
-    scenarios: tuple[str, ...] = SCENARIOS
+    scenarios: tuple[str, ...] = ()  # those of the class, where none are named
+
+    def __post_init__(self) -> None:
+        if not self.scenarios:
+            object.__setattr__(self, "scenarios", getattr(self.make, "scenarios", SCENARIOS))
 
 
 METHODS = [
@@ -121,22 +127,22 @@ METHODS = [
     Row("gem", GEM, {"memory_size": 30}, finetunes_first=True),
     Row("sgp", SGP, finetunes_first=True),
     Row("sgp", SGP, {"scale": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
-    Row("trgp", TRGP, finetunes_first=True, scenarios=("task",)),
-    Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True, scenarios=("task",)),
+    Row("trgp", TRGP, finetunes_first=True),
+    Row("trgp", TRGP, {"trust": 0.0, "threshold": 0.9}, backbone="vit", finetunes_first=True),
     Row("adam_nscl", AdamNSCL, finetunes_first=True),
     Row("adam_nscl", AdamNSCL, {"num_samples": 20, "released_rule": True}, backbone="vit", finetunes_first=True),
     Row("tag", TAG),
     Row("tag", TAG, {"form": "adam", "b": 1.0}, backbone="vit"),
     Row("tag", TAG, {"form": "adagrad"}),
-    Row("cuber", CUBER, finetunes_first=True, scenarios=("task",)),
-    Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True, scenarios=("task",)),
+    Row("cuber", CUBER, finetunes_first=True),
+    Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True),
     Row("er_ace", ERACE, {"memory_size": 20}),
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
     Row("der", DER, {"memory_size": 20}),
     Row("der", DER, {"memory_size": 20, "alpha": 0.0}, finetunes_first=True),
     Row("gdumb", GDumb, {"memory_size": 20}),
     Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
-    Row("icarl", ICaRL, {"memory_size": 20}, scenarios=("class", "task")),
+    Row("icarl", ICaRL, {"memory_size": 20}),
     Row("scr", SCR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
@@ -151,12 +157,12 @@ METHODS = [
     Row("si", SI, finetunes_first=True),
     Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
     Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
-    Row("packnet", PackNet, scenarios=("task",)),
-    Row("hat", HAT, scenarios=("task",)),
+    Row("packnet", PackNet),
+    Row("hat", HAT),
     Row("supsup", SupSup),
     Row("supsup", SupSup, {"density": 0.1}, backbone="vit"),
-    Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True, scenarios=("task",)),
-    Row("packnet", PackNet, {"share": 0.75}, backbone="vit", scenarios=("task",)),
+    Row("packnet", PackNet, {"share": 0.0, "prune_after": 1}, finetunes_first=True),
+    Row("packnet", PackNet, {"share": 0.75}, backbone="vit"),
     Row("online_ewc", OnlineEWC, {"weight": 1.0, "fisher": "sampled", "gamma": 0.5}, backbone="vit"),
 ]
 TEAMS = [
@@ -232,6 +238,43 @@ def test_strategy_keeps_the_contract(row, scenario):
         first_task_is_finetuning=row.finetunes_first,
         **row.options,
     )
+
+
+def refusal(row: Row, momentum: float) -> str:
+    """Return why a strategy refuses a network of two layers under SGD, "" where it takes it."""
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=momentum)
+    try:
+        Learner(toy_stream(2, row.scenarios[0]), ToyBackbone(), {"it": row.make(**row.options)}, optimizer)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("row", FIRST, ids=name_of)
+def test_what_a_strategy_says_that_it_needs_is_what_it_needs(row):
+    method = row.make(**row.options)
+    learner, _ = toy_learner({"it": method}, 2, row.scenarios[0], row.backbone)
+    found = {
+        "memory": any(isinstance(module, Memory) for module in learner.modules()),
+        "boundaries": overrides(method, "before_task") or overrides(method, "after_task"),
+        "transformer": bool(refusal(row, momentum=0)),
+        "sgd": "needs plain SGD" in refusal(row, momentum=0.9),
+    }
+    assert set(found) == set(NEEDS)
+    assert {need for need, is_so in found.items() if is_so} == set(method.needs)
+
+
+def test_a_runs_bound_is_what_all_its_strategies_say():
+    bounds = {
+        name: toy_learner(team)[0].strategies.bound
+        for name, team in {
+            "joint": {"joint": Joint()},
+            "none": {},
+            "finetune": {"a": Finetune(), "b": Finetune()},
+            "mixed": {"er": ER(20), "joint": Joint()},
+        }.items()
+    }
+    assert bounds == {"joint": "upper", "none": "", "finetune": "lower", "mixed": ""}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -543,6 +586,34 @@ def test_a_misspelt_hook_is_told_wherever_the_strategy_goes(kind, hook):
 
 def test_a_helper_is_no_misspelt_hook():
     toy_learner({"mine": Helper()})
+
+
+class InOneScenario(Strategy):
+    scenarios = ("task",)
+
+
+class TakesAll(InOneScenario):
+    def check_scenario(self, stream):
+        pass
+
+
+class StrangeNeed(Strategy):
+    needs = ("memory", "luck")
+
+
+def test_a_scenario_that_is_not_listed_is_refused():
+    for scenario, why in (("class", "is not told"), ("domain", "have the same classes")):
+        message = f"InOneScenario works with scenario=task, but this run has scenario={scenario}, where .*{why}"
+        with pytest.raises(InputError, match=message):
+            toy_learner({"mine": InOneScenario()}, scenario=scenario)
+    check_strategy(InOneScenario)
+    with pytest.raises(AssertionError, match="TakesAll does not list scenario=class and takes a run in it"):
+        check_strategy(TakesAll)
+
+
+def test_words_of_a_card_are_known():
+    with pytest.raises(AssertionError, match=r"StrangeNeed\.needs has 'luck': use words of 'memory', 'boundaries'"):
+        check_strategy(StrangeNeed)
 
 
 def test_two_owners_of_one_hook_are_named():

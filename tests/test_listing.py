@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from cl.app import listing
+from cl.app.cards import card
+from cl.data.task import SCENARIOS
 from cl.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +68,58 @@ def test_the_command(capsys) -> None:
     assert "no group called 'strategies': did you mean 'strategy'" in capsys.readouterr().err
     with pytest.raises(InputError, match="Known: backbone"):
         listing.options("strategies")
+
+
+def test_a_card_read_from_the_source_is_what_the_class_says() -> None:
+    for name, found in listing.cards().items():
+        module = importlib.import_module(f"cl.strategies.{name}")
+        kind = next(
+            kind for kind in vars(module).values() if getattr(kind, "__name__", "").lower() == name.replace("_", "")
+        )
+        for attribute in ("scenarios", "targets", "needs", "bound"):
+            assert found[attribute] == getattr(kind, attribute), (name, attribute)
+
+
+def test_a_card_of_an_installed_package_is_read_however_it_imports_the_contract(tmp_path, monkeypatch) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import cl\nimport cl as c\nfrom cl import Strategy\nfrom cl.toolkit.subspace import ScaledByTask as Base\n"
+        "class A(Strategy):\n    needs = ('memory',)\n"
+        "class B(cl.Strategy):\n    scenarios: tuple = ('domain',)\n"
+        "class C(c.Strategy, object):\n    bound = 'up' + 'per'\n"
+        "class D(Base):\n    targets = ('label',)\n"
+        "class E(Nowhere):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {name: card(f"theirs.{name}") for name in "ABCDE"}
+    assert [found[name]["scenarios"] for name in "ABCD"] == [SCENARIOS, ("domain",), SCENARIOS, ("task",)]
+    assert found["A"]["needs"] == ("memory",) and found["C"]["bound"] == "" and found["E"] == {}
+    assert found["D"]["targets"] == ("label",) and found["D"]["needs"] == ("boundaries", "sgd")
+    assert "theirs" not in sys.modules
+
+
+def test_conditions_choose_among_strategies(capsys) -> None:
+    def told(*words: str) -> set[str]:
+        listing.main(list(words))
+        return set(re.findall(r"strategy=(\w+)", capsys.readouterr().out))
+
+    assert told("bound=upper") == {"joint", "cumulative"} and told("strategy", "bound=lower") == {"finetune"}
+    assert {"hat", "packnet", "trgp"} <= told("scenario=task") - told("scenario=class")
+    assert "icarl" not in told("scenario=domain") and "icarl" in told("scenario=class", "memory=yes")
+    assert told("memory=yes") | told("memory=no") == set(listing.options("strategy"))
+    assert "er" in told("target=multilabel", "transformer=no") and "l2p" in told("transformer=yes")
+    for words, message in {
+        ("colour=red",): "no condition on strategies called 'colour'. Known: bound, boundaries, memory, scenario, sgd",
+        ("scenario=blue",): "scenario=blue chooses nothing: scenario is one of class, domain, task.",
+        ("stream", "memory=no"): "memory=no chooses among strategies: list the group stream without it.",
+    }.items():
+        with pytest.raises(SystemExit):
+            listing.main(list(words))
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_imports_no_torch() -> None:
+    code = "import sys; from cl.app.listing import main; main(['scenario=class']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def test_settings_are_listed_with_what_each_means() -> None:

@@ -663,7 +663,7 @@ def test_one_head_for_all_tasks_is_a_layer_like_the_others(make):
 
 @pytest.mark.parametrize("scenario", ["class", "domain"])
 def test_trgp_refuses_other_scenarios(scenario):
-    message = f"TRGP has weights for each task, but the {scenario}-incremental scenario does not tell .* scenario=task"
+    message = f"TRGP works with scenario=task, but this run has scenario={scenario}, .* use scenario=task"
     with pytest.raises(InputError, match=message):
         toy_learner({"method": TRGP()}, scenario=scenario)
 
@@ -802,7 +802,7 @@ def test_an_old_task_gains_from_a_new_one_that_pulls_its_way():
 
 @pytest.mark.parametrize("scenario", ["class", "domain"])
 def test_cuber_refuses_other_scenarios(scenario):
-    with pytest.raises(InputError, match=f"CUBER has weights for each task, but the {scenario}-incremental scenario"):
+    with pytest.raises(InputError, match=f"CUBER works with scenario=task, but this run has scenario={scenario}"):
         toy_learner({"method": CUBER()}, scenario=scenario)
 
 

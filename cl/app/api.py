@@ -184,7 +184,7 @@ def _checked(
 ) -> functools.partial[pl.Trainer]:
     """Return what makes Trainers; refuse what would fail only when the run has begun."""
     if not isinstance(stream, Stream):
-        raise InputError(f"{stream!r} is no stream: make one, such as cl.streams.split(dataset).")
+        raise InputError(f"{stream!r} is no stream: make one by a function of cl.streams.")
     check_range("", 0, epochs=epochs)
     check_range("", 0, above=True, gradient_clip=gradient_clip)
     check_call("trainer", pl.Trainer, trainer)
@@ -317,6 +317,7 @@ def load(directory: str | Path) -> Run:
         tuning=files.tuning,
         stream=files.stream,
         device=files.device,
+        bound=files.bound,
     )
     summary, references = (_read_if_there(where / name) for name in (rundir.SUMMARY, rundir.REFERENCES))
     run.references, run.test_rows = references, tuple(summary.get("test_rows", ()))

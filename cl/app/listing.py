@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from cl.app.cards import Card, card, chosen
 from cl.app.plugins import GROUP
 from cl.errors import InputError, unknown
 from cl.settings import SETTINGS
@@ -79,14 +80,24 @@ def line(text: str, is_method: bool = False) -> str:
         >>> line("# Of no interest.\ner:\n  _target_: cl.strategies.er.ER", is_method=True)[:36]
         'Experience Replay (Rolnick et al. 20'
     """
-    target = re.search(r"^\s*_target_: *([\w.]+)", text, flags=re.MULTILINE)
-    name, _, thing = (target.group(1) if target is not None else "").rpartition(".")
+    name, _, thing = _target(text).rpartition(".")
     said = re.match(r"((?:# .*\n)+)", re.sub(r"\A# @package.*\n", "", text))
     if name and (is_method or said is None):
         return described(name, "" if is_method else thing)
     lines = said.group(1).replace("# ", "").splitlines() if said is not None else []
     whole = next((i for i, some in enumerate(lines) if some.endswith((".", ")"))), len(lines) - 1)
     return " ".join(lines[: whole + 1])
+
+
+def _target(text: str) -> str:
+    target = re.search(r"^\s*_target_: *([\w.]+)", text, flags=re.MULTILINE)
+    return target.group(1) if target is not None else ""
+
+
+def cards() -> dict[str, Card]:
+    """Return what each strategy says of itself, by the name of its option."""
+    texts = {path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8") for path in _yamls("strategy")}
+    return {name: card(_target(text)) for name, text in sorted(texts.items())}
 
 
 def described(module: str, thing: str = "") -> str:
@@ -107,6 +118,12 @@ def described(module: str, thing: str = "") -> str:
     return " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
 
 
+def _chosen(group: str, listed: dict[str, str], wanted: list[str]) -> dict[str, str]:
+    if group != "strategy":
+        raise InputError(f"{wanted[0]} chooses among strategies: list the group {group} without it.")
+    return {name: listed[name] for name in chosen(cards(), wanted)}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run `cl-list`."""
     from rich.console import Console
@@ -115,12 +132,18 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="cl-list", description="Lists what can be chosen by group=option.")
     known = ", ".join([*groups(), _SETTINGS])
-    parser.add_argument("group", nargs="*", default=SHOWN, help=f"of {known}; strategy and stream")
+    words = "group", "condition=value"
+    about = f"of {known}; strategy and stream. Conditions, as scenario=class memory=no, choose among strategies."
+    parser.add_argument("group", nargs="*", metavar=words, help=about)
+    given = parser.parse_args(arguments).group
+    wanted = [word for word in given if "=" in word]
     console = Console()
-    for group in parser.parse_args(arguments).group:
+    for group in [word for word in given if "=" not in word] or (("strategy",) if wanted else SHOWN):
         table = Table(box=None, pad_edge=False, show_header=False)
         try:
             listed = options(group)
+            if wanted:
+                listed = _chosen(group, listed, wanted)
         except InputError as error:
             parser.exit(1, f"{error}\n")
         for option, said in listed.items():

@@ -11,8 +11,6 @@ from cl.errors import InputError
 from cl.report.caption import strategies, stream_kind
 from cl.settings import setting
 
-BOUNDS = {"joint": "upper bound", "cumulative": "upper bound", "finetune": "lower bound"}
-
 Unit = tuple[str, ...]
 
 
@@ -184,9 +182,15 @@ def _groups(runs: Sequence[RunFiles], by: Sequence[str]) -> tuple[dict[str, Grou
     for key, part in members.items():
         total = max(run.num_tasks for run in part)
         name = name_of[key[0]] + ("" if key[1] is None else f" (after {key[1]} of {total} tasks)")
-        groups[name] = Group(name, configs[key], part, BOUNDS.get(strategies(configs[key]), ""), key[1])
+        groups[name] = Group(name, configs[key], part, _bound(part), key[1])
     outside = {str(i): {k: v for k, v in method_config(run).items() if not under(k, by)} for i, run in enumerate(runs)}
     return groups, [key for key in differing(outside) if by and not under(key, ["strategy"])]
+
+
+def _bound(runs: Sequence[RunFiles]) -> str:
+    """Return what all runs of a group bound, "" where they are compared themselves."""
+    found = {run.bound for run in runs} - {""}
+    return f"{found.pop()} bound" if len(found) == 1 else ""
 
 
 def shortest_names(configs: Sequence[Mapping[str, Any]], base: Any) -> list[str]:

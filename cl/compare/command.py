@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     )
     it.add_argument("--scalar", metavar="NAME", default="average_accuracy", help="what ranks the groups")
     it.add_argument("--level", metavar="SHARE", type=float, default=0.95, help="confidence of the intervals")
-    it.add_argument("--base", metavar="GROUP", help="what matrices are subtracted from; default: finetune, or the best")
+    it.add_argument(
+        "--base", metavar="GROUP", help="what matrices are subtracted from; default: the lower bound, or the first"
+    )
     it.add_argument("--unfinished", action="store_true", help="keep runs with tasks left, as groups of their own")
     return it
 

@@ -93,6 +93,7 @@ class RunFiles:
         format: The version of the format of its files.
         stream: What the stream is called; "" where the run has not said it yet.
         device: What it was trained on, such as "cuda"; "" where it has not said it.
+        bound: "upper" or "lower" where it bounds what is compared; "" where it does not, or has not said it.
     """
 
     directory: Path
@@ -115,6 +116,7 @@ class RunFiles:
     format: int = rundir.FORMAT
     stream: str = ""
     device: str = ""
+    bound: str = ""
 
     @property
     def seed(self) -> str:
@@ -229,7 +231,7 @@ def _read_summary(run: RunFiles, path: Path) -> None:
     content = read_json(path)
     try:
         run.scenario = str(content["scenario"])
-        run.stream, run.device = (str(content.get(key) or "") for key in ("stream", "device"))
+        run.stream, run.device, run.bound = (str(content.get(key) or "") for key in ("stream", "device", "bound"))
         run.num_tasks, run.tasks_learned = int(content["num_tasks"]), int(content["tasks_learned"])
         run.task_names = tuple(map(str, content["task_names"]))
         run.order = tuple(map(int, content.get("order") or ()))

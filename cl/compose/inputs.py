@@ -114,7 +114,7 @@ def rotate(source: Source, angles: Sequence[float]) -> Stream:
         '30°'
     """
     stream = as_stream(source)
-    _images_only(stream, "rotated")
+    _images_only(stream, "can be rotated")
     degrees = [float(angle) for angle in angles]
     if len(degrees) != len(stream):
         raise InputError(f"{len(degrees)} angles for num_tasks={len(stream)}: give one angle a task.")
@@ -147,7 +147,7 @@ def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int =
     from cl.compose.corruptions import corrupt as corrupted
 
     stream = as_stream(source)
-    _images_only(stream, "corrupted")
+    _images_only(stream, "can be corrupted")
     if len(kinds) != len(stream):
         raise InputError(f"{len(kinds)} corruptions for {len(stream)} tasks: give one a task.")
     for kind in set(kinds) - {"clean"}:
@@ -159,6 +159,6 @@ def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int =
     return transform(stream, change, f"corrupted {stream.name}", kinds)
 
 
-def _images_only(stream: Stream, done: str) -> None:
+def _images_only(stream: Stream, what: str) -> None:
     if len(stream.input_shape) != 3:
-        raise InputError(f"Inputs of {stream.name} have shape {stream.input_shape}: only images can be {done}.")
+        raise InputError(f"Inputs of {stream.name} have shape {stream.input_shape}: only images {what}.")

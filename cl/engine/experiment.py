@@ -143,6 +143,7 @@ class Experiment:
             instruments=dict(self.instruments.items()),
             tuning=dict(tuning or {}),
             notes=[*notes, *told, *learner.strategies.remarks(learner)],
+            bound=learner.strategies.bound,
             learner=learner,
             **_what_is_learned(stream),
         )

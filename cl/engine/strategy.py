@@ -62,6 +62,19 @@ if TYPE_CHECKING:
     from cl.data.task import Stream, Task, TaskData
     from cl.engine.learner import Learner
 
+# What a method may need of a run, for `Strategy.needs`.
+NEEDS = {
+    "memory": "room for examples of earlier tasks, which it stores",
+    "boundaries": "tasks with a beginning and an end, where it acts",
+    "transformer": "a backbone that takes prompts, such as backbone=vit",
+    "sgd": "plain SGD, without momentum and weight decay, whose steps stay where gradients are projected",
+}
+_WITHIN = {  # what a method finds, or misses, in a scenario that it does not work in
+    "class": "where the task of a test example is not told",
+    "domain": "where all tasks have the same classes, and the task of a test example is not told",
+    "task": "where the task of each test example is told",
+}
+
 Labels = np.ndarray[Any, np.dtype[np.int64]]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -130,6 +143,17 @@ class Batch:
 class Strategy(nn.Module):
     """A method of continual learning; see the module's docstring for when each hook is called.
 
+    What a class says of itself is written as literals, so that `cl-list strategy scenario=class memory=no` reads it
+    from the source.
+
+    Attributes:
+        scenarios: Those that it works in, of "class", "task" and "domain"; a run in another one is refused.
+        targets: What it can learn, of "label", "multilabel" and "regression"; a stream of others is refused.
+        needs: What it needs of a run, words of `NEEDS`.
+        bound: "upper" or "lower" where its results bound those of the methods that are compared; else "".
+        distributed: Whether it can learn in several processes.
+        uses_task: Whether its features or outputs use the task labels that a scenario gives at test.
+
     Example:
         A method that shrinks the weights a little, in full:
 
@@ -140,9 +164,25 @@ class Strategy(nn.Module):
         (True, False)
     """
 
-    targets: tuple[str, ...] = ("label",)  # what it can learn, of cl.data.target
-    distributed = True  # whether it can learn in several processes
-    uses_task = False  # whether its features or outputs use the task labels that a scenario gives at test
+    scenarios: tuple[str, ...] = ("class", "task", "domain")
+    targets: tuple[str, ...] = ("label",)
+    needs: tuple[str, ...] = ()
+    bound: str = ""
+    distributed: bool = True
+    uses_task: bool = False
+
+    def check_scenario(self, stream: Stream) -> None:
+        """Refuse a scenario that the method does not work in.
+
+        Raises:
+            InputError: Naming method and scenario.
+        """
+        if stream.scenario not in self.scenarios:
+            those = " or ".join(self.scenarios)
+            raise InputError(
+                f"{type(self).__name__} works with scenario={those}, but this run has scenario={stream.scenario}, "
+                f"{_WITHIN[stream.scenario]}: use scenario={those}, or another strategy."
+            )
 
     def check_target(self, stream: Stream) -> None:
         """Refuse a stream whose targets the method does not know.
@@ -316,12 +356,19 @@ class Composition(nn.ModuleDict):
         """Let each strategy refuse the stream or allocate, and seed its generators by its name."""
         for name, strategy in self.items():
             assert isinstance(strategy, Strategy)
+            strategy.check_scenario(stream)
             strategy.check_target(stream)
             strategy.check_processes()
             strategy.setup(learner, stream)
             for path, module in strategy.named_modules():
                 if isinstance(module, Random):
                     module.seed(derive(learner.seed, name, path))
+
+    @property
+    def bound(self) -> str:
+        """The bound that all strategies agree on, "upper" or "lower"; else ""."""
+        found = {strategy.bound for strategy in self.values()}
+        return str(found.pop()) if len(found) == 1 else ""
 
     def remarks(self, learner: Learner) -> list[str]:
         """Return the strategies' sentences on a run, each once."""

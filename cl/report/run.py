@@ -109,6 +109,7 @@ class Run:
         scenario: "class", "task" or "domain".
         stream: What the stream is called.
         device: What is trained on, such as "cuda"; "" before the run has started.
+        bound: "upper" or "lower" where the strategies bound what is compared; else "".
         matrices: Transfer matrices by mask; the first key is the mask of the scenario.
         notes: Sentences that belong beside the numbers.
         order: The positions of the tasks in the order in which they are learned.
@@ -148,6 +149,7 @@ class Run:
     test_rows: tuple[int, ...] = ()
     stream: str = ""
     device: str = ""
+    bound: str = ""
     learner: Any = None
 
     def __post_init__(self) -> None:

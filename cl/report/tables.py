@@ -78,6 +78,7 @@ def transfer_json(run: Run) -> str:
             "stream": run.stream,
             "scenario": run.scenario,
             "device": run.device,
+            "bound": run.bound,
             "num_tasks": len(run.task_names),
             "tasks_learned": run.tasks_learned,
             "task_names": run.task_names,

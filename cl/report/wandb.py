@@ -254,7 +254,7 @@ class WandbReport(Report):
 
     def _labels(self, run: Run) -> dict[str, Any]:
         config = run.config
-        strategies = list(config.get("strategy") or {}) or ["finetune"]
+        strategies = list(config.get("strategy") or {}) or ["fine-tuning"]
         stream = config.get("stream")
         dataset = config.get("dataset") or (stream.get("dataset") if isinstance(stream, Mapping) else None)
         parts = [_name_of(stream), _name_of(dataset), run.scenario, f"{len(run.task_names)} tasks"]

@@ -108,13 +108,10 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
     """Refuse what would let a later task change an earlier one's answers, whatever its own weights do.
 
     Raises:
-        InputError: If task labels are not given at test, tasks share outputs or have no boundaries, the head has
-            weights that are no class's own, batch norm keeps running statistics, or the optimizer moves weights whose
-            gradient is 0.
+        InputError: If tasks share outputs or have no boundaries, the head has weights that are no class's own, batch
+            norm keeps running statistics, or the optimizer moves weights whose gradient is 0.
     """
     name = type(strategy).__name__
-    if learner.scenario != "task":
-        raise InputError(f"{name} has to be given the task at test, but the scenario is {learner.scenario}: use task.")
     if not stream.boundaries or learner.shared_outputs:
         raise InputError(
             f"{name} gives each task outputs of its own, but in {stream.name!r} tasks share classes or have no "

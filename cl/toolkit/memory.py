@@ -276,7 +276,8 @@ def remark_without(name: str, learner: Learner) -> str | None:
     return (
         f"{name} keeps no exemplars: it never sees the classes of different tasks together, so it cannot learn to tell "
         "them apart, and in the class-incremental scenario ends near fine-tuning (van de Ven and Tolias 2019, "
-        '"Three scenarios for continual learning"): add er, or use scenario=task.'
+        '"Three scenarios for continual learning"): add a method that does (`cl-list strategy memory=yes`), or use '
+        "scenario=task."
     )
 
 

@@ -284,15 +284,16 @@ class ScaledByTask(Strategy):
         subspaces: Those of each protected layer.
     """
 
-    uses_task = True
+    scenarios = ("task",)
     targets = ("label", "multilabel", "regression")
+    needs = ("boundaries", "sgd")
+    uses_task = True
     threshold: float | Sequence[float]
     subspaces: Sequence[Subspaces]
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Allocate the subspaces of each layer; refuse what leaves the protected space."""
         name = type(self).__name__
-        check_task_labels(learner, name)
         check_apart(name, learner, stream)
         check_plain_sgd(learner, name)
         check_statistics(learner, name)
@@ -340,19 +341,6 @@ def _scaled(
     part: Subspaces, task: int, present: bool, layer: nn.Module, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     return part.inputs(inputs[0], task, present), *inputs[1:]
-
-
-def check_task_labels(learner: Learner, name: str) -> None:
-    """Refuse a scenario that does not give task labels at test.
-
-    Raises:
-        InputError: Naming method and scenario.
-    """
-    if learner.scenario != "task":
-        raise InputError(
-            f"{name} has weights for each task, but the {learner.scenario}-incremental scenario does not tell the task "
-            "at test: use scenario=task."
-        )
 
 
 def one_each(key: str, value: float | Sequence[float], count: int) -> list[float]:

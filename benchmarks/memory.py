@@ -57,7 +57,7 @@ def main(policy: str, capacity: str) -> None:
 
 def _step(policy: str, size: int, x: Tensor, y: Tensor) -> Callable[[int], object]:
     from cl.data.task import Stream, Task, TaskData
-    from cl.engine.strategy import Batch
+    from cl.engine.batch import Batch
     from cl.toolkit.memory import Memory
 
     task = torch.zeros(len(y), dtype=torch.int64)

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from cl.data.task import Stream as Stream
     from cl.data.task import Task as Task
     from cl.data.task import TaskData as TaskData
+    from cl.engine.batch import Batch as Batch
     from cl.engine.experiment import Experiment as Experiment
     from cl.engine.instrument import Instrument as Instrument
     from cl.engine.learner import Learner as Learner
-    from cl.engine.strategy import Batch as Batch
+    from cl.engine.strategy import LearnerLike as LearnerLike
     from cl.engine.strategy import Strategy as Strategy
     from cl.errors import InputError as InputError
     from cl.metrics.transfer import TransferMatrix as TransferMatrix
@@ -45,8 +46,9 @@ _PLACES = {
     **{name: f"cl.data.task:{name}" for name in ("Stream", "Task", "TaskData")},
     **{
         "Dataset": "cl.data.dataset:Dataset",
-        "Batch": "cl.engine.strategy:Batch",
+        "Batch": "cl.engine.batch:Batch",
         "Strategy": "cl.engine.strategy:Strategy",
+        "LearnerLike": "cl.engine.strategy:LearnerLike",
     },
     **{
         "Learner": "cl.engine.learner:Learner",

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from cl.data.stream_checks import check_stream, same
 from cl.data.target import TARGETS
 from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import NEEDS, Batch, Strategy, misspelt
+from cl.engine.strategy import NEEDS, LearnerLike, Strategy, misspelt
 from cl.errors import InputError
 from cl.report.run import Run
 
@@ -202,16 +203,16 @@ class _Replay(Strategy):
     task: Tensor
     full: Tensor
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         self.register_buffer("x", torch.zeros(4, *stream.input_shape, dtype=stream.input_dtype))
         self.register_buffer("y", torch.zeros(4, dtype=torch.int64))
         self.register_buffer("task", torch.zeros(4, dtype=torch.int64))
         self.register_buffer("full", torch.zeros((), dtype=torch.bool))
 
-    def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+    def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         return batch.append(Batch(self.x, self.y, self.task)) if bool(self.full) else batch
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         for old, new in ((self.x, batch.x), (self.y, batch.y), (self.task, batch.task)):
             old.copy_(new[:4])
         self.full.fill_(True)

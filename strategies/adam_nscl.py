@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cl.engine.loader import EvalLoader
-from cl.engine.strategy import OptimizerFactory, Strategy
+from cl.engine.strategy import LearnerLike, OptimizerFactory, Strategy
 from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.layers import layer_inputs
@@ -35,7 +35,6 @@ from cl.toolkit.subspace import check_statistics, protected_layers, silence_othe
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def null_projector(covariance: Tensor, ratio: float, released_rule: bool = False) -> Tensor:
@@ -80,7 +79,7 @@ class AdamNSCL(Strategy):
         check_range("adam_nscl", 1, ratio=ratio, num_samples=num_samples)
         self.ratio, self.num_samples, self.released_rule = ratio, num_samples, released_rule
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate a covariance and a projector for each layer; refuse what drifts without a step."""
         check_statistics(learner, "Adam-NSCL")
         self.random = Random()
@@ -89,7 +88,7 @@ class AdamNSCL(Strategy):
             self.register_buffer(f"covariance_{i}", torch.zeros(size, size, dtype=torch.float64))
             self.register_buffer(f"projector_{i}", torch.eye(size))
 
-    def configure_optimizer(self, learner: Learner, factory: OptimizerFactory) -> Optimizer:
+    def configure_optimizer(self, learner: LearnerLike, factory: OptimizerFactory) -> Optimizer:
         """Return the configured optimizer, whose steps of old layers are projected from the second task on."""
         optimizer = factory(p for p in learner.parameters() if p.requires_grad)
         if learner.tasks_learned == 0:
@@ -110,13 +109,13 @@ class AdamNSCL(Strategy):
         optimizer.register_step_post_hook(project)
         return optimizer
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Silence what old tasks rest on and no projector covers."""
         if learner.tasks_learned > 0:
             silence_others(learner, protected_layers(learner))
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add this task's inputs to the covariances, and find their null spaces anew."""
         layers, data = protected_layers(learner), task.train
         if self.num_samples is not None and self.num_samples < len(data):

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from cl.distributed import from_first, mean_gradients, own, share
+from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.toolkit.memory import Memory
 from cl.toolkit.subspace import remark_rescaled
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def project(g: Tensor, reference: Tensor) -> Tensor:
@@ -67,17 +67,17 @@ class AGEM(Strategy):
         check_range("agem", 1, batch_size=batch_size)
         self.memory_size, self.batch_size, self.storage = memory_size, batch_size, storage
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say so where steps do not follow the projected gradient."""
         return remark_rescaled("A-GEM", learner)
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory."""
         check_draws("agem", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         self.batch_size = share("agem.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, policy="ring", storage=self.storage)
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Project the whole gradient, as one vector."""
         if len(self.memory) == 0:
             return
@@ -91,7 +91,7 @@ class AGEM(Strategy):
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Remember examples of the task; a ring that is offered them all keeps the last of a random order."""
         order = from_first(lambda: self.memory.random.generator.permutation(len(task.train)))
         rows = torch.from_numpy(order)[own(len(order))]

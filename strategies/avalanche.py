@@ -22,13 +22,12 @@ import torch
 
 from cl.data.avalanche import drawing, preparation, quietly, take_back, to_experience, to_network
 from cl.data.task import TaskData
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import DivergenceError, InputError, check_range
 from cl.random import derive
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class Avalanche(Strategy):
@@ -65,12 +64,13 @@ class Avalanche(Strategy):
         check_range("avalanche", 1, epochs=epochs, batch_size=batch_size)
         self.path, self.epochs, self.batch_size, self.options = path, epochs, batch_size, options
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Build the strategy around the learner's backbone and head."""
         if len(learner.strategies) > 1:
             raise InputError(f"{self.path} trains by a loop of its own: drop the strategies beside strategy=avalanche.")
         self._classes, self._learned = [task.classes for task in stream], 0
         self._aware, self._prepare = learner.train_mask == "task", preparation(stream.normalize)
+        self._augment, self._shuffle = stream.augment, stream.boundaries
         competing = learner.membership.clone() if self._aware else None
         with quietly(), drawing(derive(learner.seed, "avalanche")):
             from avalanche.training.plugins import EvaluationPlugin
@@ -93,7 +93,7 @@ class Avalanche(Strategy):
                     "+strategy.avalanche.NAME=VALUE."
                 ) from error
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Refuse what would be lost without a word."""
         if learner.tasks_learned != self._learned:
             raise InputError(
@@ -107,24 +107,22 @@ class Avalanche(Strategy):
         }
         for name in (name for name, given in asked.items() if given):
             raise InputError(f"{self.path} trains by a loop of its own, which knows no {name}: drop it.")
-        epochs, trainer = self.epochs, learner._trainer
-        if epochs is None:
-            epochs = trainer.max_epochs if trainer is not None else None
-        if epochs is None:
+        epochs = self.epochs or learner.epochs
+        if not epochs:
             raise InputError(f"{self.path} is not told the run's epochs: say strategy.avalanche.epochs=5.")
         self._inner.train_epochs = epochs
 
-    def training_data(self, learner: Learner, task: Task) -> TaskData:
+    def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
         """Return nothing: Lightning has nothing to fit."""
         return task.train.take(task.train.labels[:0])
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Train on the task as an experience."""
-        how = self._prepare, learner.augment, learner.augment_random
+        how = self._prepare, self._augment, learner.augment_random
         experience = to_experience(task.train, task.index, self._classes, self._aware, *how)
         self._inner.device = learner.device
         with quietly(), drawing(derive(learner.seed, "avalanche", task.index)):
-            self._inner.train(experience, eval_streams=[], shuffle=learner.shuffle)
+            self._inner.train(experience, eval_streams=[], shuffle=self._shuffle)
         take_back(self._inner.model, learner.backbone, learner.head)
         if not all(bool(torch.isfinite(p).all()) for p in learner.trunk().parameters()):
             raise DivergenceError(f"Weights are not finite after task {task.index + 1}: lower the learning rate.")

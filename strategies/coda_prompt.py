@@ -34,13 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.random import Random
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 EPSILON = 1e-12
 
@@ -105,7 +105,7 @@ class CODAPrompt(Strategy):
             raise InputError(f"coda_prompt.length={length} has no half for keys and half for values: make it even.")
         self.num_components, self.length, self.blocks, self.penalty = num_components, length, tuple(blocks), penalty
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate components, keys and attentions; freeze the transformer."""
         freeze_transformer("coda_prompt", learner.backbone, blocks=self.blocks)
         T, L, D = len(stream), len(self.blocks), int(learner.backbone.num_features)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ class CODAPrompt(Strategy):
         self.random = Random()
 
     @torch.no_grad()
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Draw the task's components, orthonormal and orthogonal to the earlier ones; train them alone."""
         for parts in (self.components, self.keys, self.attention):
             for t, part in enumerate(parts):
@@ -133,7 +133,7 @@ class CODAPrompt(Strategy):
             basis = torch.linalg.qr(rows.mT)[0].mT[:, -len(new) :]
             new.copy_(basis.transpose(0, 1).view_as(new))
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the features under each row's own prefixes, (B, D)."""
         backbone = learner.backbone.eval()  # dropout off: the queries must be the same every time
         with torch.no_grad():
@@ -144,7 +144,7 @@ class CODAPrompt(Strategy):
         features: Tensor = backbone(view, dict(zip(self.blocks, prefixes, strict=True)))
         return features
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy over the classes of each row's own task, and the penalty."""
         loss = F.cross_entropy(learner.mask(logits, batch.task, "task"), batch.y)
         if not self.penalty:

@@ -48,7 +48,7 @@ from cl.toolkit.subspace import (
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 
 def correlation(old: Tensor, g: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class CUBER(ScaledByTask):
         self.sufficient, self.positive, self.max_tasks = sufficient, positive, max_tasks
         self.penalty, self.smoothing = penalty, smoothing
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate subspaces, gradients and regimes of each layer; refuse what leaves the protected space."""
         super().setup(learner, stream)
         shapes = [layer.weight.flatten(1).shape for layer in protected_layers(learner)]
@@ -136,7 +136,7 @@ class CUBER(ScaledByTask):
             self.register_buffer(f"mean_{i}", torch.zeros(shape))
             self.register_buffer(f"regime_{i}", torch.ones(len(stream), dtype=torch.int64))
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Find the regimes, layer by layer, and take what they are measured from in training."""
         found = sampled_gradients(learner, task, self.num_samples, self.random)
         for i, (layer, g) in enumerate(zip(protected_layers(learner), found, strict=True)):
@@ -148,7 +148,7 @@ class CUBER(ScaledByTask):
             for name, value in now.items():
                 self.get_buffer(f"{name}_{i}").copy_(value)
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Look whether old tasks still gain; add the penalty's gradient; project; silence everything else."""
         if learner.tasks_learned == 0:
             return
@@ -173,7 +173,7 @@ class CUBER(ScaledByTask):
         held = (~free).to(g.dtype) @ member > 0
         return torch.where(held, -inside, moved * share) @ basis.T
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Keep this task's scaling, its gradient, and the main directions of its inputs."""
         found = sampled_gradients(learner, task, self.num_samples, self.random)
         for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cl.data.task import TaskData
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class Cumulative(Strategy):
@@ -37,19 +36,19 @@ class Cumulative(Strategy):
         super().__init__()
         self.restart = restart
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Keep the tasks' data as views, and the initial weights where they are returned to."""
         from copy import deepcopy
 
         self._parts = [task.train for task in stream]
         self.initial: nn.Module | None = deepcopy(learner.trunk()).requires_grad_(False) if self.restart else None
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Return to the initial weights if asked to."""
         if self.initial is not None:
             learner.trunk().load_state_dict(self.initial.state_dict())
             learner.forget_optimizer()
 
-    def training_data(self, learner: Learner, task: Task) -> TaskData:
+    def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
         """Return the union of the tasks so far."""
         return TaskData.concat(self._parts[: task.index + 1])

@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.distributed import share
+from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
 
 
 class DER(Strategy):
@@ -58,14 +58,14 @@ class DER(Strategy):
         check_range("der", 0, alpha=alpha)
         self.memory_size, self.alpha, self.batch_size, self.storage = memory_size, alpha, batch_size, storage
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory, with a row of logits beside each exemplar."""
         check_draws("der", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         if self.batch_size is not None:
             self.batch_size = share("der.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, extras={"logits": (stream.num_classes,)}, storage=self.storage)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the distance from stored logits, once something is remembered."""
         if len(self.memory) == 0 or self.alpha == 0:
             return None
@@ -73,7 +73,7 @@ class DER(Strategy):
         again = learner(learner.prepare(old.x, True), old.task)
         return self.alpha * F.mse_loss(again, old.extras["logits"])
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows with the logits that they had before the step."""
         batch.extras["logits"] = logits
         self.memory.insert(batch)

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.distributed import share
+from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
 
 
 def dark_knowledge(logits: Tensor, stored: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class DERpp(Strategy):
         self.memory_size, self.alpha, self.beta, self.batch_size = memory_size, alpha, beta, batch_size
         self.storage = storage
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory, with a row of logits beside each exemplar."""
         check_draws("derpp", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         if self.batch_size is not None:
@@ -81,7 +81,7 @@ class DERpp(Strategy):
         logits = {"logits": (stream.num_classes,)}
         self.memory = Memory(self.memory_size, stream, extras=logits, storage=self.storage)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return both replay terms, once something is remembered."""
         if len(self.memory) == 0 or (self.alpha == 0 and self.beta == 0):
             return None
@@ -97,7 +97,7 @@ class DERpp(Strategy):
             terms.append(self.beta * learner.criterion(again, second))
         return torch.stack(terms).sum()
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows with the logits that they had before the step."""
         batch.extras["logits"] = logits
         self.memory.insert(batch)

@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class DualPrompt(Strategy):
@@ -83,7 +83,7 @@ class DualPrompt(Strategy):
         self.general_blocks, self.expert_blocks = tuple(general_blocks), tuple(expert_blocks)
         self.pull, self.batch_vote = pull, batch_vote
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate prompts and keys; freeze the transformer."""
         blocks = {"general_blocks": self.general_blocks, "expert_blocks": self.expert_blocks}
         freeze_transformer("dualprompt", learner.backbone, **blocks)
@@ -94,7 +94,7 @@ class DualPrompt(Strategy):
         self.keys = nn.ParameterList(_uniform(D) for _ in stream)
         self.register_buffer("known", torch.zeros(len(stream), dtype=torch.bool))
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Train prompt and key of the task, or of all whose rows come, and no other task's."""
         own = {task.index, *task.train.tasks.unique().tolist()}
         self.known[list(own)] = True
@@ -102,7 +102,7 @@ class DualPrompt(Strategy):
             expert.requires_grad_(t in own)
             key.requires_grad_(t in own)
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the features under the prompts of each row, (B, D)."""
         backbone = learner.backbone.eval()  # dropout off: the queries must be the same every time
         with torch.no_grad():
@@ -117,14 +117,14 @@ class DualPrompt(Strategy):
         features: Tensor = backbone(view, prefixes)
         return features
 
-    def _tasks(self, learner: Learner, view: Tensor) -> Tensor:
+    def _tasks(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return whose expert prompt each row gets, (B,): its own task's where that is told, else the nearest key's."""
         if learner.task_labels is not None:
             return learner.task_labels
         nearest = self._cosine.masked_fill(~self.known, -2.0).argmax(1)
         return torch.bincount(nearest).argmax().expand_as(nearest) if self.batch_vote else nearest
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy over the classes of each row's own task, and the distance of its key."""
         distance = 1 - self._cosine.gather(1, batch.task[:, None]).mean()
         return F.cross_entropy(learner.mask(logits, batch.task, "task"), batch.y) + self.pull * distance

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cl.distributed import share
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
 
 
 class ER(Strategy):
@@ -57,19 +57,19 @@ class ER(Strategy):
         self.memory_size, self.batch_size = memory_size, batch_size
         self.policy, self.every_epoch, self.storage = policy, every_epoch, storage
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory."""
         if self.batch_size is not None:
             self.batch_size = share("er.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, self.policy, storage=self.storage)
 
-    def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+    def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append remembered rows, once there are any."""
         if len(self.memory) == 0:
             return batch
         return batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
         if self.every_epoch or learner.current_epoch == 0:
             self.memory.insert(batch)

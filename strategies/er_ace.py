@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from cl.distributed import share, total
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
 
 
 def without(logits: Tensor, classes: Tensor) -> Tensor:
@@ -78,19 +78,19 @@ class ERACE(Strategy):
         self.memory_size, self.batch_size = memory_size, batch_size
         self.every_epoch, self.storage = every_epoch, storage
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory."""
         if self.batch_size is not None:
             self.batch_size = share("er_ace.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, storage=self.storage)
 
-    def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+    def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append remembered rows, once there are any."""
         if len(self.memory) == 0:
             return batch
         return batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the sum of both cross-entropies."""
         n = batch.num_incoming
         present = total(logits.new_zeros(logits.shape[1]).index_fill(0, batch.y[:n], 1.0)) > 0
@@ -98,7 +98,7 @@ class ERACE(Strategy):
         loss = learner.criterion(incoming, batch.take(slice(n)))
         return loss if n == len(batch) else loss + learner.criterion(logits[n:], batch.take(slice(n, None)))
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
         if self.every_epoch or learner.current_epoch == 0:
             self.memory.insert(batch)

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range, unknown
 from cl.random import Random
 from cl.toolkit.fisher import check_fisher, check_labels, check_single, task_fisher
@@ -37,7 +38,6 @@ from cl.toolkit.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 MERGES = ("sum", "mean")
 
@@ -83,11 +83,11 @@ class EWC(Strategy):
         self.weight, self.fisher, self.num_samples = weight, fisher, num_samples
         self.batch_size, self.merge = batch_size, merge
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say so where the method cannot work."""
         return remark_without("EWC", learner)
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate F and the anchor as vectors."""
         check_encode("EWC", learner)
         check_labels("ewc", self.fisher, stream)
@@ -98,18 +98,18 @@ class EWC(Strategy):
         self.register_buffer("anchor", torch.zeros(size))
         self.random = Random()
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Refuse what would measure nothing."""
         check_held("EWC", learner)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty, from the second task on."""
         if learner.tasks_learned == 0:
             return None
         drift = flat(held(learner)) - self.anchor
         return self.weight / 2 * (self.importance * drift.square()).sum()
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Measure the Fisher at the new optimum and fold it into F and the anchor."""
         new = task_fisher(learner, task, self.fisher, self.num_samples, self.batch_size, self.random)
         theta = flat([p.detach() for p in held(learner)])

@@ -36,14 +36,14 @@ from torch import Tensor
 
 from cl.data.task import TaskData
 from cl.distributed import from_first, gathered, own
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.random import Random
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def mix(view: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
@@ -96,7 +96,7 @@ class GDumb(Strategy):
         check_range("gdumb", 0, above=True, alpha=alpha)
         self.memory_size, self.cutmix, self.alpha, self.storage = memory_size, cutmix, alpha, storage
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory; keep the initial weights."""
         if self.cutmix and len(stream.input_shape) != 3:
             raise InputError(f"gdumb.cutmix={self.cutmix} mixes images, but inputs are {stream.input_shape}: set it 0.")
@@ -104,12 +104,12 @@ class GDumb(Strategy):
         self.initial = deepcopy(learner.trunk()).requires_grad_(False)
         self.random = Random(by_rank=True)
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Return to the initial weights."""
         learner.trunk().load_state_dict(self.initial.state_dict())
         learner.forget_optimizer()
 
-    def training_data(self, learner: Learner, task: Task) -> TaskData:
+    def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
         """Offer the task's rows to the memory, in random order, and return what it holds then."""
         order = from_first(lambda: self.memory.random.generator.permutation(len(task.train)))
         for some in torch.from_numpy(order)[own(len(order))].split(4096):  # a task may stay in its file
@@ -119,7 +119,7 @@ class GDumb(Strategy):
         x, y, label = gathered([held.x, held.y, held.task])
         return TaskData(x, y, label)
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the loss of the batch, or in its place that of its mixture."""
         if not self.cutmix or self.random.generator.random() >= self.cutmix:
             return learner.criterion(logits, batch)

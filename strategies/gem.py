@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from cl.distributed import from_first, mean_gradients, own
+from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.toolkit.memory import Memory
 from cl.toolkit.subspace import remark_rescaled
@@ -37,7 +38,6 @@ from cl.toolkit.weights import flat
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -124,11 +124,11 @@ class GEM(Strategy):
         check_range("gem", 0, above=True, ridge=ridge)
         self.memory_size, self.margin, self.ridge, self.storage = memory_size, margin, ridge, storage
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say so where steps do not follow the projected gradient."""
         return remark_rescaled("GEM", learner)
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate a memory for each task but the last."""
         if self.memory_size < len(stream):
             raise InputError(
@@ -139,7 +139,7 @@ class GEM(Strategy):
         size = self.memory_size // len(stream)
         self.memories = nn.ModuleList(Memory(size, stream, storage=self.storage) for _ in range(len(stream) - 1))
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Project the whole gradient, as one vector."""
         if learner.tasks_learned == 0:
             return
@@ -156,7 +156,7 @@ class GEM(Strategy):
         for grad, part in zip(grads, projected.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Remember examples of the task, unless nobody comes after it."""
         if task.index + 1 == learner.num_tasks:
             return

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.subspace import (
@@ -42,7 +42,6 @@ from cl.toolkit.subspace import (
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class GPM(Strategy):
@@ -79,7 +78,7 @@ class GPM(Strategy):
         self.threshold, self.increment = threshold, increment
         self.num_samples, self.released_rule = num_samples, released_rule
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate one projector a layer; refuse what leaves the protected space."""
         check_plain_sgd(learner, "GPM")
         check_statistics(learner, "GPM")
@@ -89,7 +88,7 @@ class GPM(Strategy):
         for i, layer in enumerate(layers):
             self.register_buffer(f"projector_{i}", torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()))
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Project each layer's gradient; silence everything else that old tasks rest on."""
         if learner.tasks_learned == 0:
             return
@@ -101,7 +100,7 @@ class GPM(Strategy):
         silence_others(learner, layers)
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the main directions of this task's inputs to each layer's basis."""
         for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):
             projector = self.get_buffer(f"projector_{i}")

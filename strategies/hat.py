@@ -41,7 +41,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.toolkit.by_task import rows_by_task
 from cl.toolkit.isolation import by_row, chained_layers, check_isolation, keep_outputs, silence_others
@@ -49,7 +50,6 @@ from cl.toolkit.subspace import check_plain_sgd
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 CLOSED = 1e-12
 
@@ -117,7 +117,7 @@ class HAT(Strategy):
         check_range("hat", 1, s_max=s_max)
         self.weight, self.s_max = weight, s_max
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate embeddings and A; refuse what gates do not isolate."""
         check_isolation(self, learner, stream)
         check_plain_sgd(learner, "HAT")
@@ -127,16 +127,16 @@ class HAT(Strategy):
         self.embedding = nn.Parameter(torch.randn(len(stream), sum(self._sizes)))
         self.register_buffer("used", torch.zeros(sum(self._sizes)))
 
-    def _steepness(self, learner: Learner, task: int) -> float:
+    def _steepness(self, learner: LearnerLike, task: int) -> float:
         if not learner.backbone.training or task != learner.task_index:
             return self.s_max
         steps, group = max(learner.steps_per_epoch, 1), learner.accumulate  # one s for what makes one update
         return annealed(self.s_max, learner.step % steps // group, -(-steps // group))
 
-    def _gates(self, learner: Learner, task: int) -> Tensor:
+    def _gates(self, learner: LearnerLike, task: int) -> Tensor:
         return torch.sigmoid(self._steepness(learner, task) * self.embedding[task])
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return each row's features behind the gates of its task."""
         if learner.backbone.training:
             with torch.no_grad():
@@ -152,11 +152,11 @@ class HAT(Strategy):
 
         return rows_by_task(learner, view, gated)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the price of the units that the task is the first to use."""
         return self.weight * new_share(self._gates(learner, learner.task_index), self.used)
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Hold what old tasks use (equation 2); compensate the embedding's gradient (equation 5)."""
         layers = [learner.backbone.get_submodule(name) for name in self._names]
         inputs: Tensor | None = None
@@ -179,6 +179,6 @@ class HAT(Strategy):
             self.embedding.grad[task] = own
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the units that the task uses."""
         self.used.copy_(torch.maximum(self.used, torch.sigmoid(self.s_max * self.embedding[task.index])))

@@ -40,14 +40,14 @@ from torch import Tensor
 from cl.data.target import classes_of
 from cl.data.task import TaskData
 from cl.distributed import gathered, own
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError
 from cl.toolkit.herding import class_means, herding, nearness, unit_features
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class ICaRL(Strategy):
@@ -74,7 +74,7 @@ class ICaRL(Strategy):
         super().__init__()
         self.memory_size, self.storage = memory_size, storage
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate exemplars, teacher and means."""
         if learner.strategies.owned("encode"):
             raise InputError("iCaRL distils backbone and head, but another strategy owns encode: drop one of the two.")
@@ -87,21 +87,21 @@ class ICaRL(Strategy):
         self.teacher = deepcopy(learner.trunk()).requires_grad_(False)
         self.register_buffer("means", torch.zeros(stream.num_classes, int(learner.backbone.num_features)))  # type: ignore[arg-type]
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Copy what has been learned into the teacher, and list the classes that it is asked for."""
         self.teacher.load_state_dict(learner.trunk().state_dict())
         self.teacher.eval()
         self._old = learner.seen.clone()
         self._old[list(classes_of(task.train.labels))] = False
 
-    def training_data(self, learner: Learner, task: Task) -> TaskData:
+    def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
         """Return the task's rows and the exemplars."""
         if len(self.memory) == 0:
             return task.train
         x, y, label, _ = self._exemplars()
         return TaskData.concat([task.train, TaskData(x.cpu(), y.cpu(), label.cpu())])
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the binary cross-entropy of the classes seen with labels and, for old ones, the teacher's sigmoids."""
         targets = F.one_hot(batch.y, logits.shape[1]).to(logits.dtype)
         if learner.tasks_learned > 0:
@@ -112,7 +112,7 @@ class ICaRL(Strategy):
         return (terms * learner.seen).sum() / terms.numel()
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Shorten the old classes' lists, herd those of the new ones, and take the means."""
         labels, features = task.train.labels, unit_features(learner, task.train)
         size = self.memory_size // int(learner.seen.sum())
@@ -131,6 +131,6 @@ class ICaRL(Strategy):
         held = self.memory.rows()
         return gathered([held.x, held.y, held.task, held.extras["rank"]])
 
-    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+    def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the negative squared distance from every class's mean, (B, C)."""
         return nearness(learner.backbone(view), self.means)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cl.data.task import TaskData
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class Joint(Strategy):
@@ -29,10 +28,10 @@ class Joint(Strategy):
     targets = ("label", "multilabel", "regression")
     bound = "upper"
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Keep the union as views until it is needed."""
         self._parts = [task.train for task in stream]
 
-    def training_data(self, learner: Learner, task: Task) -> TaskData:
+    def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
         """Return the union, once."""
         return TaskData.concat(self._parts) if task.index == 0 else task.train.take(task.train.labels[:0])

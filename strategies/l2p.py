@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
 
 
 class L2P(Strategy):
@@ -58,14 +58,14 @@ class L2P(Strategy):
             raise InputError(f"l2p.top_k={top_k} must lie between 1 and pool_size={pool_size}.")
         self.pool_size, self.length, self.top_k, self.pull = pool_size, length, top_k, pull
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the pool; freeze the transformer."""
         freeze_transformer("l2p", learner.backbone)
         dim = int(learner.backbone.num_features)  # type: ignore[arg-type]
         self.prompts = nn.Parameter(torch.empty(self.pool_size, self.length, dim).uniform_(-1, 1))
         self.keys = nn.Parameter(torch.empty(self.pool_size, dim).uniform_(-1, 1))
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the mean output at the chosen prompts' positions, (B, D)."""
         learner.backbone.eval()  # dropout off: the queries must be the same every time
         transformer: Any = learner.backbone
@@ -79,6 +79,6 @@ class L2P(Strategy):
         output: Tensor = transformer.encode(torch.cat([prompts, tokens], dim=1))
         return output[:, : prompts.shape[1]].mean(1)
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy over the classes of each row's own task, less the pull of the chosen keys."""
         return F.cross_entropy(learner.mask(logits, batch.task, "task"), batch.y) - self.pull * self._pulled

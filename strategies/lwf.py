@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.toolkit.memory import remark_without
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, scaled: bool = True) -> Tensor:
@@ -84,17 +84,17 @@ class LwF(Strategy):
         check_range("lwf", 0, above=True, temperature=temperature)
         self.alpha, self.temperature, self.scaled, self.per_task = alpha, temperature, scaled, per_task
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say so where the method cannot work."""
         return remark_without("LwF", learner)
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the teacher as a frozen copy."""
         if learner.strategies.owned("encode"):
             raise InputError("LwF distils backbone and head, but another strategy owns encode: drop one of the two.")
         self.teacher = deepcopy(learner.trunk()).requires_grad_(False)
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Copy what has been learned into the teacher, and list what it knows."""
         self.teacher.load_state_dict(learner.trunk().state_dict())
         self.teacher.eval()
@@ -103,7 +103,7 @@ class LwF(Strategy):
         self._groups = [classes.nonzero().flatten() for classes in old]
         self._times = task.index if self.per_task and together is not None else 1
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the distillation of the incoming rows, from the second task on."""
         if learner.tasks_learned == 0:
             return None

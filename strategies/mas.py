@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.fisher import check_single, gradient_sum, sampled_inputs
@@ -37,7 +38,6 @@ from cl.toolkit.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def sensitivity(module: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
@@ -94,11 +94,11 @@ class MAS(Strategy):
         check_range("mas", 1, num_samples=num_samples)
         self.weight, self.num_samples = weight, num_samples
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say so where the method cannot work."""
         return remark_without("MAS", learner)
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate Omega and the anchor as vectors."""
         check_encode("MAS", learner)
         check_single("MAS", learner, "use a backbone without batch norm, or whose batch norm keeps statistics")
@@ -107,18 +107,18 @@ class MAS(Strategy):
         self.register_buffer("anchor", torch.zeros(size))
         self.random = Random()
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Refuse what would measure nothing."""
         check_held("MAS", learner)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty (equation 4), from the second task on."""
         if learner.tasks_learned == 0:
             return None
         drift = flat(held(learner)) - self.anchor
         return self.weight * (self.importance * drift.square()).sum()
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the sensitivity at the new weights (equation 3)."""
         view, _, classes = sampled_inputs(learner, task, self.num_samples, self.random)
         with learner.evaluating():

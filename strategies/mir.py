@@ -29,17 +29,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from cl.distributed import mean_gradients, share
+from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
 
 
 def most_raised(before: Tensor, after: Tensor, size: int) -> Tensor:
@@ -85,7 +84,7 @@ class MIR(Strategy):
         self.memory_size, self.batch_size, self.num_candidates = memory_size, batch_size, num_candidates
         self.every_epoch, self.storage = every_epoch, storage
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory."""
         check_draws("mir", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         size = self.batch_size or learner.batch_size
@@ -98,7 +97,7 @@ class MIR(Strategy):
         self.num_candidates = share("mir.num_candidates", self.num_candidates)
         self.memory = Memory(self.memory_size, stream, storage=self.storage)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the loss of the candidates that are interfered with most, once there are any."""
         if len(self.memory) == 0:
             return None
@@ -109,16 +108,15 @@ class MIR(Strategy):
         chosen = candidates.take(most_raised(before, after, self.batch_size or n))
         return learner.criterion(learner(learner.prepare(chosen.x, True), chosen.task), chosen)
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
         if self.every_epoch or learner.current_epoch == 0:
             self.memory.insert(batch)
 
 
-def _after_a_step(learner: Learner, loss: Tensor, rows: int) -> dict[str, Tensor]:
+def _after_a_step(learner: LearnerLike, loss: Tensor, rows: int) -> dict[str, Tensor]:
     """Return the parameters by name after a step of plain SGD on a loss of some rows, whose graph stays."""
-    groups = learner.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
-    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    rates = learner.learning_rates()
     named = [(name, p) for name, p in learner.named_parameters() if p in rates]
     own = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True, materialize_grads=True)
     steps = zip(named, mean_gradients(own, rows), strict=True)
@@ -126,9 +124,9 @@ def _after_a_step(learner: Learner, loss: Tensor, rows: int) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def _losses(learner: Learner, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+def _losses(learner: LearnerLike, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
     """Return each row's loss (n,) with some parameters in place of the learner's; its buffers stay as they are."""
     apart = {name: buffer.clone() for name, buffer in learner.trunk().named_buffers()}
     with torch.compiler.set_stance("force_eager"):
-        logits = functional_call(learner, {**apart, **parameters}, (learner.prepare(batch.x), batch.task))
+        logits = learner.with_weights({**apart, **parameters}, learner.prepare(batch.x), batch.task)
     return F.cross_entropy(learner.mask(logits, batch.task, learner.train_mask), batch.y, reduction="none")

@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.engine.loader import EvalLoader
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class NCM(Strategy):
@@ -51,7 +50,7 @@ class NCM(Strategy):
         super().__init__()
         self.freeze = freeze
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate sums and counts of features by class; freeze."""
         if learner.strategies.owned("encode"):
             raise InputError(
@@ -63,7 +62,7 @@ class NCM(Strategy):
             learner.trunk().requires_grad_(False)
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the features of the task's training examples to their classes' sums."""
         with learner.evaluating():
             for batch in EvalLoader([task.train], learner.device, learner.eval_batch_size):
@@ -71,7 +70,7 @@ class NCM(Strategy):
                 self.total.index_add_(0, batch.y, features.to(self.total.dtype))
                 self.count[:, 0] += torch.bincount(batch.y, minlength=len(self.count))
 
-    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+    def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the cosine to every class mean, (B, C)."""
         means = F.normalize(self.total, dim=1)  # to an angle, a sum is as good as a mean
         cosine = F.normalize(learner.backbone(view).to(means.dtype), dim=1) @ means.T

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range, unknown
 from cl.random import Random
 from cl.toolkit.fisher import check_single
@@ -38,7 +38,6 @@ from cl.toolkit.weights import flat
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 LOGITS = ("truth", "mean", "all")
 
@@ -98,7 +97,7 @@ class OGD(Strategy):
             raise unknown("choice of logits", logits, LOGITS)
         self.num_samples, self.logits = num_samples, logits
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate S, as many rows a task as it can have; refuse what leaves the protected space."""
         check_plain_sgd(learner, "OGD")
         check_statistics(learner, "OGD")
@@ -113,12 +112,12 @@ class OGD(Strategy):
         size = sum(p.numel() for p in self._theta(learner).values())
         self.register_buffer("basis", torch.zeros((len(stream) - 1) * self.rows, size))
 
-    def _theta(self, learner: Learner) -> dict[str, nn.Parameter]:
+    def _theta(self, learner: LearnerLike) -> dict[str, nn.Parameter]:
         inside = {id(p) for p in protected(learner).parameters() if p.requires_grad}
         module = nn.Sequential(learner.backbone, learner.head)
         return {name: p for name, p in module.named_parameters() if id(p) in inside}
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Project the whole gradient, as one vector."""
         if learner.tasks_learned == 0:
             return
@@ -130,7 +129,7 @@ class OGD(Strategy):
                 p.grad.copy_(part.view_as(p))
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the gradients of this task's logits to S, unless nobody comes after it."""
         if task.index + 1 == learner.num_tasks:
             return
@@ -148,7 +147,7 @@ class OGD(Strategy):
         new = orthonormal(gradients, self.basis[:start])
         self.basis[start : start + len(new)] = new
 
-    def _gradients(self, learner: Learner, view: Tensor, weights: Tensor) -> Tensor:
+    def _gradients(self, learner: LearnerLike, view: Tensor, weights: Tensor) -> Tensor:
         """Return the gradients of sums of logits with weights (n, C), in rows (n, P)."""
         module = nn.Sequential(learner.backbone, learner.head)
         theta = {name: p.detach() for name, p in self._theta(learner).items()}

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.fisher import check_fisher, check_labels, check_single, task_fisher
@@ -32,7 +33,6 @@ from cl.toolkit.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class OnlineEWC(Strategy):
@@ -75,11 +75,11 @@ class OnlineEWC(Strategy):
         self.weight, self.gamma = weight, gamma
         self.fisher, self.num_samples, self.batch_size = fisher, num_samples, batch_size
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say so where the method cannot work."""
         return remark_without("Online EWC", learner)
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the Gaussian: F* and the mean as vectors."""
         check_encode("OnlineEWC", learner)
         check_labels("online_ewc", self.fisher, stream)
@@ -90,18 +90,18 @@ class OnlineEWC(Strategy):
         self.register_buffer("mean", torch.zeros(size))
         self.random = Random()
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Refuse what would measure nothing."""
         check_held("OnlineEWC", learner)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty (equation 2), from the second task on."""
         if learner.tasks_learned == 0:
             return None
         drift = flat(held(learner)) - self.mean
         return self.weight / 2 * (self.gamma * self.precision * drift.square()).sum()
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Fade F*, add the Fisher at the new optimum (equation 1), and move the mean there."""
         new = task_fisher(learner, task, self.fisher, self.num_samples, self.batch_size, self.random)
         self.precision.copy_(self.gamma * self.precision + new)

@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.toolkit.by_task import run_by_task
 from cl.toolkit.isolation import check_isolation, keep_outputs, layer_weights, silence_others
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def smallest(weight: Tensor, among: Tensor, share: float) -> Tensor:
@@ -82,14 +81,14 @@ class PackNet(Strategy):
         check_range("packnet", 1, prune_after=prune_after)
         self.share, self.prune_after = share, prune_after
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Give all weights to the first task; refuse what would change old answers."""
         check_isolation(self, learner, stream)
         for i, weight in enumerate(layer_weights(learner.backbone).values()):
             self.register_buffer(f"owner_{i}", torch.ones(weight.shape, dtype=torch.int32))
         self.register_buffer("pruned", torch.zeros((), dtype=torch.bool))
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say from which task on a layer has no weights left."""
         first: dict[int, list[str]] = {}
         for name, weight in layer_weights(learner.backbone).items():
@@ -103,15 +102,15 @@ class PackNet(Strategy):
         told = "; ".join(f"{', '.join(names)} from task {task} on" for task, names in sorted(first.items()))
         return f"PackNet has no free weights left in {told}: raise packnet.share, or use a wider backbone."
 
-    def _owned(self, learner: Learner) -> list[tuple[str, Tensor, Tensor]]:
+    def _owned(self, learner: LearnerLike) -> list[tuple[str, Tensor, Tensor]]:
         """Return the layers' weights with their names and owners."""
         weights = layer_weights(learner.backbone).items()
         return [(name, weight, self.get_buffer(f"owner_{i}")) for i, (name, weight) in enumerate(weights)]
 
     @torch.no_grad()
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Give the free weights to the task, at 0."""
-        epochs = learner.trainer.max_epochs or 0
+        epochs = learner.epochs
         if self.prune_after is not None and self.prune_after > epochs:
             raise InputError(
                 f"packnet.prune_after={self.prune_after} lies beyond the epochs={epochs} of a task: lower it."
@@ -121,7 +120,7 @@ class PackNet(Strategy):
             owner.masked_fill_(owner == 0, task.index + 1)
         self.pruned.fill_(False)
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return each row's features in the subnetwork of its task (equation 1)."""
         owned = self._owned(learner)
 
@@ -130,7 +129,7 @@ class PackNet(Strategy):
 
         return run_by_task(learner, learner.backbone, view, subnetwork)
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Leave only gradients of what the task owns; biases and norms are the first task's."""
         owned = self._owned(learner)
         for _, weight, owner in owned:
@@ -139,18 +138,18 @@ class PackNet(Strategy):
         silence_others(learner, [weight for _, weight, _ in owned])
         keep_outputs(learner)
 
-    def after_epoch(self, learner: Learner, task: Task, epoch: int) -> None:
+    def after_epoch(self, learner: LearnerLike, task: Task, epoch: int) -> None:
         """Prune, once its time has come."""
-        epochs = learner.trainer.max_epochs or 0
+        epochs = learner.epochs
         if epoch + 1 == (self.prune_after or epochs - epochs // 2):
             self._prune(learner, task)
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Prune a task that was stopped early."""
         if not bool(self.pruned):
             self._prune(learner, task)
 
-    def _prune(self, learner: Learner, task: Task) -> None:
+    def _prune(self, learner: LearnerLike, task: Task) -> None:
         for _, weight, owner in self._owned(learner):
             owner.masked_fill_(smallest(weight.detach(), owner == task.index + 1, self.share), 0)
         self.pruned.fill_(True)

@@ -30,13 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.engine.loader import EvalLoader
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.random import Random
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task, TaskData
-    from cl.engine.learner import Learner
 
 
 def ridge_regression(G: Tensor, Q: Tensor, strengths: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class RanPAC(Strategy):
         check_range("ranpac", 0, above=True, ridge=ridge)
         self.num_projections, self.ridge, self.adapt = num_projections, ridge, adapt
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Draw the projection; allocate the sums and the classifier; freeze."""
         if learner.strategies.owned("encode"):
             raise InputError("RanPAC sums the backbone's features, but another strategy owns encode: drop one of them.")
@@ -95,19 +94,19 @@ class RanPAC(Strategy):
         if not self.adapt:
             learner.trunk().requires_grad_(False)
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Freeze what the first task has adapted."""
         if task.index > 0:
             learner.trunk().requires_grad_(False)
 
-    def lift(self, learner: Learner, view: Tensor) -> Tensor:
+    def lift(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return h of prepared inputs, (B, M)."""
         features: Tensor = learner.backbone(view).to(self.G.dtype)
         with torch.autocast(view.device.type, enabled=False):  # the Gram matrix is of h in full
             return (features @ self.projection).relu() if self.num_projections else features
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the task's examples to the sums, choose lambda and solve."""
         order = torch.from_numpy(self.random.generator.permutation(len(task.train)))
         cut = int(0.8 * len(order))
@@ -118,7 +117,7 @@ class RanPAC(Strategy):
         strength = self._strength(fit, held) if self.ridge is None else torch.tensor([self.ridge])
         self.weight.copy_(ridge_regression(self.G, self.Q, strength)[0])
 
-    def _sums(self, learner: Learner, data: TaskData) -> tuple[Tensor, Tensor]:
+    def _sums(self, learner: LearnerLike, data: TaskData) -> tuple[Tensor, Tensor]:
         G, Q = torch.zeros_like(self.G), torch.zeros_like(self.Q)
         for batch in EvalLoader([data], learner.device, learner.eval_batch_size):
             H = self.lift(learner, learner.prepare(batch.x))
@@ -133,7 +132,7 @@ class RanPAC(Strategy):
         errors = [(W * (G @ W - 2 * Q)).sum() for W in ridge_regression(*fit, strengths)]
         return strengths[int(torch.stack(errors).argmin()), None]
 
-    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+    def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the regression's outputs, (B, C)."""
         h = self.lift(learner, view)
         with torch.autocast(view.device.type, enabled=False):

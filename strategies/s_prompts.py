@@ -32,15 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
+from cl.engine.batch import Batch
 from cl.engine.loader import EvalLoader
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.by_task import check_apart
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def distances(features: Tensor, centres: Tensor, norm: float) -> Tensor:
@@ -85,7 +85,7 @@ class SPrompts(Strategy):
         check_range("s_prompts", 1, length=length, num_centres=num_centres, norm=norm)
         self.length, self.num_centres, self.norm = length, num_centres, norm
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate prompts, heads and centres; freeze the transformer."""
         check_apart("S-Prompts", learner, stream)
         freeze_transformer("s_prompts", learner.backbone)
@@ -97,7 +97,7 @@ class SPrompts(Strategy):
         self.register_buffer("known", torch.zeros(T, dtype=torch.bool))
         self.random = Random()
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Find the domain's centres; train its prompts and head alone."""
         with torch.no_grad(), learner.evaluating():
             loader = EvalLoader([task.train], learner.device, learner.eval_batch_size)
@@ -118,15 +118,15 @@ class SPrompts(Strategy):
             centres = KMeans(found, n_init=10, random_state=seed).fit(features.float().cpu().numpy()).cluster_centers_
         return torch.from_numpy(centres).to(self.centres)[torch.arange(self.num_centres) % found]
 
-    def _query(self, learner: Learner, view: Tensor) -> Tensor:
+    def _query(self, learner: LearnerLike, view: Tensor) -> Tensor:
         return F.normalize(learner.backbone(view), dim=1)
 
-    def _nearest(self, learner: Learner, view: Tensor) -> Tensor:
+    def _nearest(self, learner: LearnerLike, view: Tensor) -> Tensor:
         with torch.no_grad():
             far = distances(self._query(learner, view).to(self.centres.dtype), self.centres, self.norm)
         return far.masked_fill(~self.known, torch.inf).argmin(1)
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the class token under the prompts of each row's domain, (B, D)."""
         transformer: Any = learner.backbone.eval()
         told = learner.task_labels
@@ -136,14 +136,14 @@ class SPrompts(Strategy):
         output: Tensor = transformer.encode(torch.cat([tokens, prompts], dim=1))
         return output[:, 0]
 
-    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+    def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
         """Return the logits of each row's domain, (B, C)."""
         rows = torch.arange(len(features), device=features.device)
         logits = torch.stack([head(features) for head in self.heads], dim=1)[rows, self._domains]
         own = learner.membership[self._domains]
         return torch.where(own, logits, logits.masked_fill(~own, torch.inf).amin(1, keepdim=True) - 1)
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy of the incoming rows over the classes of their domain."""
         n = batch.num_incoming
         return F.cross_entropy(learner.mask(logits, batch.task, "task")[:n], batch.y[:n])

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from cl.data.augment import ContrastiveView
 from cl.data.task import TaskData
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.random import Random
 from cl.toolkit.herding import class_means, nearness, unit_features
@@ -41,7 +42,6 @@ from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
@@ -104,7 +104,7 @@ class SCR(Strategy):
         self.temperature, self.dim = temperature, dim
         self.augment, self.random = ContrastiveView(scale, flip, jitter), Random()
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate memory, projection and means."""
         if len(stream.input_shape) != 3:
             raise InputError(f"SCR crops images, but the inputs of {stream.name!r} are {stream.input_shape}: use er.")
@@ -113,33 +113,33 @@ class SCR(Strategy):
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim))
         self.register_buffer("means", torch.zeros(stream.num_classes, width))
 
-    def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+    def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append remembered rows, once there are any."""
         return batch.append(self.memory.sample(self.batch_size)) if len(self.memory) else batch
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the backbone's features, (B, D), and keep them for the loss."""
         features: Tensor = learner.backbone(view)
         self._features = features
         return features
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the contrastive loss of both views in place of the cross-entropy."""
         other = learner.backbone(learner.prepare(self.augment(batch.x, self.random.generator)))
         z = F.normalize(self.projection(torch.cat([self._features, other])).float(), dim=1)
         return supervised_contrastive(z, batch.y.repeat(2), self.temperature)
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
         if learner.current_epoch == 0:
             self.memory.insert(batch)
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Take the means of what is remembered."""
         held = self.memory.rows()
         features = unit_features(learner, TaskData(held.x, held.y, held.task))
         self.means.copy_(class_means(features, held.y, len(self.means)))
 
-    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+    def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the negative squared distance from every class's mean, (B, C)."""
         return nearness(learner.backbone(view), self.means)

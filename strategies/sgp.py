@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.subspace import (
@@ -43,7 +43,6 @@ from cl.toolkit.subspace import (
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def importance(sigma: Tensor, scale: float) -> Tensor:
@@ -93,7 +92,7 @@ class SGP(Strategy):
         check_range("sgp", 1, num_samples=num_samples)
         self.threshold, self.increment, self.scale, self.num_samples = threshold, increment, scale, num_samples
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate a basis and importances for each layer; refuse what leaves the protected space."""
         check_plain_sgd(learner, "SGP")
         check_statistics(learner, "SGP")
@@ -105,13 +104,13 @@ class SGP(Strategy):
             self.register_buffer(f"basis_{i}", torch.zeros(size, size))
             self.register_buffer(f"importance_{i}", torch.zeros(size))
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Multiply the projectors out."""
         indices = range(len(self._thresholds))
         pairs = [(self.get_buffer(f"basis_{i}"), self.get_buffer(f"importance_{i}")) for i in indices]
         self._projectors = [(M * weight) @ M.T for M, weight in pairs]
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Scale each layer's gradient down; silence everything else that old tasks rest on."""
         if learner.tasks_learned == 0:
             return
@@ -123,7 +122,7 @@ class SGP(Strategy):
         silence_others(learner, layers)
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the main directions of this task's inputs to each layer's basis, and weigh all of them anew."""
         for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):
             M, weight = self.get_buffer(f"basis_{i}"), self.get_buffer(f"importance_{i}")

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import check_range
 from cl.toolkit.memory import remark_without
 from cl.toolkit.weights import check_encode, check_held, flat, held
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 class SI(Strategy):
@@ -67,18 +67,18 @@ class SI(Strategy):
         check_range("si", 0, above=True, damping=damping)
         self.weight, self.damping = weight, damping
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Say so where the method cannot work."""
         return remark_without("SI", learner)
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate Omega, the anchor, omega, and what the last step started from."""
         check_encode("SI", learner)
         size = sum(p.numel() for p in held(learner))
         for name in ("importance", "anchor", "path", "before", "gradient"):
             self.register_buffer(name, torch.zeros(size))
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Start the path from here."""
         check_held("SI", learner)
         self.anchor.copy_(self._theta(learner))
@@ -86,17 +86,17 @@ class SI(Strategy):
         self.path.zero_()
         self.gradient.zero_()
 
-    def _theta(self, learner: Learner) -> Tensor:
+    def _theta(self, learner: LearnerLike) -> Tensor:
         return flat([p.detach() for p in held(learner)])
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty (equation 4), from the second task on."""
         if learner.tasks_learned == 0:
             return None
         drift = flat(held(learner)) - self.anchor
         return self.weight * (self.importance * drift.square()).sum()
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Add the last step to the path, and keep what the next one starts from; no gradient is changed."""
         theta = self._theta(learner)
         self._add_step(theta)
@@ -108,7 +108,7 @@ class SI(Strategy):
         """Add what the step to theta contributes to omega (equation 3)."""
         self.path -= self.gradient * (theta - self.before)
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Turn the path into importance (equation 5)."""
         theta = self._theta(learner)
         self._add_step(theta)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, check_range
 from cl.random import Random
 from cl.toolkit.by_task import check_apart, run_by_task
@@ -48,7 +48,6 @@ from cl.toolkit.subspace import check_statistics
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
 def supermask(scores: Tensor, density: float) -> Tensor:
@@ -102,7 +101,7 @@ class SupSup(Strategy):
         check_range("supsup", 0, 1, above=True, density=density)
         self.density = density
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Fix the random weights; allocate masks and scores."""
         if not stream.boundaries:
             raise InputError(f"SupSup learns a mask a task, but {stream.name!r} has no boundaries: use another stream.")
@@ -120,7 +119,7 @@ class SupSup(Strategy):
         learner.trunk().requires_grad_(False)
         self._draw()
 
-    def _weights(self, learner: Learner) -> dict[str, Tensor]:
+    def _weights(self, learner: LearnerLike) -> dict[str, Tensor]:
         return layer_weights(nn.Sequential(learner.backbone, learner.head))
 
     @torch.no_grad()
@@ -130,21 +129,21 @@ class SupSup(Strategy):
             draw = self.random.generator.uniform(-1, 1, tuple(scores.shape)) / math.sqrt(scores[0].numel())
             scores.copy_(torch.from_numpy(draw))
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Start new scores."""
         self._draw()
         learner.forget_optimizer()
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Keep the mask."""
         for i, scores in enumerate(self.scores):
             self.get_buffer(f"masks_{i}")[task.index] = supermask(scores.detach(), self.density) > 0
 
-    def _known(self, learner: Learner) -> int:
+    def _known(self, learner: LearnerLike) -> int:
         """Return the number of tasks that have a mask, the one in training among them."""
         return learner.tasks_learned + int(learner.task_index == learner.tasks_learned)
 
-    def _subnetwork(self, learner: Learner, part: str, task: int) -> dict[str, Tensor]:
+    def _subnetwork(self, learner: LearnerLike, part: str, task: int) -> dict[str, Tensor]:
         """Return masked weights of backbone ("0."), head ("1.") or both (""); a task to come has the newest mask."""
         task = min(task, self._known(learner) - 1)
         masked = {}
@@ -155,24 +154,24 @@ class SupSup(Strategy):
                 masked[name[len(part) :]] = weight * mask
         return masked
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return each row's features in the subnetwork of its task (equation 1)."""
         return run_by_task(learner, learner.backbone, view, partial(self._subnetwork, learner, "0."))
 
-    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+    def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
         """Return the logits under the head's masks."""
         return run_by_task(learner, learner.head, features, partial(self._subnetwork, learner, "1."))
 
-    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+    def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the logits of the task that is given, or else inferred, in front of those of other tasks' classes."""
         if learner.scenario == "task" or self._known(learner) < 2:
-            return learner(view)  # type: ignore[no-any-return]
+            return learner(view)
         task = self.infer(learner, view)
         logits = learner(view, task)
         return torch.where(learner.membership[task], logits, logits - 1e4)
 
     @torch.no_grad()
-    def infer(self, learner: Learner, view: Tensor) -> Tensor:
+    def infer(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the task that each row seems to be of, (B,) (equation 2)."""
         network = nn.Sequential(learner.backbone, learner.head)
         masked = [self._subnetwork(learner, "", task) for task in range(self._known(learner))]

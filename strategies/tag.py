@@ -32,12 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl.engine.strategy import OptimizerFactory, Strategy
+from cl.engine.strategy import LearnerLike, OptimizerFactory, Strategy
 from cl.errors import InputError, check_range, unknown
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 FORMS = ("rmsprop", "adam", "adagrad")
 
@@ -118,7 +117,7 @@ class TAG(Strategy):
         self.form, self.b, self.beta1 = form, b, beta1
         self.beta2 = (0.999 if form == "adam" else 0.99) if beta2 is None else beta2
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate m, and V and a direction for each task."""
         group = learner.new_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
         for name in ("momentum", "weight_decay"):
@@ -132,19 +131,19 @@ class TAG(Strategy):
         for name in ("squares", "directions"):
             self.register_buffer(name, torch.zeros(len(stream), size))
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Forget the running mean; refuse weights that nobody would step."""
         self.momentum.zero_()
         own = {id(p) for p in learner.trunk().parameters()}
         if any(p.requires_grad and id(p) not in own for p in learner.parameters()):
             raise InputError("TAG steps backbone and head, but another strategy trains weights of its own: drop it.")
 
-    def _parts(self, learner: Learner) -> list[tuple[nn.Parameter, slice]]:
+    def _parts(self, learner: LearnerLike) -> list[tuple[nn.Parameter, slice]]:
         """Return each tensor of weights with its place in the state."""
         ends = torch.tensor([p.numel() for p in learner.trunk().parameters()]).cumsum(0).tolist()
         return [(p, slice(end - p.numel(), end)) for p, end in zip(learner.trunk().parameters(), ends, strict=True)]
 
-    def configure_optimizer(self, learner: Learner, factory: OptimizerFactory) -> Optimizer:
+    def configure_optimizer(self, learner: LearnerLike, factory: OptimizerFactory) -> Optimizer:
         """Return an optimizer of the configured learning rate whose steps are this task's."""
         parts = self._parts(learner)
         lr = float(factory(p for p, _ in parts).param_groups[0]["lr"])
@@ -165,7 +164,7 @@ class TAG(Strategy):
             p.sub_(group["lr"] * ((m / bias1 if adam else g) / D).view_as(p))
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Keep the direction of this task, tensor by tensor."""
         for _, part in self._parts(learner):
             self.directions[task.index, part] = unit(self.momentum[part])

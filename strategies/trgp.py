@@ -39,7 +39,7 @@ from cl.toolkit.subspace import ScaledByTask, protected_layers, sampled_gradient
 
 if TYPE_CHECKING:
     from cl.data.task import Task
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 
 def trusted(energies: Tensor, total: Tensor, trust: float, max_tasks: int) -> Tensor:
@@ -95,13 +95,13 @@ class TRGP(ScaledByTask):
         self.threshold, self.increment, self.num_samples = threshold, increment, num_samples
         self.trust, self.max_tasks = trust, max_tasks
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Select the old tasks whose subspaces this one scales, layer by layer."""
         gradients = sampled_gradients(learner, task, self.num_samples, self.random)
         for subspaces, G in zip(self.subspaces, gradients, strict=True):
             subspaces.begin(trusted(subspaces.energies(G), G.square().sum(), self.trust, self.max_tasks))
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Project each layer's gradient; silence everything else that old tasks rest on."""
         if learner.tasks_learned == 0:
             return
@@ -112,7 +112,7 @@ class TRGP(ScaledByTask):
         silence_others(learner, layers)
 
     @torch.no_grad()
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Keep this task's scaling, and the main directions of its inputs."""
         for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):
             self.subspaces[i].end(task.index, R, min(self.thresholds[i] + self.increment * task.index, 1.0))

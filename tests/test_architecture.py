@@ -113,6 +113,25 @@ def test_no_string_in_cl_names_a_strategy_or_stream():
     assert not found
 
 
+def test_what_methods_use_of_a_learner_is_what_the_contract_names():
+    """That `Learner` has it all, mypy checks where it hands itself to `Composition.setup`."""
+    body = next(
+        node.body
+        for node in ast.parse((ROOT / "cl" / "engine" / "strategy.py").read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "LearnerLike"
+    )
+    members = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    members |= {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    used = set()
+    for path in STRATEGIES + sorted((ROOT / "cl" / "toolkit").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "learner":
+                assert isinstance(node.ctx, ast.Load), f"{path.name}:{node.lineno} sets learner.{node.attr}"
+                assert node.attr in members, f"{path.name}:{node.lineno} uses learner.{node.attr}"
+                used.add(node.attr)
+    assert used == members - {"__call__"}, "the contract has no member that nobody uses"
+
+
 @pytest.mark.parametrize("path", STRATEGIES + STREAMS, ids=ids(STRATEGIES + STREAMS))
 def test_a_strategy_or_stream_never_imports_its_sibling(path):
     bad = {name for name in imports(path) if name.startswith(("cl.strategies", "cl.streams", "strategies", "streams"))}

@@ -18,9 +18,10 @@ from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, r
 from cl.data.augment import Normalize, RandomCropFlip
 from cl.data.sources import digits, synthetic
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import NEEDS, Batch, Strategy, overrides
+from cl.engine.strategy import NEEDS, Strategy, overrides
 from cl.errors import InputError
 from cl.random import Random
 from cl.strategies.adam_nscl import AdamNSCL

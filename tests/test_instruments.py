@@ -17,11 +17,12 @@ from torch import nn
 
 from cl.compose import label_noise
 from cl.data.task import Stream, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.instrument import Instrument, features, subset, watching
 from cl.engine.learner import Learner
 from cl.engine.score import Accuracy
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.measure.estimators import Estimates
 from cl.measure.learning_curves import LearningCurves

@@ -15,9 +15,10 @@ import toys
 from cl.backbones.networks import MLP, ResNet18, SimpleCNN
 from cl.compose import repeat
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.random import derive
 from cl.strategies.er import ER

@@ -22,11 +22,12 @@ from cl.backbones.vit import ViT
 from cl.data.augment import Normalize
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
 from cl.engine import checkpoint
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.head import competing
 from cl.engine.learner import Learner
 from cl.engine.loader import TrainLoader
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import DivergenceError, InputError
 from cl.random import derive
 from cl.strategies.derpp import DERpp

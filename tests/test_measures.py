@@ -15,10 +15,10 @@ import torch
 
 from cl.app.protocol import Protocol, first, rest
 from cl.data.task import Stream, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.instrument import Instrument
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch
 from cl.errors import InputError
 from cl.measure.estimators import Estimates
 from cl.measure.learning_curves import LearningCurves

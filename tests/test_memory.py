@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cl.data.task import Stream, Task, TaskData
-from cl.engine.strategy import Batch
+from cl.engine.batch import Batch
 from cl.errors import InputError
 from cl.random import Random, derive
 from cl.toolkit.memory import POLICIES, STORAGES, Memory

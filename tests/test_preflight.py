@@ -73,9 +73,9 @@ def test_what_no_single_row_meets_is_trained(sizes, options, job):
 def test_larger_images_leave_batch_norm_more_than_one_value():
     stream = stream_of(9, shape=(3, 32, 32))
     learner = learner_of(stream, batch_size=8)
-    assert takes_single_row(learner, stream)
+    assert takes_single_row(learner, stream[0].train)
     Experiment(learner, stream, trainer).run()
-    assert not takes_single_row(learner_of(stream_of(9)), stream_of(9))
+    assert not takes_single_row(learner_of(stream_of(9)), stream_of(9)[0].train)
 
 
 def test_rows_that_a_strategy_chose_are_told_before_its_task():

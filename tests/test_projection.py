@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.strategies import adam_nscl, cuber, gem, ogd, sgp, tag
 from cl.strategies.adam_nscl import AdamNSCL

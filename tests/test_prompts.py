@@ -20,9 +20,10 @@ from torch import nn
 from cl.app.build import build as build_experiment
 from cl.backbones.vit import Timm, ViT
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.strategies.coda_prompt import CODAPrompt, agreement, apart
 from cl.strategies.dualprompt import DualPrompt

@@ -19,9 +19,10 @@ from torch import nn
 from cl.data.stream_checks import same as equal
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
 from cl.engine import checkpoint
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.random import derive
 from cl.strategies import er_ace, gdumb, mir, scr

@@ -17,9 +17,10 @@ from torch import nn
 
 from cl.backbones.vit import ViT
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.random import Random, derive
 from cl.strategies import agem, derpp, ewc, gpm, lwf

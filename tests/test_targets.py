@@ -19,11 +19,12 @@ from torch import nn
 from cl.backbones.networks import MLP
 from cl.data.target import TARGETS, classes_of
 from cl.data.task import Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.head import Head
 from cl.engine.learner import Learner
 from cl.engine.score import matrices
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import DivergenceError, InputError
 from cl.strategies.agem import AGEM
 from cl.strategies.cumulative import Cumulative

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from cl import distributed
 from cl.backbones.vit import ViT
 from cl.data.task import Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.strategy import Strategy
 from cl.errors import DivergenceError, InputError
 from cl.measure.learning_curves import LearningCurves
 from cl.measure.probes import Probes

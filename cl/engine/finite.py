@@ -1,18 +1,34 @@
-"""Weights that are numbers: what a checkpoint of a finished task keeps must be worth going on from."""
+"""Losses and weights that are numbers: a run that diverges ends in a sentence, and keeps its last good checkpoint."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from cl.errors import DivergenceError
 
 if TYPE_CHECKING:
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 
-def check_finite(learner: Learner) -> None:
+def check_losses(learner: LearnerLike, losses: Tensor) -> None:
+    """Refuse losses of the last steps, (n,), that are NaN or infinite.
+
+    Raises:
+        DivergenceError: Naming the first such step.
+    """
+    if not bool(torch.isfinite(losses).all()):  # the one synchronisation of a chunk
+        first = int((~torch.isfinite(losses)).nonzero()[0])
+        raise DivergenceError(
+            f"The loss is {float(losses[first])} in task {learner.task_index + 1} of {learner.num_tasks}, epoch "
+            f"{learner.current_epoch + 1}, step {learner.step - len(losses) + first + 1} of the task: lower the "
+            "learning rate or the strategy's weight. The checkpoint of the last finished task is kept."
+        )
+
+
+def check_finite(learner: LearnerLike) -> None:
     """Refuse weights that the last step of a task made NaN or infinite, which no loss has shown yet.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -16,7 +17,9 @@ from cl import distributed
 from cl.data.augment import to_floats
 from cl.data.target import classes_of
 from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData, shard
+from cl.engine.batch import Batch
 from cl.engine.fast_path import is_plain
+from cl.engine.finite import check_losses
 from cl.engine.head import Mask, competing
 from cl.engine.loader import TrainLoader, evaluation
 from cl.engine.loss_curves import Curves
@@ -25,9 +28,9 @@ from cl.engine.optimizer_state import Carried
 from cl.engine.preflight import check_rows
 from cl.engine.schedules import SchedulerFactory, known_interval, schedule_of, updates
 from cl.engine.score import calibrations, matrices, start
-from cl.engine.strategy import Batch, Composition, OptimizerFactory, Strategy
+from cl.engine.strategy import Composition, OptimizerFactory, Strategy
 from cl.engine.update import update
-from cl.errors import DivergenceError, InputError, unknown
+from cl.errors import InputError, unknown
 from cl.random import Random, derive
 
 COMPILERS = ("default", "reduce-overhead", "max-autotune")
@@ -157,7 +160,7 @@ class Learner(pl.LightningModule):
         parts = " + ".join([type(self.backbone).__name__, type(self.head).__name__, *self.strategies])
         return f"Learner({parts}: {self.tasks_learned} of {self.num_tasks} tasks learned, {self.scenario}-incremental)"
 
-    # ---- what strategies use ------------------------------------------------------------------------------------
+    # ---- what strategies use: see LearnerLike -------------------------------------------------------------------
 
     @property
     def task_index(self) -> int:
@@ -170,9 +173,14 @@ class Learner(pl.LightningModule):
         return 0 if self._data is None else updates(len(self._data), self.batch_size, self.limit)
 
     @property
+    def epochs(self) -> int:
+        """Passes over each task; 0 before the run has begun."""
+        return (self._trainer.max_epochs or 0) if self._trainer is not None else 0
+
+    @property
     def num_steps(self) -> int:
         """Minibatches of the present task in all."""
-        return self.steps_per_epoch * (self.trainer.max_epochs or 0)
+        return self.steps_per_epoch * self.epochs
 
     def trunk(self) -> nn.ModuleDict:
         """Return backbone and head, without the strategies' own parameters."""
@@ -191,6 +199,11 @@ class Learner(pl.LightningModule):
     def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Build the configured optimizer over some parameters."""
         return self._optimizer(parameters)
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """Return the present learning rate of each parameter that is trained."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        return {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
     def competing(self, tasks: Task | Tensor) -> Tensor:
         """Return the classes that compete on a task's examples in training, (K,); for task labels (n,), bool (n, C)."""
@@ -239,10 +252,13 @@ class Learner(pl.LightningModule):
         logits: Tensor = self._owners["classify"](self, self._owners["encode"](self, view))
         return logits
 
+    def with_weights(self, weights: Mapping[str, Tensor], view: Tensor, task: Tensor) -> Tensor:
+        """Return the same logits under other values of some parameters and buffers, by name."""
+        return functional_call(self, dict(weights), (view, task))  # type: ignore[no-any-return]
+
     def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:
         """Send the logits of classes that do not compete to minus infinity; by default in the run's scenario."""
-        masked: Tensor = self.masks[scenario or self.scenario](logits, task)
-        return masked
+        return self.masks[scenario or self.scenario](logits, task)  # type: ignore[no-any-return]
 
     def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of the stream's target, for labels the cross-entropy, over the classes that compete."""
@@ -360,14 +376,7 @@ class Learner(pl.LightningModule):
             nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
 
     def _look_at(self, losses: Tensor) -> None:
-        if not bool(torch.isfinite(losses).all()):  # the one synchronisation of the chunk
-            first = int((~torch.isfinite(losses)).nonzero()[0])
-            step = self.step - len(losses) + first + 1
-            raise DivergenceError(
-                f"The loss is {float(losses[first])} in task {self.task.index + 1} of {self.num_tasks}, epoch "
-                f"{self.current_epoch + 1}, step {step} of the task: lower the learning rate or the strategy's weight. "
-                "The checkpoint of the last finished task is kept."
-            )
+        check_losses(self, losses)
         self.last_loss = losses[-1]
         self._curves.log(self.loggers, self.task.index + 1, self.total_steps)
 

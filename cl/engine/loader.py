@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cl.data.rows import row_bytes
 from cl.data.task import TaskData
 from cl.distributed import deal, everywhere
-from cl.engine.strategy import Batch, Labels
+from cl.engine.batch import Batch, Labels
 from cl.random import derive
 
 if TYPE_CHECKING:
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 _LARGEST, _BRISK = 64, 0.1  # steps of a chunk that chooses its size; seconds that it should not take
 _AHEAD = 2**25  # bytes of a chunk that is read ahead
@@ -151,7 +151,7 @@ class EvalLoader:
         return column.tensor_split(count) if self.apart and count else column.split(self.batch_size)
 
 
-def evaluation(learner: Learner, parts: Sequence[TaskData], device: torch.device | None = None) -> EvalLoader:
+def evaluation(learner: LearnerLike, parts: Sequence[TaskData], device: torch.device | None = None) -> EvalLoader:
     """Return minibatches of examples that a learner is evaluated on, on its device or another."""
     return EvalLoader(parts, device or learner.device, learner.eval_batch_size, depends_on_batch(learner.backbone))
 

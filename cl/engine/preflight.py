@@ -16,8 +16,9 @@ from cl.engine.schedules import check_schedule, updates
 from cl.errors import InputError
 
 if TYPE_CHECKING:
-    from cl.data.task import Stream
+    from cl.data.task import Stream, TaskData
     from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 
 def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> list[str]:
@@ -36,7 +37,7 @@ def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[st
     unknown = epochs == 0 or any(learner.strategies.owned(hook) for hook in ("training_data", "encode"))
     limit = trainer.get("limit_train_batches") or 1.0
     for task in () if unknown else stream:
-        if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, stream):
+        if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, task.train):
             raise _refusal(learner, f"task {task.index + 1} of {stream.name!r} has {len(task.train)} rows")
     return [told] if told else []
 
@@ -96,7 +97,7 @@ def check_rows(learner: Learner, num_rows: int) -> None:
     Raises:
         InputError: If they meet batch norm.
     """
-    if has_single_row(num_rows, learner, learner.limit) and not takes_single_row(learner, None):
+    if has_single_row(num_rows, learner, learner.limit) and not takes_single_row(learner, learner.task.train):
         raise _refusal(learner, f"there are {num_rows} rows in this task")
 
 
@@ -120,14 +121,13 @@ def has_single_row(num_rows: int, learner: Learner, limit: int | float = 1.0) ->
     return any(n < 2 * world_size() for n in sizes)  # one row for some process; where it has none, another's
 
 
-def takes_single_row(learner: Learner, stream: Stream | None) -> bool:
+def takes_single_row(learner: LearnerLike, data: TaskData) -> bool:
     """Say whether the backbone, as it is now, takes a minibatch of one row in training; by trying, without a trace.
 
     Args:
         learner: Of the backbone.
-        stream: Has the row; None for what the learner is about to train on.
+        data: Has the row.
     """
-    data = learner.task.train if stream is None else stream[0].train
     view = learner.prepare(data.take(torch.zeros(1, dtype=torch.int64)).tensors()[0].to(learner.device))
     apart = {name: buffer.clone() for name, buffer in learner.backbone.named_buffers()}
     try:
@@ -138,7 +138,7 @@ def takes_single_row(learner: Learner, stream: Stream | None) -> bool:
     return True
 
 
-def check_draws(name: str, learner: Learner, stream: Stream, parts: int = 1, **sizes: int | None) -> None:
+def check_draws(name: str, learner: LearnerLike, stream: Stream, parts: int = 1, **sizes: int | None) -> None:
     """Refuse draws of one remembered row where batch norm needs two; in `setup`, of what passes the network by itself.
 
     Args:
@@ -152,7 +152,7 @@ def check_draws(name: str, learner: Learner, stream: Stream, parts: int = 1, **s
         InputError: Naming the setting.
     """
     ones = [key for key, size in sizes.items() if size is not None and size // parts == 1]
-    if ones and not takes_single_row(learner, stream):
+    if ones and not takes_single_row(learner, stream[0].train):
         raise InputError(
             f"{name}.{ones[0]}={sizes[ones[0]]} passes remembered examples one at a time through "
             f"{type(learner.backbone).__name__}, whose norms need two or more: set it to {2 * parts} or more, or "

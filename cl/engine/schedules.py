@@ -72,7 +72,7 @@ def schedule_of(learner: Learner, optimizer: Optimizer, num_rows: Sequence[int])
         return None
     by_step = learner.scheduler_interval == "step"
     each = [updates(n, learner.batch_size, learner.limit, learner.accumulate) if by_step else 1 for n in num_rows]
-    return make_schedule(learner._scheduler, optimizer, sum(each) * (learner.trainer.max_epochs or 0))
+    return make_schedule(learner._scheduler, optimizer, sum(each) * learner.epochs)
 
 
 def updates(num_rows: int, batch_size: int, limit: int | float, accumulate: int = 1) -> int:

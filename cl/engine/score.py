@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cl.data.target import Target
 from cl.data.task import Stream
 from cl.distributed import gathered, total
-from cl.engine.strategy import Batch
+from cl.engine.batch import Batch
 from cl.metrics.calibration import ece_from_bins
 from cl.metrics.transfer import TransferMatrix
 

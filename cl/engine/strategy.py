@@ -1,4 +1,6 @@
-"""The one plug-in contract: `Batch` and `Strategy`. Read this page first; it is the whole training protocol.
+"""The one plug-in contract: `Strategy`, and the `LearnerLike` that it is given. Read this page first.
+
+It is the whole training protocol.
 
 A run, with each hook marked where it is called (`cl/engine/experiment.py` and `cl/engine/learner.py` do just this)::
 
@@ -44,23 +46,22 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl.data.rows import kind_of
 from cl.distributed import world_size
+from cl.engine.batch import Batch
 from cl.errors import InputError
 from cl.random import Random, derive
 
 if TYPE_CHECKING:
-    from cl.data.task import Stream, Task, TaskData
-    from cl.engine.learner import Learner
+    from cl.data.target import Target
+    from cl.data.task import Scenario, Stream, Task, TaskData
 
 # What a method may need of a run, for `Strategy.needs`.
 NEEDS = {
@@ -75,69 +76,130 @@ _WITHIN = {  # what a method finds, or misses, in a scenario that it does not wo
     "task": "where the task of each test example is told",
 }
 
-Labels = np.ndarray[Any, np.dtype[np.int64]]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-@dataclass(slots=True)
-class Batch:
-    """Rows of a stream as stored, with what rides along.
+class LearnerLike(Protocol):
+    """What a strategy may use of the learner that each hook is given; it changes nothing here but weights.
 
-    Args:
-        x: Raw inputs (B, *input), uint8 where the data are images.
-        y: Stream-wide labels, int64 (B,); or other targets, float32 (B, C).
-        task: Task labels, int64 (B,).
-        extras: Named tensors with one row an example, such as stored logits (B, C).
-        num_incoming: The first rows that come from the stream; the others were appended by `extend_batch`.
-        view: The augmented, normalised inputs that the backbone saw; set by the learner.
-        host: Labels and task labels of the incoming rows as numpy arrays, for what decides on the host
-            without waiting for the device.
-        idle: Whether the rows weigh nothing: those of a process that has none of a short minibatch.
+    B is the rows of a batch, C the classes of the whole stream, K those that compete, D the features, T the tasks.
+
+    Attributes:
+        backbone: Prepared inputs (B, *input) to features (B, D), with the attribute `num_features`, D.
+        head: Features (B, D) to logits (B, C).
+        strategies: All strategies of the run by name; `strategies.owned(hook)` says whether one of them owns a hook.
+        scenario: "class", "task" or "domain".
+        train_mask: The scenario by which classes compete in the loss; by default the same.
+        target: The kind of the stream's targets, see `cl.data.target`.
+        num_tasks: T.
+        num_classes: C.
+        membership: The classes of each task, bool (T, C).
+        seen: The classes of the tasks so far, the present one among them once its training begins, bool (C,).
+        shared_outputs: Whether tasks have classes in common.
+        mixed: Whether rows of several tasks come together in one.
+        tasks_learned: Tasks that are finished, 0 to T.
+        step: Minibatches of the present task that are done.
+        task_labels: The rows' task labels (B,) in `encode` and `classify`: in training, and at test where the scenario
+            gives them; None means rows of the present task, or that nobody may know.
+        told: The task labels (B,) that a prediction is given; None in training, and where they are not told.
+        batch_size: Incoming rows a step.
+        eval_batch_size: Rows of a minibatch that is evaluated; None leaves it to `EvalLoader`.
+        accumulate: Minibatches that make one update of the weights.
+        limit: Share (float) or number (int) of an epoch's minibatches that are trained on.
+        gradient_clip: Largest norm of the gradient, or None.
+        seed: Of the run; strategies draw from a `cl.random.Random` of their own, which is seeded by it.
+        augment_random: What the augmentation draws from, seeded anew with each task.
     """
 
-    x: Tensor
-    y: Tensor
-    task: Tensor
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    num_incoming: int = -1
-    view: Tensor | None = None
-    host: tuple[Labels, Labels] | None = None
-    idle: bool = False
+    backbone: nn.Module
+    head: nn.Module
+    strategies: Composition
+    scenario: Scenario
+    train_mask: Scenario
+    target: Target
+    num_tasks: int
+    num_classes: int
+    membership: Tensor
+    seen: Tensor
+    shared_outputs: bool
+    mixed: bool
+    tasks_learned: int
+    step: int
+    task_labels: Tensor | None
+    told: Tensor | None
+    batch_size: int
+    eval_batch_size: int | None
+    accumulate: int
+    limit: int | float
+    gradient_clip: float | None
+    seed: int
+    augment_random: Random
 
-    def __post_init__(self) -> None:
-        if self.num_incoming < 0:
-            self.num_incoming = len(self.y)
+    @property
+    def device(self) -> torch.device:
+        """Where backbone and head are."""
 
-    def __len__(self) -> int:
-        return len(self.y)
+    @property
+    def task_index(self) -> int:
+        """Position of the present task, from 0."""
 
-    def __repr__(self) -> str:
-        extras = f", with {', '.join(self.extras)}" if self.extras else ""
-        return f"Batch({len(self)} rows of {kind_of(self.x)}, {self.num_incoming} incoming{extras})"
+    @property
+    def current_epoch(self) -> int:
+        """Epoch of the present task, from 0."""
 
-    def append(self, other: Batch) -> Batch:
-        """Return this batch with another's rows behind its own.
+    @property
+    def epochs(self) -> int:
+        """Passes over each task; 0 before the run has begun."""
 
-        Example:
-            >>> one = Batch(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
-            >>> both = one.append(one)
-            >>> len(both), both.num_incoming
-            (4, 2)
-        """
-        pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
-        x, y, task = (torch.cat(pair) for pair in pairs)
-        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle)
+    @property
+    def steps_per_epoch(self) -> int:
+        """Minibatches of an epoch of the present task."""
 
-    def take(self, rows: slice | Tensor) -> Batch:
-        """Return some of the rows, with their extras, as a batch of its own.
+    def trunk(self) -> nn.ModuleDict:
+        """Return backbone and head, without the strategies' own parameters."""
 
-        Example:
-            >>> batch = Batch(torch.zeros(3, 1), torch.tensor([4, 5, 6]), torch.zeros(3, dtype=torch.int64))
-            >>> batch.take(slice(1, None)).y.tolist(), batch.take(torch.tensor([2, 0])).y.tolist()
-            ([5, 6], [6, 4])
-        """
-        extras = {name: values[rows] for name, values in self.extras.items()}
-        return Batch(self.x[rows], self.y[rows], self.task[rows], extras)
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield all parameters, those of the strategies among them."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the same with their names."""
+
+    def __call__(self, view: Tensor, task: Tensor | None = None) -> Tensor:
+        """Map prepared inputs (B, *input) to logits (B, C), with task labels (B,) where rows are of other tasks."""
+
+    def with_weights(self, weights: Mapping[str, Tensor], view: Tensor, task: Tensor) -> Tensor:
+        """Return the same logits under other values of some parameters and buffers, by name."""
+
+    def features(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        """Return features (B, D) of raw inputs, under the task labels (B,) that may be told."""
+
+    def prepare(self, x: Tensor, augment: bool = False) -> Tensor:
+        """Map raw inputs (B, *input) to what the backbone receives, augmented or not."""
+
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of the stream's target over the classes that compete, a scalar."""
+
+    def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:
+        """Send the logits of classes that do not compete to minus infinity; by default in the run's scenario."""
+
+    def competing(self, tasks: Task | Tensor) -> Tensor:
+        """Return the classes that compete on a task's examples in training, (K,); for task labels (B,), bool (B, C)."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Put backbone and head in evaluation mode for a while, and back as they were."""
+
+    def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Build the configured optimizer over some parameters."""
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """Return the present learning rate of each parameter that is trained."""
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether an optimizer goes on with what the one of the task before held."""
+
+    def forget_optimizer(self) -> None:
+        """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
 
 
 class Strategy(nn.Module):
@@ -207,35 +269,35 @@ class Strategy(nn.Module):
                 f"{type(self).__name__} cannot learn in {world_size()} processes: use trainer=default, with one device."
             )
 
-    def remark(self, learner: Learner) -> str | None:
+    def remark(self, learner: LearnerLike) -> str | None:
         """Return a sentence that belongs beside the numbers of a run, such as why the method cannot work there.
 
         It is asked for once, after every strategy's `setup`, and shown where the run's notes are.
         """
         return None
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate every tensor at its final shape and refuse what cannot work."""
 
-    def before_task(self, learner: Learner, task: Task) -> None:
+    def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Act before the first batch of a task, on the training device."""
 
-    def after_task(self, learner: Learner, task: Task) -> None:
+    def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Act after the last batch of a task, on the training device."""
 
-    def training_data(self, learner: Learner, task: Task) -> TaskData:
+    def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
         """Return what is trained on in this task; one owner."""
         return task.train
 
-    def configure_optimizer(self, learner: Learner, factory: OptimizerFactory) -> Optimizer:
+    def configure_optimizer(self, learner: LearnerLike, factory: OptimizerFactory) -> Optimizer:
         """Return the optimizer of this task; one owner."""
         return factory(p for p in learner.parameters() if p.requires_grad)
 
-    def extend_batch(self, learner: Learner, batch: Batch) -> Batch:
+    def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Return the batch with rows appended."""
         return batch
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Map prepared inputs (B, *input) to features (B, D); one owner.
 
         `learner.task_labels` has the rows' task labels (B,) in training, and at test where the scenario gives them;
@@ -244,29 +306,29 @@ class Strategy(nn.Module):
         features: Tensor = learner.backbone(view)
         return features
 
-    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+    def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
         """Map features (B, D) to logits (B, C) over all classes; one owner."""
         logits: Tensor = learner.head(features)
         return logits
 
-    def criterion(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
+    def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the classification loss in place of the default; one owner."""
         return learner.criterion(logits, batch)
 
-    def loss(self, learner: Learner, batch: Batch, logits: Tensor) -> Tensor | None:
+    def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return a scalar, already weighted, to be added; None where there is nothing to add yet."""
         return None
 
-    def project_gradients(self, learner: Learner) -> None:
+    def project_gradients(self, learner: LearnerLike) -> None:
         """Change `.grad` in place, once per optimizer step, after unscaling and before clipping."""
 
-    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Act after a step; sees the rows that came from the stream and their logits before the step, detached."""
 
-    def after_epoch(self, learner: Learner, task: Task, epoch: int) -> None:
+    def after_epoch(self, learner: LearnerLike, task: Task, epoch: int) -> None:
         """Act after an epoch."""
 
-    def predict(self, learner: Learner, view: Tensor) -> Tensor:
+    def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Map prepared inputs to logits (B, C) at test; one owner."""
         logits: Tensor = learner(view)
         return logits
@@ -352,7 +414,7 @@ class Composition(nn.ModuleDict):
         owner: Callable[..., Any] = getattr(strategies[names[0]] if names else Strategy(), hook)
         return owner
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Let each strategy refuse the stream or allocate, and seed its generators by its name."""
         for name, strategy in self.items():
             assert isinstance(strategy, Strategy)
@@ -370,7 +432,7 @@ class Composition(nn.ModuleDict):
         found = {strategy.bound for strategy in self.values()}
         return str(found.pop()) if len(found) == 1 else ""
 
-    def remarks(self, learner: Learner) -> list[str]:
+    def remarks(self, learner: LearnerLike) -> list[str]:
         """Return the strategies' sentences on a run, each once."""
         found = [strategy.remark(learner) for strategy in self.values()]  # type: ignore[operator]
         told = [type(strategy).__name__ for strategy in self.values() if strategy.uses_task]

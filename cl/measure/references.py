@@ -24,14 +24,13 @@ import torch
 from cl.data.provenance import digest as digest_of
 from cl.data.task import Stream, Task, TaskData
 from cl.distributed import from_first, rank
-from cl.engine.strategy import Strategy
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import DivergenceError, InputError, unknown
 from cl.files import read_sealed, remove_leftovers, write_sealed
 from cl.settings import flatten, results
 
 if TYPE_CHECKING:
     from cl.engine.experiment import Experiment
-    from cl.engine.learner import Learner
 
 KINDS = ("experts", "joint")
 _WITHOUT = "method", "start"  # parts of the settings: references have no method, and initial weights a digest
@@ -43,11 +42,11 @@ class Union(Strategy):
 
     targets = ("label", "multilabel", "regression")
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Keep the tasks' examples as views."""
         self._parts = [task.train for task in stream]
 
-    def training_data(self, learner: Learner, task: Task) -> TaskData:
+    def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
         """Return the union."""
         return TaskData.concat(self._parts)
 

@@ -13,10 +13,10 @@ from cl.errors import InputError
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 
-def check_apart(name: str, learner: Learner, stream: Stream) -> None:
+def check_apart(name: str, learner: LearnerLike, stream: Stream) -> None:
     """Refuse a stream in which examples of several tasks come together, where each task is learned in its turn.
 
     Raises:
@@ -30,7 +30,7 @@ def check_apart(name: str, learner: Learner, stream: Stream) -> None:
 
 
 def run_by_task(
-    learner: Learner, module: nn.Module, inputs: Tensor, weights: Callable[[int], Mapping[str, Tensor]]
+    learner: LearnerLike, module: nn.Module, inputs: Tensor, weights: Callable[[int], Mapping[str, Tensor]]
 ) -> Tensor:
     """Return what each row (B, ...) gets from a module with the weights of its task; for `encode` and `classify`.
 
@@ -43,7 +43,7 @@ def run_by_task(
     return rows_by_task(learner, inputs, lambda rows, task: functional_call(module, dict(weights(task)), (rows,)))
 
 
-def rows_by_task(learner: Learner, inputs: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+def rows_by_task(learner: LearnerLike, inputs: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Return what each row (B, ...) gets from a function of rows of one task and the task's index.
 
     Rows without a label are of the present task. So are, in training, those of a strategy that is alone, where nobody

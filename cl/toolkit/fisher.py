@@ -27,7 +27,7 @@ from cl.toolkit.weights import flat
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 FISHERS = ("true", "sampled", "empirical")
 _HELD_AT_ONCE = 2**24  # numbers of gradients of single examples
@@ -233,7 +233,7 @@ def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: T
 
 
 def sampled_inputs(
-    learner: Learner, task: Task, num_samples: int | None, random: Random
+    learner: LearnerLike, task: Task, num_samples: int | None, random: Random
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a draw of a task's training examples, prepared and not augmented, with labels and competing classes.
 
@@ -250,7 +250,7 @@ def sampled_inputs(
 
 
 def task_fisher(
-    learner: Learner, task: Task, kind: str, num_samples: int | None, batch_size: int, random: Random
+    learner: LearnerLike, task: Task, kind: str, num_samples: int | None, batch_size: int, random: Random
 ) -> Tensor:
     """Return the diagonal Fisher of backbone and head on a draw of a task's training examples, as one vector.
 
@@ -264,7 +264,7 @@ def task_fisher(
         return diagonal_fisher(module, view, classes, weights, batch_size, learner.target.name)
 
 
-def check_single(name: str, learner: Learner, remedy: str) -> None:
+def check_single(name: str, learner: LearnerLike, remedy: str) -> None:
     """Refuse gradients of single examples where each output depends on the rest of its batch.
 
     Raises:

@@ -12,7 +12,7 @@ from cl.data.task import TaskData
 from cl.engine.loader import EvalLoader
 
 if TYPE_CHECKING:
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 
 def herding(features: Tensor, size: int) -> Tensor:
@@ -46,7 +46,7 @@ def herding(features: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def unit_features(learner: Learner, data: TaskData) -> Tensor:
+def unit_features(learner: LearnerLike, data: TaskData) -> Tensor:
     """Return the features of examples, never augmented, in evaluation mode and of length 1, (n, D)."""
     with learner.evaluating():
         batches = EvalLoader([data], learner.device, learner.eval_batch_size)

@@ -18,8 +18,7 @@ from cl.toolkit.subspace import check_statistics
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
-    from cl.engine.learner import Learner
-    from cl.engine.strategy import Strategy
+    from cl.engine.strategy import LearnerLike, Strategy
 
 
 def layer_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -82,7 +81,7 @@ def _closes(backbone: nn.Module, layer: str, x: Tensor) -> bool:
     return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-6))  # rounding depends on a row's place in its batch
 
 
-def silence_others(learner: Learner, owned: Iterable[Tensor]) -> None:
+def silence_others(learner: LearnerLike, owned: Iterable[Tensor]) -> None:
     """Take the gradient off the backbone's parameters that belong to no task, after the first; biases and norms.
 
     Args:
@@ -96,7 +95,7 @@ def silence_others(learner: Learner, owned: Iterable[Tensor]) -> None:
                 parameter.grad = None
 
 
-def keep_outputs(learner: Learner) -> None:
+def keep_outputs(learner: LearnerLike) -> None:
     """Take the gradient off the head's outputs for classes of other tasks; for `project_gradients`."""
     own = learner.membership[learner.task_index]
     for parameter in learner.head.parameters():
@@ -104,7 +103,7 @@ def keep_outputs(learner: Learner) -> None:
             parameter.grad *= by_row(own, parameter)
 
 
-def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> None:
+def check_isolation(strategy: Strategy, learner: LearnerLike, stream: Stream) -> None:
     """Refuse what would let a later task change an earlier one's answers, whatever its own weights do.
 
     Raises:
@@ -127,7 +126,7 @@ def check_isolation(strategy: Strategy, learner: Learner, stream: Stream) -> Non
     check_statistics(learner, name)
 
 
-def check_optimizer(name: str, learner: Learner) -> None:
+def check_optimizer(name: str, learner: LearnerLike) -> None:
     """Refuse an optimizer that moves weights whose gradient is 0, found out by letting it make steps.
 
     Raises:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from cl.data.task import Stream
 from cl.distributed import share, world_size
-from cl.engine.strategy import Batch
+from cl.engine.batch import Batch
 from cl.errors import InputError, unknown
 from cl.random import Random
 
 if TYPE_CHECKING:
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 POLICIES = ("reservoir", "class_balanced", "ring")
@@ -257,7 +257,7 @@ class Memory(nn.Module):
             column.copy_(state["rows"][name])
 
 
-def remark_without(name: str, learner: Learner) -> str | None:
+def remark_without(name: str, learner: LearnerLike) -> str | None:
     """Return why a method that keeps old weights or outputs fails where no exemplars are kept; None where it may not.
 
     Args:

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 
-from cl.engine.strategy import Batch, Strategy
+from cl.engine.batch import Batch
+from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError
 from cl.random import Random
 from cl.toolkit.by_task import check_apart, rows_by_task
@@ -21,10 +22,9 @@ from cl.toolkit.layers import Layer, layer_inputs, trainable_layers
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-    from cl.engine.learner import Learner
 
 
-def protected(learner: Learner) -> nn.Module:
+def protected(learner: LearnerLike) -> nn.Module:
     """Return what old tasks rest on: the backbone; the head too, unless each task is told and has outputs of its own.
 
     Example:
@@ -36,7 +36,7 @@ def protected(learner: Learner) -> nn.Module:
     return learner.trunk() if learner.scenario != "task" or learner.shared_outputs else learner.backbone
 
 
-def protected_layers(learner: Learner) -> list[Layer]:
+def protected_layers(learner: LearnerLike) -> list[Layer]:
     """Return the trained layers among what is protected, which a projector each belongs to.
 
     Example:
@@ -47,7 +47,7 @@ def protected_layers(learner: Learner) -> list[Layer]:
     return trainable_layers(protected(learner))
 
 
-def silence_others(learner: Learner, layers: Sequence[Layer]) -> None:
+def silence_others(learner: LearnerLike, layers: Sequence[Layer]) -> None:
     """Take the gradient off everything protected but the weights of layers: biases, norms, embeddings."""
     weights = {layer.weight for layer in layers}
     for parameter in protected(learner).parameters():
@@ -55,7 +55,7 @@ def silence_others(learner: Learner, layers: Sequence[Layer]) -> None:
             parameter.grad = None
 
 
-def sampled_inputs(learner: Learner, task: Task, num_samples: int, random: Random) -> list[Tensor]:
+def sampled_inputs(learner: LearnerLike, task: Task, num_samples: int, random: Random) -> list[Tensor]:
     """Return the representation (d, n) of each protected layer on a draw of a task's training examples.
 
     They are measured in evaluation mode; see `cl.toolkit.layers.layer_inputs`.
@@ -65,7 +65,7 @@ def sampled_inputs(learner: Learner, task: Task, num_samples: int, random: Rando
         return layer_inputs(protected_layers(learner), lambda: learner(learner.prepare(batch.x), batch.task))
 
 
-def sampled_gradients(learner: Learner, task: Task, num_samples: int, random: Random) -> Sequence[Tensor]:
+def sampled_gradients(learner: LearnerLike, task: Task, num_samples: int, random: Random) -> Sequence[Tensor]:
     """Return the gradient (out, d) of each protected layer's weight on a draw of a task's training examples.
 
     They are measured in evaluation mode, of the loss that the scenario has.
@@ -77,7 +77,7 @@ def sampled_gradients(learner: Learner, task: Task, num_samples: int, random: Ra
     return [g.flatten(1) for g in torch.autograd.grad(loss, weights)]
 
 
-def sampled(learner: Learner, task: Task, num_samples: int, random: Random) -> Batch:
+def sampled(learner: LearnerLike, task: Task, num_samples: int, random: Random) -> Batch:
     """Return a draw of a task's training examples as stored, on the learner's device; all where there are no more."""
     rows = random.generator.choice(len(task.train), min(num_samples, len(task.train)), replace=False)
     x, y, label = (column.to(learner.device) for column in task.train.take(torch.from_numpy(rows)).tensors())
@@ -291,7 +291,7 @@ class ScaledByTask(Strategy):
     threshold: float | Sequence[float]
     subspaces: Sequence[Subspaces]
 
-    def setup(self, learner: Learner, stream: Stream) -> None:
+    def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the subspaces of each layer; refuse what leaves the protected space."""
         name = type(self).__name__
         check_apart(name, learner, stream)
@@ -308,17 +308,17 @@ class ScaledByTask(Strategy):
         self.thresholds = one_each(f"{name.lower()}.threshold", self.threshold, len(sizes))
         self.subspaces = nn.ModuleList(Subspaces(size, len(stream)) for size in sizes)  # type: ignore[assignment]
 
-    def encode(self, learner: Learner, view: Tensor) -> Tensor:
+    def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return features under the weights of each row's task."""
         return self._run(learner, learner.backbone, view)
 
-    def classify(self, learner: Learner, features: Tensor) -> Tensor:
+    def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
         """Return logits under the weights of each row's task, where tasks share outputs."""
         if not learner.shared_outputs:
             return learner.head(features)  # type: ignore[no-any-return]
         return self._run(learner, learner.head, features)
 
-    def _run(self, learner: Learner, module: nn.Module, inputs: Tensor) -> Tensor:
+    def _run(self, learner: LearnerLike, module: nn.Module, inputs: Tensor) -> Tensor:
         names = {layer: f"{name}.weight".lstrip(".") for name, layer in module.named_modules()}
         pairs = zip(protected_layers(learner), self.subspaces, strict=True)
         own = [(layer, part) for layer, part in pairs if layer in names]
@@ -360,7 +360,7 @@ def one_each(key: str, value: float | Sequence[float], count: int) -> list[float
     return list(value)
 
 
-def check_plain_sgd(learner: Learner, name: str) -> None:
+def check_plain_sgd(learner: LearnerLike, name: str) -> None:
     """Refuse an optimizer whose steps are not its gradients times a number.
 
     Weight decay and Adam leave the space that gradients were projected on, as does a momentum from before.
@@ -382,7 +382,7 @@ def check_plain_sgd(learner: Learner, name: str) -> None:
         )
 
 
-def check_trained(learner: Learner, name: str) -> None:
+def check_trained(learner: LearnerLike, name: str) -> None:
     """Refuse where there is nothing to protect.
 
     Raises:
@@ -392,7 +392,7 @@ def check_trained(learner: Learner, name: str) -> None:
         raise InputError(f"{name} protects trained weights of the backbone, which has none: drop it, or what freezes.")
 
 
-def remark_rescaled(name: str, learner: Learner) -> str | None:
+def remark_rescaled(name: str, learner: LearnerLike) -> str | None:
     """Return that steps do not follow the projected gradient, where the optimizer is not SGD; None where they do.
 
     Example:
@@ -409,14 +409,14 @@ def remark_rescaled(name: str, learner: Learner) -> str | None:
     )
 
 
-def _steps(learner: Learner) -> Optimizer | None:
+def _steps(learner: LearnerLike) -> Optimizer | None:
     # a new one like that which makes the steps; none where a strategy makes them
     if learner.strategies.owned("configure_optimizer"):
         return None
     return learner.new_optimizer([nn.Parameter(torch.zeros(1))])
 
 
-def check_statistics(learner: Learner, name: str) -> None:
+def check_statistics(learner: LearnerLike, name: str) -> None:
     """Refuse batch norm that keeps running statistics, which drift whatever the gradients are.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cl.errors import InputError
 
 if TYPE_CHECKING:
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -24,7 +24,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def held(learner: Learner) -> list[nn.Parameter]:
+def held(learner: LearnerLike) -> list[nn.Parameter]:
     """Return the trainable parameters of backbone and head.
 
     Example:
@@ -35,7 +35,7 @@ def held(learner: Learner) -> list[nn.Parameter]:
     return [p for p in learner.trunk().parameters() if p.requires_grad]
 
 
-def check_held(name: str, learner: Learner) -> None:
+def check_held(name: str, learner: LearnerLike) -> None:
     """Refuse what would hold nothing; in `before_task`, as another strategy may freeze all in its `setup`.
 
     Raises:
@@ -45,7 +45,7 @@ def check_held(name: str, learner: Learner) -> None:
         raise InputError(f"{name} holds trainable weights, and all are frozen: drop it, or what freezes them.")
 
 
-def check_encode(name: str, learner: Learner) -> None:
+def check_encode(name: str, learner: LearnerLike) -> None:
     """Refuse another strategy that owns `encode`, whose features are not those of backbone and head alone.
 
     Raises:

@@ -1,0 +1,75 @@
+"""`Batch`: rows of a stream on their way through a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl.data.rows import kind_of
+
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of a stream as stored, with what rides along.
+
+    Args:
+        x: Raw inputs (B, *input), uint8 where the data are images.
+        y: Stream-wide labels, int64 (B,); or other targets, float32 (B, C).
+        task: Task labels, int64 (B,).
+        extras: Named tensors with one row an example, such as stored logits (B, C).
+        num_incoming: The first rows that come from the stream; the others were appended by `extend_batch`.
+        view: The augmented, normalised inputs that the backbone saw; set by the learner.
+        host: Labels and task labels of the incoming rows as numpy arrays, for what decides on the host
+            without waiting for the device.
+        idle: Whether the rows weigh nothing: those of a process that has none of a short minibatch.
+    """
+
+    x: Tensor
+    y: Tensor
+    task: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    num_incoming: int = -1
+    view: Tensor | None = None
+    host: tuple[Labels, Labels] | None = None
+    idle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_incoming < 0:
+            self.num_incoming = len(self.y)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __repr__(self) -> str:
+        extras = f", with {', '.join(self.extras)}" if self.extras else ""
+        return f"Batch({len(self)} rows of {kind_of(self.x)}, {self.num_incoming} incoming{extras})"
+
+    def append(self, other: Batch) -> Batch:
+        """Return this batch with another's rows behind its own.
+
+        Example:
+            >>> one = Batch(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
+            >>> both = one.append(one)
+            >>> len(both), both.num_incoming
+            (4, 2)
+        """
+        pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
+        x, y, task = (torch.cat(pair) for pair in pairs)
+        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle)
+
+    def take(self, rows: slice | Tensor) -> Batch:
+        """Return some of the rows, with their extras, as a batch of its own.
+
+        Example:
+            >>> batch = Batch(torch.zeros(3, 1), torch.tensor([4, 5, 6]), torch.zeros(3, dtype=torch.int64))
+            >>> batch.take(slice(1, None)).y.tolist(), batch.take(torch.tensor([2, 0])).y.tolist()
+            ([5, 6], [6, 4])
+        """
+        extras = {name: values[rows] for name, values in self.extras.items()}
+        return Batch(self.x[rows], self.y[rows], self.task[rows], extras)

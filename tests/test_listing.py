@@ -110,6 +110,7 @@ def test_conditions_choose_among_strategies(capsys) -> None:
     for words, message in {
         ("colour=red",): "no condition on strategies called 'colour'. Known: bound, boundaries, memory, scenario, sgd",
         ("scenario=blue",): "scenario=blue chooses nothing: scenario is one of class, domain, task.",
+        ("bound=upper", "memory=yes"): "No strategy meets all of bound=upper memory=yes: leave one of them out.",
         ("stream", "memory=no"): "memory=no chooses among strategies: list the group stream without it.",
     }.items():
         with pytest.raises(SystemExit):

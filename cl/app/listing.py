@@ -121,7 +121,10 @@ def described(module: str, thing: str = "") -> str:
 def _chosen(group: str, listed: dict[str, str], wanted: list[str]) -> dict[str, str]:
     if group != "strategy":
         raise InputError(f"{wanted[0]} chooses among strategies: list the group {group} without it.")
-    return {name: listed[name] for name in chosen(cards(), wanted)}
+    left = chosen(cards(), wanted)
+    if not left:
+        raise InputError(f"No strategy meets all of {' '.join(wanted)}: leave one of them out.")
+    return {name: listed[name] for name in left}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cl.errors import InputError
 
 if TYPE_CHECKING:
-    from cl.engine.learner import Learner
+    from cl.engine.strategy import LearnerLike
 
 STATES = ("reset", "keep")
 _MOVED = ("lr", "momentum", "betas")  # what schedules change of an optimizer's options
@@ -48,7 +48,7 @@ class Carried:
         """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
         self._live, self._found = None, {}
 
-    def take_over(self, learner: Learner, optimizer: Optimizer, schedule: LRScheduler | None) -> None:
+    def take_over(self, learner: LearnerLike, optimizer: Optimizer, schedule: LRScheduler | None) -> None:
         """Give a new optimizer and its schedule what the last ones held; of the same kind, weight by weight."""
         if not self.on:
             return
@@ -64,7 +64,7 @@ class Carried:
             optimizer.load_state_dict(own)
         self._live = optimizer, schedule
 
-    def state(self, learner: Learner) -> State:
+    def state(self, learner: LearnerLike) -> State:
         """Return what goes on, as plain data: the optimizer's state by the names of weights, and the schedule's."""
         if not self.on or self._live is None:
             return self._found
@@ -81,7 +81,7 @@ class Carried:
         self._live, self._found = None, state
 
 
-def _by_place(learner: Learner, optimizer: Optimizer) -> list[tuple[str, Any]]:
+def _by_place(learner: LearnerLike, optimizer: Optimizer) -> list[tuple[str, Any]]:
     """Return the weights of an optimizer by name, in its order."""
     names = {id(p): name for name, p in learner.named_parameters()}
     weights = [p for group in optimizer.param_groups for p in group["params"]]

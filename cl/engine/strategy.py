@@ -1,8 +1,7 @@
-"""The one plug-in contract: `Strategy`, and the `LearnerLike` that it is given. Read this page first.
+"""The one plug-in contract: `Strategy`, and `LearnerLike`, what it may use of the learner that it is given.
 
-It is the whole training protocol.
-
-A run, with each hook marked where it is called (`cl/engine/experiment.py` and `cl/engine/learner.py` do just this)::
+Read this page first; it is the whole training protocol. A run, with each hook marked where it is called, which
+`cl/engine/experiment.py` and `cl/engine/learner.py` do::
 
     strategy.setup(learner, stream)                        # once: allocate every tensor, refuse what cannot work
     measure row 0 of R                                     # the untrained learner, on every task

@@ -26,16 +26,16 @@ HYDRA = ".hydra"  # the same, where those who know Hydra look
 PROVENANCE = "provenance.json"  # digests of data and code
 MANIFEST = "manifest.json"  # format, versions and hardware, sitting by sitting
 SUMMARY = "transfer.json"  # every scalar with its definition
-REFERENCES = "references.json"
+REFERENCES = "references.json"  # what the run is compared with, one of each kind a task
 RESULT = "result.json"  # the final averages; by this file a finished run is known
-PICTURE = "transfer.png"
-CURVES_PICTURE = "learning_curves.png"
-CHECKPOINTS = "checkpoints"
-L2_LOG = "l2log"
-LOCK = ".lock"
-WANDB = "wandb"
-WANDB_POINTS = "points.jsonl"
-WANDB_ID = "run_id.txt"
+PICTURE = "transfer.png"  # accuracy, backward transfer, forward transfer and step effect
+CURVES_PICTURE = "learning_curves.png"  # accuracy inside tasks
+CHECKPOINTS = "checkpoints"  # directory: the states that a run goes on from
+L2_LOG = "l2log"  # directory: the log files of l2metrics
+LOCK = ".lock"  # held while the run is in progress, so that nobody else writes here
+WANDB = "wandb"  # directory: what Weights & Biases is sent
+WANDB_POINTS = "points.jsonl"  # in wandb: every point, a line each
+WANDB_ID = "run_id.txt"  # in wandb: the name under which the run goes on there
 
 _CHECKPOINT = re.compile(r"after_task_(\d+)\.ckpt|in_task_(\d+)_step_(\d+)\.ckpt")
 

@@ -295,7 +295,9 @@ def test_a_notebook_without_widgets_gets_a_line_a_task(monkeypatch: pytest.Monke
 
 def test_a_picture_is_drawn():
     run = quick(toy_stream(2), [])
-    assert [axes.get_title() is not None for axes in run.plot().axes]
+    picture: Any = run.plot()
+    assert len(picture.axes) >= 4
+    assert picture._repr_png_().startswith(b"\x89PNG"), "what a notebook shows"
 
 
 # ------------------------------------------------------------------ comparison
@@ -312,6 +314,7 @@ def test_runs_are_compared_wherever_they_are(tmp_path: Path):
     own = next(row for row in found.boards[0].rows if row.group == "finetune")
     assert own.cells[0] is not None and own.cells[0].mean == pytest.approx(mean, abs=1e-12)
     assert "finetune" in repr(found) and "<table>" in found._repr_html_()
+    assert "href" not in found._repr_html_() and "higher is better" not in found._repr_html_(), "made for the page"
     page = found.save(tmp_path / "page")
     assert page.read_text().startswith("<!doctype html>") and page.with_suffix(".csv").exists()
 

@@ -24,8 +24,9 @@ from cl.strategies.er import ER
 from cl.testing import check_stream
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, flags=re.DOTALL)
 STREAM = next(block for block in BLOCKS if "def blobs" in block)
 STRATEGY = next(block for block in BLOCKS if "class Shrink" in block)
 PROJECT = """\
@@ -48,12 +49,12 @@ packages = ["blobs", "blobs.conf"]
 """
 
 
-def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_python_of_readme_and_guide_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     cats, dogs = ([(torch.randn(3), label)] * 4 for label in (0, 1))
     names: dict[str, Any] = {"cats": cats, "dogs": dogs, "cats_test": cats, "dogs_test": dogs}
     for block in BLOCKS:
-        exec(compile(block, "README.md", "exec", dont_inherit=True), names)
+        exec(compile(block, "README.md and docs/*.md", "exec", dont_inherit=True), names)
     assert (tmp_path / "comparison" / "comparison.html").exists() and (tmp_path / "er.png").exists()
     assert len(names["stream"]) == 3, "a visit each"
     own = names["cl"].run(names["blobs"](num_tasks=2), [ER(), names["Shrink"]()], epochs=1, progress=False)
@@ -61,10 +62,10 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path: Path, monkey
     assert max(len(block.splitlines()) for block in BLOCKS if "cl.run(" in block) <= 10
 
 
-def test_the_readmes_stream_is_learned():
+def test_the_stream_of_the_guide_is_learned():
     """All tasks well above chance, with the settings of the command beside it."""
     found: dict[str, Any] = {}
-    exec(compile(STREAM, "README.md", "exec", dont_inherit=True), found)
+    exec(compile(STREAM, "docs/streams.md", "exec", dont_inherit=True), found)
     check_stream(found["blobs"])
     for scenario, chance in (("class", 1 / 8), ("task", 1 / 2)):
         stream = found["blobs"](num_tasks=4, scenario=scenario)
@@ -118,7 +119,7 @@ def tasks_of(run: Path) -> int:
         return max(int(row["task"]) for row in csv.DictReader(file))
 
 
-def test_the_stream_of_the_readme_has_about_ten_lines():
+def test_the_stream_of_the_guide_has_about_ten_lines():
     assert len(STREAM.strip().splitlines()) <= 14
 
 
@@ -139,14 +140,14 @@ def test_by_target_from_where_the_command_is_given(package: Path, tmp_path: Path
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("cl-run ")]
     own = ("--config-dir", "blobs", "resume=", "verify=", "from=", "launcher=", "hydra/sweeper=")  # or an extra's
     return [line for line in lines if not any(word in line for word in own)]
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_of_the_readme_composes(line: str):
+def test_every_command_of_readme_and_guide_composes(line: str):
     parts = [part for part in shlex.split(line, comments=True)[1:] if part != "-m"]
     parsed = OverridesParser.create().parse_overrides(parts)
     chosen = [p for p, o in zip(parts, parsed, strict=True) if not o.is_sweep_override()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from cl.errors import InputError, unknown
 from cl.files import place, write_text
 from cl.report.run import Run
 
+# What a table says with the definitions and the style sheet of the page, which a notebook does not have.
+_OF_THE_PAGE = re.compile(r'</?a\b[^>]*>|<span class="hidden">.*?</span>')
 MAX_NUMBERS = 100_000  # cells of differences up to which the page offers every group as a base
 
 
@@ -90,7 +93,7 @@ class Compared:
             for board in self.boards
         )
         notes = "".join(f"<li>{text(note)}</li>" for note in self.notes)
-        return boards + (f"<ul>{notes}</ul>" if notes else "")
+        return _OF_THE_PAGE.sub("", boards) + (f"<ul>{notes}</ul>" if notes else "")
 
 
 def compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -146,6 +147,13 @@ class Head:
         figure.text(x, y, "\n".join(self.lines), fontsize=11, va="top", linespacing=1.3, parse_math=False)
         y -= _LINE * len(self.lines) / height
         figure.text(x, y, self.place, fontsize=9.5, va="top", color="#404040", parse_math=False)
+
+
+def png(figure: Figure) -> bytes:
+    """Return a picture as the content of a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def draw(run: Run) -> Figure:

@@ -221,9 +221,11 @@ class Run:
 
     def plot(self) -> Figure:
         """Return accuracy, backward transfer, forward transfer and step effect as one picture of matplotlib."""
-        from cl.report.picture import draw
+        from cl.report.picture import draw, png
 
-        return draw(self)
+        figure = draw(self)
+        vars(figure)["_repr_png_"] = lambda: png(figure)  # notebooks show it, though pyplot was not imported
+        return figure
 
     def to_frame(self) -> pandas.DataFrame:
         """Return every measured cell as a row of a pandas table.

@@ -1,0 +1,57 @@
+"""The pages of docs/: the site builds, and the code of the tutorials is sound."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_compiles_and_imports_what_exists(path: Path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for node in ast.walk(ast.parse(code)):
+        for alias in node.names if isinstance(node, ast.Import) else ():
+            import_module(alias.name)
+        if isinstance(node, ast.ImportFrom):
+            module = import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+    import cl
+
+    used = {n.attr for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "cl"}
+    assert used <= set(cl.__all__)
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_is_committed_without_outputs(path: Path):
+    """They are made when the site is built, so that they are those of this version."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_reads_without_a_network(tmp_path: Path):
+    """Every tutorial is executed on the way."""
+    pytest.importorskip("material", reason="pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fetched = re.compile(
+        r"<(?:script|img|iframe|source)[^>]* src=\"?https?://|<link[^>]* href=\"?https?://|@import|url\(http"
+    )
+    for page in [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]:
+        assert fetched.search(page.read_text(encoding="utf-8")) is None, page
+    card = (tmp_path / "reference" / "strategies" / "ewc.html").read_text(encoding="utf-8")
+    assert "<math" in card and "cl.strategies.ewc.EWC" in card and ":math:" not in card
+    first = (tmp_path / "tutorials" / "1_first_run.html").read_text(encoding="utf-8")
+    assert "after 8+9" in first and "1_first_run_" in first, "its table and its picture"

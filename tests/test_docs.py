@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import json
 import re
 import subprocess
@@ -55,3 +56,17 @@ def test_the_site_builds_without_a_warning_and_reads_without_a_network(tmp_path:
     assert "<math" in card and "cl.strategies.ewc.EWC" in card and ":math:" not in card
     first = (tmp_path / "tutorials" / "1_first_run.html").read_text(encoding="utf-8")
     assert "after 8+9" in first and "1_first_run_" in first, "its table and its picture"
+
+
+def test_formulas_of_docstrings_become_formulas_of_pages(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("latex2mathml", reason="pip install -e '.[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
+    formulas = import_module("formulas")
+    assert doctest.testmod(formulas).attempted > 0 == doctest.testmod(formulas).failed
+    page = formulas.on_page_content(
+        r'<div class="arithmatex">\[\arg\min_i x_i \tag{2}\]</div><p>:math:<code>a_b</code></p>'
+    )
+    assert page.count("<math") == 2 and "(2)" in page and "\\" not in page
+    for path in sorted([*ROOT.glob("strategies/*.py"), *ROOT.glob("streams/*.py")]):
+        text = formulas.markdown(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        assert "math:" not in text and text.count("$") % 2 == 0, path.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from html import escape, unescape
 from typing import Any
@@ -10,6 +11,7 @@ from latex2mathml.converter import convert
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>|:math:<code>(.*?)</code>', re.DOTALL)
 _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
+_LOG = logging.getLogger("mkdocs.hooks.formulas")
 _TAG = re.compile(r"\\tag\{(.*?)\}")
 
 
@@ -46,5 +48,7 @@ def on_page_content(content: str, **_: Any) -> str:
 def _mathml(latex: str, display: str) -> str:
     latex = unescape(latex).strip()
     number = _TAG.search(latex)
-    drawn = convert(_TAG.sub("", latex), display=display)
+    drawn = convert(re.sub(r"\\arg\b", r"\\operatorname{arg}", _TAG.sub("", latex)), display=display)
+    if "\\" in drawn:
+        _LOG.warning("A command of this formula has no MathML: %s", latex)
     return drawn + (f'<span class="number">({number[1]})</span>' if number else "")

@@ -100,8 +100,11 @@ def stream(name: str) -> str:
     target = config["_target_"]
     make = get_object(target)
     about = (inspect.getdoc(make) or "").split("\n\nArgs:")[0]
+    module = inspect.getmodule(make)
+    has_file = module is not None and module.__name__.endswith(f".{make.__name__}")  # whose header is about it alone
+    header = inspect.getdoc(module) or "" if has_file else options("stream")[name]
     return (
-        f"# {name}\n\n{markdown(options('stream')[name])}\n\n`{target}`: {markdown(about)}\n\n"
+        f"# {name}\n\n{markdown(header)}\n\n`{target}`: {markdown(about)}\n\n"
         f"## Arguments\n\n{arguments(make)}\n"
         f"## Use\n\n```bash\ncl-run stream={name}\n```\n\n"
         f'## Configuration\n\n```yaml title="stream/{name}.yaml"\n{text}```\n'
@@ -212,13 +215,14 @@ def python() -> str:
     text = ["# Python\n\n`import cl` offers these names; each is imported when it is first used.\n"]
     for name in cl.__all__:
         thing = getattr(cl, name)
+        heading = f"\n    options:\n      heading: cl.{name}\n      toc_label: {name}\n"
         if not inspect.ismodule(thing):
-            text.append(f"::: {thing.__module__}.{thing.__qualname__}\n")
+            text.append(f"::: {thing.__module__}.{thing.__qualname__}{heading}")
         elif path := vars(thing).get("__call_path__"):
-            text.append(f"::: {path.replace(':', '.')}\n")
+            text.append(f"::: {path.replace(':', '.')}{heading}")
         else:
             offered = ", ".join(code(f"cl.{name}.{one}") for one in getattr(thing, "__all__", None) or _classes(thing))
-            text.append(f"## {name}\n\n{prose(inspect.getdoc(thing) or '')}\n\n{offered}.\n")
+            text.append(f"## cl.{name}\n\n{prose(inspect.getdoc(thing) or '')}\n\n{offered}.\n")
     return "\n".join(text)
 
 

@@ -6,12 +6,16 @@ import ast
 import doctest
 import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+
+from cl.app.listing import options
 
 ROOT = Path(__file__).parent.parent
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
@@ -70,3 +74,16 @@ def test_formulas_of_docstrings_become_formulas_of_pages(monkeypatch: pytest.Mon
     for path in sorted([*ROOT.glob("strategies/*.py"), *ROOT.glob("streams/*.py")]):
         text = formulas.markdown(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
         assert "math:" not in text and text.count("$") % 2 == 0, path.name
+
+
+@pytest.mark.slow
+def test_the_command_of_every_card_composes(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
+    reference = import_module("reference")
+    for group, page in (("strategy", reference.strategy), ("stream", reference.stream)):
+        for name in [name for name in options(group) if name != "custom"]:
+            command = re.search(r"^cl-run (.*)$", page(name), flags=re.MULTILINE)
+            assert command is not None
+            with initialize_config_module("cl.conf", version_base="1.3"):
+                compose("config", overrides=shlex.split(command[1]))

@@ -70,6 +70,12 @@ def test_the_command(capsys) -> None:
         listing.options("strategies")
 
 
+def test_the_help_of_the_command(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        listing.main(["--help"])
+    assert ended.value.code == 0 and "condition=value" in capsys.readouterr().out
+
+
 def test_a_card_read_from_the_source_is_what_the_class_says() -> None:
     for name, found in listing.cards().items():
         module = importlib.import_module(f"cl.strategies.{name}")

@@ -135,9 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="cl-list", description="Lists what can be chosen by group=option.")
     known = ", ".join([*groups(), _SETTINGS])
-    words = "group", "condition=value"
     about = f"of {known}; strategy and stream. Conditions, as scenario=class memory=no, choose among strategies."
-    parser.add_argument("group", nargs="*", metavar=words, help=about)
+    parser.add_argument("group", nargs="*", metavar="group|condition=value", help=about)
     given = parser.parse_args(arguments).group
     wanted = [word for word in given if "=" in word]
     console = Console()

@@ -21,6 +21,8 @@ from omegaconf import OmegaConf
 import cl
 from cl import rundir
 from cl.app.listing import options
+from cl.engine.strategy import NEEDS as NEEDED
+from cl.engine.strategy import Strategy
 from cl.metrics.transfer import LIBRARY_VARIANTS, SCALARS, Scalar
 from cl.report.scalars import MEASURES, NEEDS
 from cl.settings import SETTINGS
@@ -85,13 +87,32 @@ def strategy(name: str) -> str:
     title, _, header = (inspect.getdoc(inspect.getmodule(kind)) or "").partition("\n\n")
     values = {k: v for k, v in OmegaConf.to_container(config[name]).items() if k != "_target_" and v is not None}
     first = next((f" strategy.{name}.{k}={v}" for k, v in values.items() if isinstance(v, int | float | str)), "")
+    scenario = "" if "class" in kind.scenarios else f" scenario={kind.scenarios[0]}"
+    backbone = " backbone=vit" if "transformer" in kind.needs else ""
     return (
-        f"# {kind.__name__}\n\n{markdown(title)}\n\n{markdown(header)}\n\n"
+        f"# {kind.__name__}\n\n{markdown(title)}\n\n{about(kind)}\n{markdown(header)}\n\n"
         f"## Arguments\n\n{arguments(kind)}\n"
-        f"## Use\n\n```bash\ncl-run strategy={name}{first}\n```\n\n"
+        f"## Use\n\n```bash\ncl-run strategy={name}{first}{scenario}{backbone}\n```\n\n"
         f"```python\ncl.run(stream, cl.strategies.{kind.__name__}())\n```\n\n"
         f'## Configuration\n\n```yaml title="strategy/{name}.yaml"\n{text}```\n'
     )
+
+
+def about(kind: type[Strategy]) -> str:
+    """Return a table of what the class of a strategy says of itself."""
+    needs = "; ".join(f"{need}: {NEEDED[need]}" for need in kind.needs)
+    rows = [
+        ["scenarios", ", ".join(kind.scenarios)],
+        ["targets", ", ".join(kind.targets)],
+        ["needs", prose(needs) or "nothing"],
+        ["several processes", "yes" if kind.distributed else "no"],
+        *(
+            [["bound", f"its results are {'an' if kind.bound == 'upper' else 'a'} {kind.bound} bound"]]
+            if kind.bound
+            else []
+        ),
+    ]
+    return table(["", ""], rows)
 
 
 def stream(name: str) -> str:
@@ -99,12 +120,12 @@ def stream(name: str) -> str:
     text, config = _composed("stream", name)
     target = config["_target_"]
     make = get_object(target)
-    about = (inspect.getdoc(make) or "").split("\n\nArgs:")[0]
+    said = (inspect.getdoc(make) or "").split("\n\nArgs:")[0]
     module = inspect.getmodule(make)
     has_file = module is not None and module.__name__.endswith(f".{make.__name__}")  # whose header is about it alone
     header = inspect.getdoc(module) or "" if has_file else options("stream")[name]
     return (
-        f"# {name}\n\n{markdown(header)}\n\n`{target}`: {markdown(about)}\n\n"
+        f"# {name}\n\n{markdown(header)}\n\n`{target}`: {markdown(said)}\n\n"
         f"## Arguments\n\n{arguments(make)}\n"
         f"## Use\n\n```bash\ncl-run stream={name}\n```\n\n"
         f'## Configuration\n\n```yaml title="stream/{name}.yaml"\n{text}```\n'

@@ -723,7 +723,7 @@ class OwnsEncode(Strategy):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: toy(ICaRL(), scenario="domain"), "with scenario=domain all tasks have the same: use scenario=class"),
+        (lambda: toy(ICaRL(), scenario="domain"), "=domain, where all tasks .* use scenario=class or task"),
         (lambda: toy(ICaRL(memory_size=5)), r"icarl\.memory_size=5 leaves some of the 6 classes .* to 6 or more"),
         (lambda: toy({"other": OwnsEncode(), "icarl": ICaRL()}), "another strategy owns encode"),
     ],

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 import cl
 from cl import rundir
-from cl.app.listing import options
+from cl.app.listing import cards, options
 from cl.engine.strategy import NEEDS as NEEDED
 from cl.engine.strategy import Strategy
 from cl.metrics.transfer import LIBRARY_VARIANTS, SCALARS, Scalar
@@ -68,8 +68,17 @@ def code(text: Any) -> str:
 
 def listing(title: str, group: str, names: list[str]) -> str:
     """Return the page that lists the options of a group."""
-    rows = ([f"[`{name}`]({name}.md)", prose(options(group)[name])] for name in names)
-    return f"# All {title}\n\n`cl-run {group}=NAME` chooses one.\n\n" + table(["name", "what it is"], rows)
+    said = cards() if group == "strategy" else {}
+    head = ["name", "what it is", *(["scenarios", "needs"] if said else [])]
+    rows = (
+        [
+            f"[`{name}`]({name}.md)",
+            prose(options(group)[name]),
+            *(", ".join(said[name][key]) for key in head[2:]),
+        ]
+        for name in names
+    )
+    return f"# All {title}\n\n`cl-run {group}=NAME` chooses one.\n\n" + table(head, rows)
 
 
 def _composed(group: str, name: str) -> tuple[str, Any]:
@@ -99,20 +108,16 @@ def strategy(name: str) -> str:
 
 
 def about(kind: type[Strategy]) -> str:
-    """Return a table of what the class of a strategy says of itself."""
-    needs = "; ".join(f"{need}: {NEEDED[need]}" for need in kind.needs)
-    rows = [
-        ["scenarios", ", ".join(kind.scenarios)],
-        ["targets", ", ".join(kind.targets)],
-        ["needs", prose(needs) or "nothing"],
-        ["several processes", "yes" if kind.distributed else "no"],
-        *(
-            [["bound", f"its results are {'an' if kind.bound == 'upper' else 'a'} {kind.bound} bound"]]
-            if kind.bound
-            else []
-        ),
+    """Return a list of what the class of a strategy says of itself."""
+    needs = "; ".join(f"{need} ({NEEDED[need]})" for need in kind.needs)
+    lines = [
+        f"**Scenarios:** {', '.join(kind.scenarios)}",
+        f"**Targets:** {', '.join(kind.targets)}",
+        f"**Needs:** {prose(needs) or 'nothing in particular'}",
+        *([] if kind.distributed else ["**Processes:** one"]),
+        *([f"**Bound:** {kind.bound}"] if kind.bound else []),
     ]
-    return table(["", ""], rows)
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def stream(name: str) -> str:

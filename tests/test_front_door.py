@@ -356,7 +356,7 @@ class Bare(nn.Module):
         (lambda: cl.run(toy_stream(), [], batch_size=0), "batch_size=0 must be 1 or more"),
         (lambda: cl.run(toy_stream(), [], trainer={"max_steps": 3}), "trainer.max_steps=3"),
         (lambda: cl.run(toy_stream(), [], epochs=-1), "epochs=-1 must be 0 or more"),
-        (lambda: cl.run(digits(), []), r"is no stream: make one, such as cl.streams.split\(dataset\)"),
+        (lambda: cl.run(digits(), []), r"is no stream: make one by a function of cl.streams"),
         (lambda: cl.run(toy_stream(), [], "mlp"), "backbone='mlp' is no network"),
         (lambda: cl.run(toy_stream(), [], trainer={"acelerator": "cpu"}), "did you mean 'accelerator'"),
         (lambda: cl.run(toy_stream(), [], trainer={"accelerator": "cpuu"}), "cannot be made"),

@@ -863,7 +863,7 @@ def test_the_group_of_the_configuration_and_of_the_call_come_first() -> None:
     run.config = {"group": "table 1", "strategy": None}
     assert WandbReport()._labels(run)["group"] == "table 1"
     assert WandbReport(group="mine")._labels(run)["group"] == "mine"
-    assert WandbReport()._labels(run)["tags"] == ["finetune", "class"]
+    assert WandbReport()._labels(run)["tags"] == ["fine-tuning", "class"]
     assert WandbReport(tags=["x" * 99])._labels(run)["tags"][0] == "x" * 64
 
 

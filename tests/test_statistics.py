@@ -240,7 +240,10 @@ def test_bounded_intervals_hold_the_mean_and_stay_inside(values, ends):
         assert np.isnan(cells.low) and np.isnan(cells.high)
         return
     assert ends[0] <= cells.low <= cells.mean + 1e-12 and cells.mean - 1e-12 <= cells.high <= ends[1]
-    assert (cells.low == cells.high) == (plain.low == plain.high) or cells.mean in ends
+    if plain.high - plain.low > 1e-12:  # what is narrower is rounded away beside the ends
+        assert cells.low < cells.high or cells.mean in ends
+    if plain.low == plain.high:
+        assert cells.low == cells.high
 
 
 def test_a_bounded_interval_by_hand():

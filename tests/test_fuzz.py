@@ -223,12 +223,15 @@ def meaningless(overrides: list[str]) -> list[str]:
 
     These are values that are none (`???`), keys that nothing reads, groups and options that are not there, values
     beside the few that a key has, and arguments of Trainer that a run refuses (`cl.trainer.arguments.INSTEAD`) with
-    another value than the one that holds anyway.
+    another value than the one that holds anyway. What the same command leaves out (`~report.picture`) does not count.
     """
+    removed = tuple(f"{override[1:].partition('=')[0]}." for override in overrides if override.startswith("~"))
     given = dict(override.partition("=")[::2] for override in overrides if "=" in override)
     found = []
     for key, value in given.items():
         name = key.lstrip("+")
+        if f"{name}.".startswith(removed):
+            continue
         place, _, last = name.rpartition(".")
         parsed = yaml.safe_load(value.replace("'${seed}'", "0")) if value != "???" else value
         holds = any(parsed == one and type(parsed) is type(one) for one in (*_HOLDS.get(last, ()), None))

@@ -192,12 +192,26 @@ def relative(tree: Any, directory: Path) -> Any:
     return tree
 
 
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, empty where there is none."""
+def digest_of(path: Path, size: int | None = None, name: str = "") -> str:
+    """Return the SHA-256 of a name and the first bytes of a file in hexadecimal, empty where there is no file.
+
+    Args:
+        path: The file.
+        size: How many bytes; None means all.
+        name: What the digest covers, too, so that one file cannot stand in the place of another.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a"
+        >>> _ = path.write_bytes(b"bcd")
+        >>> digest_of(path, 2, "a") == hashlib.sha256(b"abc").hexdigest()
+        True
+    """
     if not path.is_file():
         return ""
-    digest = hashlib.sha256()
+    digest, left = hashlib.sha256(name.encode()), path.stat().st_size if size is None else size
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
+        while part := file.read(min(left, 1 << 20)):
             digest.update(part)
+            left -= len(part)
     return digest.hexdigest()

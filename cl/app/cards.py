@@ -16,6 +16,18 @@ _CONTRACT = "cl.engine.strategy"
 Card = dict[str, Any]
 
 
+@cache
+def source_tree(module: str) -> ast.Module:
+    """Return the source of a module, which is not imported for it; empty where it cannot be read."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return ast.Module([], [])
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+
+
 def card(target: str) -> Card:
     """Return the class attributes of a strategy that are literals, its base classes' among them.
 
@@ -28,7 +40,7 @@ def card(target: str) -> Card:
         (('class', 'task'), ('memory', 'boundaries'), '')
     """
     module, _, name = target.rpartition(".")
-    tree = _tree(module)
+    tree = source_tree(module)
     imported = _imported(tree)
     found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
     if found is None:
@@ -84,20 +96,8 @@ def _said(card: Card) -> dict[str, set[str]]:
 
 
 def _needs() -> dict[str, str]:
-    needs: dict[str, str] = _literals(_tree(_CONTRACT).body)["NEEDS"]
+    needs: dict[str, str] = _literals(source_tree(_CONTRACT).body)["NEEDS"]
     return needs
-
-
-@cache
-def _tree(module: str) -> ast.Module:
-    """Return the source of a module, empty where it cannot be read."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ModuleNotFoundError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return ast.Module([], [])
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import re
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from cl.app.cards import Card, card, chosen
+from cl.app.cards import Card, card, chosen, source_tree
 from cl.app.plugins import GROUP
 from cl.errors import InputError, unknown
 from cl.settings import SETTINGS
@@ -102,13 +100,7 @@ def cards() -> dict[str, Card]:
 
 def described(module: str, thing: str = "") -> str:
     """Return the first paragraph on a module, or on a class or function in it; nothing where it cannot be read."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        return ""
-    node: ast.Module | ast.ClassDef | ast.FunctionDef = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    node: ast.Module | ast.ClassDef | ast.FunctionDef = source_tree(module)
     if thing:
         defined = [part for part in node.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
         found = next((part for part in defined if part.name == thing), None)

@@ -7,7 +7,6 @@ is called again: what they keep outside their buffers comes back by itself.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -24,7 +23,7 @@ from cl.distributed import pack, rank, unpack
 from cl.engine.instrument import Instruments
 from cl.engine.learner import Learner
 from cl.errors import InputError
-from cl.files import relative, replace_file
+from cl.files import digest_of, relative, replace_file
 from cl.settings import changes, flatten
 
 _DIGITS = 64  # of a SHA-256 in hexadecimal
@@ -183,9 +182,9 @@ def _seal(path: Path, name: str) -> None:
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)  # the length of the comment, until here none
         file.write(_DIGITS.to_bytes(2, "little"))
-    digest = _digest(path, path.stat().st_size, name)
+    digest = digest_of(path, name=name)
     with path.open("ab") as file:
-        file.write(digest)
+        file.write(digest.encode())
 
 
 def is_whole(path: Path) -> bool:
@@ -196,18 +195,7 @@ def is_whole(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(size)
         kept = file.read()
-    return kept == _digest(path, size, path.name)
-
-
-def _digest(path: Path, size: int, name: str) -> bytes:
-    """Return the SHA-256 of a name and the first `size` bytes of a file, in hexadecimal."""
-    digest = hashlib.sha256(name.encode())
-    with path.open("rb") as file:
-        while size > 0:
-            part = file.read(min(size, 1 << 20))
-            digest.update(part)
-            size -= len(part)
-    return digest.hexdigest().encode()
+    return kept == digest_of(path, size, path.name).encode()
 
 
 def load(learner: Learner, path: Path, instruments: Instruments | None = None, config: str = "") -> State:

@@ -19,9 +19,9 @@ class Setting:
     """What a key of the configuration is for.
 
     Attributes:
-        kind: `result` changes R; `rounding` changes bits, and not the law that they follow; `measured` says what is
-            looked at beside R, whose state a checkpoint holds; `shown` says what is written, kept and printed; `place`
-            says where things lie.
+        kind: `result` changes R; `rounding` changes results by rounding alone; `measured` says what is measured beside
+            R, whose state a checkpoint holds; `shown` says what is written, kept and printed; `place` says where things
+            lie.
         help: A line.
         type: Of the value, as an annotation; None for a group, which the class that its `_target_` names checks.
         part: Of the learning, what a `result` belongs to: the `stream`, the `network`, the `start` (weights that
@@ -157,7 +157,9 @@ def setting(key: str) -> Setting:
 
 
 def results(config: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what of a flat configuration decides R: no place, and a path of data only as that there is one.
+    """Return the settings of a flat configuration that decide R.
+
+    Places are left out. A path to data or weights is replaced by "a path": who compares digests their content.
 
     Args:
         config: By dotted key.
@@ -176,7 +178,7 @@ def results(config: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str,
 
 
 def is_path(key: str, value: Any) -> bool:
-    """Say whether a value names what lies at a place, and not the place: the content decides, which has a digest.
+    """Say whether a value is a path whose content decides results, so that the same content elsewhere is the same.
 
     Example:
         >>> is_path("stream.train_x", "data/x.npy"), is_path("stream.name", "digits"), is_path("weights", "a.ckpt")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cl.engine.experiment import Experiment
 
 KINDS = ("experts", "joint")
-_WITHOUT = "method", "start"  # parts of the settings: references have no method, and initial weights a digest
+_WITHOUT = "method", "start"  # parts of the settings: references have no method, and initial weights are digested
 Reference = dict[str, Any]
 
 

@@ -22,6 +22,7 @@ from cl.engine import checkpoint
 from cl.engine.branch import Branch
 from cl.engine.experiment import Experiment
 from cl.errors import InputError
+from cl.files import digest_of
 from cl.strategies.er import ER
 from cl.testing import ToyBackbone, toy_learner
 
@@ -55,8 +56,8 @@ def seal(source: Path, path: Path) -> None:
     if zipfile.is_zipfile(path):
         checkpoint._seal(path, path.name)
     else:
-        digest = checkpoint._digest(path, path.stat().st_size, path.name)
-        path.write_bytes(path.read_bytes() + digest)
+        digest = digest_of(path, name=path.name)
+        path.write_bytes(path.read_bytes() + digest.encode())
     assert checkpoint.is_whole(path)
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from pytorch_lightning.trainer.connectors import callback_connector
 
+from checkout import HARNESS
+
 Done = subprocess.CompletedProcess[str]
 
 torch.set_num_threads(1)
 # each Trainer looks through all that is installed for callbacks, a fifth of a small job; tests want none of them
 callback_connector._load_external_callbacks = lambda group: []
-sys.path.append(str(Path(__file__).parent))  # for what tests share, toys.py
 
 collect_ignore = ["clusters", "harness"]  # scripts
 
@@ -46,7 +47,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def cl_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Done]]:
     """Run `cl-run` as a process of its own: of a new interpreter, or a fork of one that has imported torch already."""
-    harness = Path(__file__).parent / "harness" / "warm.py"
+    harness = HARNESS / "warm.py"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     server: list[subprocess.Popen[str]] = []
     place = tmp_path_factory.mktemp("commands")

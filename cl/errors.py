@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -30,44 +29,6 @@ class Preempted(SystemExit):
     def __init__(self, number: int, saved: bool) -> None:
         super().__init__(128 + number)
         self.number, self.saved = number, saved
-
-
-def check_range(
-    owner: str,
-    low: float,
-    high: float = math.inf,
-    /,
-    *,
-    above: bool = False,
-    **values: float | Sequence[float] | None,
-) -> None:
-    """Refuse values outside of a range; None passes, of several each counts.
-
-    Args:
-        owner: Whose they are, as a key is written; empty where keys stand alone.
-        low: The least.
-        high: The most.
-        above: Whether `low` itself is out.
-        values: By name.
-
-    Raises:
-        InputError: Naming the first one outside, which NaN is.
-
-    Example:
-        >>> check_range("ewc", 0, weight=100.0, num_samples=None)
-        >>> check_range("lwf", 0, above=True, temperature=0)
-        Traceback (most recent call last):
-        cl.errors.InputError: lwf.temperature=0 must be above 0.
-    """
-    for name, value in values.items():
-        for number in value if isinstance(value, Sequence) else [value]:
-            if number is None or ((low < number if above else low <= number) and number <= high):
-                continue
-            least = f"above {low}" if above else f"{low} or more"
-            wanted = (
-                least if high == math.inf else f"{least} and at most {high}" if above else f"between {low} and {high}"
-            )
-            raise InputError(f"{owner}{'.' if owner else ''}{name}={value} must be {wanted}.")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-Whole, Number, Text, Options = int | None, float | None, str | None, dict[str, Any] | None
+from annotated_types import Ge, Gt
+
+Count = Annotated[int, Ge(1)]
+Text, Options = str | None, dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Setting:
             R, whose state a checkpoint holds; `shown` says what is written, kept and printed; `place` says where things
             lie.
         help: A line.
-        type: Of the value, as an annotation; None for a group, which the class that its `_target_` names checks.
+        type: Of the value, as an annotation with its range; None for a group, which the class that its `_target_` names
+            checks.
         part: Of the learning, what a `result` belongs to: the `stream`, the `network`, the `start` (weights that
             learning begins with), the `method` (what the references do without), or all else, the `training`.
         is_path: Whether a `result` is what lies at a place; the same content elsewhere is the same.
@@ -61,10 +65,12 @@ SETTINGS: Mapping[str, Setting] = {
     "trainer.benchmark": Setting("rounding", "whether cuDNN chooses the fastest convolution"),
     "trainer.profiler": Setting("shown", "what Lightning times"),
     "trainer.detect_anomaly": Setting("shown", "whether the operation that made a NaN is named"),
-    "seed": _result("of all that is drawn", int),
-    "epochs": _result("passes over each task's training data", int, is_tuned=True),
-    "batch_size": _result("incoming rows a step", int, is_tuned=True),
-    "gradient_clip": _result("largest norm of the gradient; null for any", Number, is_tuned=True),
+    "seed": _result("of all that is drawn", Annotated[int, Ge(0)]),
+    "epochs": _result("passes over each task's training data", Annotated[int, Ge(0)], is_tuned=True),
+    "batch_size": _result("incoming rows a step", Count, is_tuned=True),
+    "gradient_clip": _result(
+        "largest norm of the gradient; null for any", Annotated[float, Gt(0)] | None, is_tuned=True
+    ),
     "train_mask": _result(
         "classes that compete in the loss: class (all seen), task, domain (all); null: as at test", Text, is_tuned=True
     ),
@@ -84,7 +90,7 @@ SETTINGS: Mapping[str, Setting] = {
     "freeze": _result("whether the backbone stays as it is", bool),
     "protocol": _result("on which tasks hyper-parameters are chosen, and on which they are scored", Options, "method"),
     "protocol.name": _result("as in the results", str, "method"),
-    "protocol.num_tasks": _result("how many tasks are for tuning", Whole, "method"),
+    "protocol.num_tasks": _result("how many tasks are for tuning", int | None, "method"),
     "protocol.tuned": Setting("place", "directory of the search whose values are used", Text),
     "compile": Setting(
         "rounding", "torch.compile of backbone and head: default, reduce-overhead (CUDA graphs), max-autotune", Text
@@ -92,9 +98,9 @@ SETTINGS: Mapping[str, Setting] = {
     "deterministic": Setting(
         "rounding", "the same bits on a GPU too, where an operation can; on a CPU they are anyway", bool
     ),
-    "eval_batch_size": Setting("rounding", "null: 256 on a CPU, 1024 elsewhere", Whole),
+    "eval_batch_size": Setting("rounding", "null: 256 on a CPU, 1024 elsewhere", Count | None),
     "chunk_size": Setting(
-        "shown", "steps that Lightning sees as one; null chooses; results do not depend on it", Whole
+        "shown", "steps that Lightning sees as one; null chooses; results do not depend on it", Count | None
     ),
     "probes": Setting("measured", "fitted anew on the frozen features after each task: ridge, knn, cka", Sequence[str]),
     "estimators": Setting(
@@ -110,9 +116,9 @@ SETTINGS: Mapping[str, Setting] = {
         "tasks that a row of R is measured on: all, seen (and the next one), or how many of the newest",
         str | int,
     ),
-    "report.every": Setting("measured", "steps between two evaluations inside tasks", Whole),
-    "report.points": Setting("measured", "evaluations inside each task", Whole),
-    "report.subset": Setting("measured", "rows of each task that those, the probes and the estimators look at", int),
+    "report.every": Setting("measured", "steps between two evaluations inside tasks", Count | None),
+    "report.points": Setting("measured", "evaluations inside each task", Count | None),
+    "report.subset": Setting("measured", "rows of each task that those, the probes and the estimators look at", Count),
     "report.flops": Setting("measured", "count operations", bool),
     "logger": Setting(
         "shown", "of the training curves: csv, wandb, or one of Lightning by +logger.NAME._target_=...", Options
@@ -120,7 +126,7 @@ SETTINGS: Mapping[str, Setting] = {
     "callbacks": _result(
         "of Lightning: early_stopping, model_summary, or +callbacks.NAME._target_=...", Options, "method"
     ),
-    "log_every": Setting("shown", "steps between two points of the training curves", int),
+    "log_every": Setting("shown", "steps between two points of the training curves", Count),
     "checkpoint": Setting("shown", "what is kept to go on from", dict[str, Any]),
     "checkpoint.keep": Setting(
         "shown",

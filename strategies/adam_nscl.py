@@ -20,15 +20,15 @@ Scenarios: all. Any optimizer will do; the paper's is Adam. Refused: running sta
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.optim import Optimizer
 
 from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, OptimizerFactory, Strategy
-from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.layers import layer_inputs
 from cl.toolkit.subspace import check_statistics, protected_layers, silence_others
@@ -74,9 +74,13 @@ class AdamNSCL(Strategy):
     targets = ("label", "multilabel", "regression")
     needs = ("boundaries",)
 
-    def __init__(self, ratio: float = 10.0, num_samples: int | None = None, released_rule: bool = False) -> None:
+    def __init__(
+        self,
+        ratio: Annotated[float, Ge(1)] = 10.0,
+        num_samples: Annotated[int, Ge(1)] | None = None,
+        released_rule: bool = False,
+    ) -> None:
         super().__init__()
-        check_range("adam_nscl", 1, ratio=ratio, num_samples=num_samples)
         self.ratio, self.num_samples, self.released_rule = ratio, num_samples, released_rule
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

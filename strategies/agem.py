@@ -16,16 +16,16 @@ lower at the same learning rate. Other optimizers than SGD rescale what is proje
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.distributed import from_first, mean_gradients, own, share
 from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.toolkit.memory import Memory
 from cl.toolkit.subspace import remark_rescaled
 
@@ -62,9 +62,10 @@ class AGEM(Strategy):
 
     needs = ("memory", "boundaries")
 
-    def __init__(self, memory_size: int = 200, batch_size: int = 256, storage: str = "device") -> None:
+    def __init__(
+        self, memory_size: Annotated[int, Ge(1)] = 200, batch_size: Annotated[int, Ge(1)] = 256, storage: str = "device"
+    ) -> None:
         super().__init__()
-        check_range("agem", 1, batch_size=batch_size)
         self.memory_size, self.batch_size, self.storage = memory_size, batch_size, storage
 
     def remark(self, learner: LearnerLike) -> str | None:

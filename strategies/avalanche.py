@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge
 
 from cl.data.avalanche import drawing, preparation, quietly, take_back, to_experience, to_network
 from cl.data.task import TaskData
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import DivergenceError, InputError, check_range
+from cl.errors import DivergenceError, InputError
 from cl.random import derive
 
 if TYPE_CHECKING:
@@ -56,12 +57,11 @@ class Avalanche(Strategy):
     def __init__(
         self,
         path: str = "avalanche.training.Naive",
-        epochs: int | None = None,
-        batch_size: int | None = None,
+        epochs: Annotated[int, Ge(1)] | None = None,
+        batch_size: Annotated[int, Ge(1)] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        check_range("avalanche", 1, epochs=epochs, batch_size=batch_size)
         self.path, self.epochs, self.batch_size, self.options = path, epochs, batch_size, options
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

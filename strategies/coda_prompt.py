@@ -27,16 +27,17 @@ orthogonal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.random import Random
 
 if TYPE_CHECKING:
@@ -92,15 +93,12 @@ class CODAPrompt(Strategy):
 
     def __init__(
         self,
-        num_components: int = 100,
-        length: int = 8,
+        num_components: Annotated[int, Ge(1)] = 100,
+        length: Annotated[int, Ge(2)] = 8,
         blocks: Sequence[int] = (0, 1, 2, 3, 4),
-        penalty: float = 0.0,
+        penalty: Annotated[float, Ge(0)] = 0.0,
     ) -> None:
         super().__init__()
-        check_range("coda_prompt", 1, num_components=num_components)
-        check_range("coda_prompt", 2, length=length)
-        check_range("coda_prompt", 0, penalty=penalty)
         if length % 2:
             raise InputError(f"coda_prompt.length={length} has no half for keys and half for values: make it even.")
         self.num_components, self.length, self.blocks, self.penalty = num_components, length, tuple(blocks), penalty

@@ -30,13 +30,13 @@ class-incremental figure. Refused: the others, optimizers but plain SGD, running
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor
 
-from cl.errors import check_range
 from cl.toolkit.subspace import (
     ScaledByTask,
     Subspaces,
@@ -108,20 +108,16 @@ class CUBER(ScaledByTask):
 
     def __init__(
         self,
-        threshold: float | Sequence[float] = 0.97,
-        increment: float = 0.003,
-        sufficient: float = 0.5,
-        positive: float = 0.0,
-        penalty: float = 1.0,
-        smoothing: float = 0.9,
-        max_tasks: int = 2,
-        num_samples: int = 125,
+        threshold: Annotated[float, Interval(ge=0, le=1)] | Sequence[Annotated[float, Interval(ge=0, le=1)]] = 0.97,
+        increment: Annotated[float, Interval(ge=0, le=1)] = 0.003,
+        sufficient: Annotated[float, Ge(0)] = 0.5,
+        positive: Annotated[float, Ge(-1)] = 0.0,
+        penalty: Annotated[float, Ge(0)] = 1.0,
+        smoothing: Annotated[float, Interval(ge=0, le=1)] = 0.9,
+        max_tasks: Annotated[int, Ge(1)] = 2,
+        num_samples: Annotated[int, Ge(1)] = 125,
     ) -> None:
         super().__init__()
-        check_range("cuber", 0, 1, threshold=threshold, increment=increment, smoothing=smoothing)
-        check_range("cuber", 0, sufficient=sufficient, penalty=penalty)
-        check_range("cuber", -1, positive=positive)
-        check_range("cuber", 1, max_tasks=max_tasks, num_samples=num_samples)
         self.threshold, self.increment, self.num_samples = threshold, increment, num_samples
         self.sufficient, self.positive, self.max_tasks = sufficient, positive, max_tasks
         self.penalty, self.smoothing = penalty, smoothing

@@ -17,16 +17,16 @@ State: the memory, M rows with C logits each. Scenarios: all. DER++ (`derpp`) wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.distributed import share
 from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
@@ -51,11 +51,13 @@ class DER(Strategy):
     needs = ("memory",)
 
     def __init__(
-        self, memory_size: int = 200, alpha: float = 0.3, batch_size: int | None = None, storage: str = "device"
+        self,
+        memory_size: Annotated[int, Ge(1)] = 200,
+        alpha: Annotated[float, Ge(0)] = 0.3,
+        batch_size: Annotated[int, Ge(1)] | None = None,
+        storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("der", 1, batch_size=batch_size)
-        check_range("der", 0, alpha=alpha)
         self.memory_size, self.alpha, self.batch_size, self.storage = memory_size, alpha, batch_size, storage
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

@@ -14,17 +14,17 @@ epoch offers its rows to the reservoir, which replaces the poor logits of the fi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.distributed import share
 from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
@@ -61,15 +61,13 @@ class DERpp(Strategy):
 
     def __init__(
         self,
-        memory_size: int = 200,
-        alpha: float = 0.1,
-        beta: float = 0.5,
-        batch_size: int | None = None,
+        memory_size: Annotated[int, Ge(1)] = 200,
+        alpha: Annotated[float, Ge(0)] = 0.1,
+        beta: Annotated[float, Ge(0)] = 0.5,
+        batch_size: Annotated[int, Ge(1)] | None = None,
         storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("derpp", 1, batch_size=batch_size)
-        check_range("derpp", 0, alpha=alpha, beta=beta)
         self.memory_size, self.alpha, self.beta, self.batch_size = memory_size, alpha, beta, batch_size
         self.storage = storage
 

@@ -26,16 +26,17 @@ T keys (D). For every scenario; it refuses a backbone that takes no prefixes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
@@ -66,16 +67,14 @@ class DualPrompt(Strategy):
 
     def __init__(
         self,
-        general_length: int = 6,
-        expert_length: int = 20,
+        general_length: Annotated[int, Ge(2)] = 6,
+        expert_length: Annotated[int, Ge(2)] = 20,
         general_blocks: Sequence[int] = (0, 1),
         expert_blocks: Sequence[int] = (2, 3, 4),
-        pull: float = 1.0,
+        pull: Annotated[float, Ge(0)] = 1.0,
         batch_vote: bool = False,
     ) -> None:
         super().__init__()
-        check_range("dualprompt", 2, general_length=general_length, expert_length=expert_length)
-        check_range("dualprompt", 0, pull=pull)
         for name, length in (("general_length", general_length), ("expert_length", expert_length)):
             if length % 2:
                 raise InputError(f"dualprompt.{name}={length} has no half for keys and half for values: make it even.")

@@ -12,14 +12,14 @@ computes the loss over all classes of the head instead of those that compete.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.distributed import share
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
@@ -46,14 +46,13 @@ class ER(Strategy):
 
     def __init__(
         self,
-        memory_size: int = 200,
-        batch_size: int | None = None,
+        memory_size: Annotated[int, Ge(1)] = 200,
+        batch_size: Annotated[int, Ge(1)] | None = None,
         policy: str = "reservoir",
         every_epoch: bool = False,
         storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("er", 1, batch_size=batch_size)
         self.memory_size, self.batch_size = memory_size, batch_size
         self.policy, self.every_epoch, self.storage = policy, every_epoch, storage
 

@@ -22,15 +22,15 @@ lacks a class. Refuses targets other than labels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.distributed import share, total
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
@@ -68,13 +68,12 @@ class ERACE(Strategy):
 
     def __init__(
         self,
-        memory_size: int = 200,
-        batch_size: int | None = None,
+        memory_size: Annotated[int, Ge(1)] = 200,
+        batch_size: Annotated[int, Ge(1)] | None = None,
         every_epoch: bool = False,
         storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("er_ace", 1, batch_size=batch_size)
         self.memory_size, self.batch_size = memory_size, batch_size
         self.every_epoch, self.storage = every_epoch, storage
 

@@ -23,14 +23,15 @@ two seeds, as this one does (88.7 on three), with it at 90.3.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range, unknown
+from cl.errors import unknown
 from cl.random import Random
 from cl.toolkit.fisher import check_fisher, check_labels, check_single, task_fisher
 from cl.toolkit.memory import remark_without
@@ -68,15 +69,13 @@ class EWC(Strategy):
 
     def __init__(
         self,
-        weight: float = 100.0,
+        weight: Annotated[float, Ge(0)] = 100.0,
         fisher: str = "true",
-        num_samples: int | None = 1000,
-        batch_size: int = 1,
+        num_samples: Annotated[int, Ge(1)] | None = 1000,
+        batch_size: Annotated[int, Ge(1)] = 1,
         merge: str = "sum",
     ) -> None:
         super().__init__()
-        check_range("ewc", 0, weight=weight)
-        check_range("ewc", 1, num_samples=num_samples, batch_size=batch_size)
         check_fisher(fisher, batch_size)
         if merge not in MERGES:
             raise unknown("merge of Fishers", merge, MERGES)

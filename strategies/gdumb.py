@@ -28,17 +28,18 @@ no images.
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from cl.data.task import TaskData
 from cl.distributed import from_first, gathered, own
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.random import Random
 from cl.toolkit.memory import Memory
 
@@ -89,11 +90,13 @@ class GDumb(Strategy):
     needs = ("memory", "boundaries")
 
     def __init__(
-        self, memory_size: int = 500, cutmix: float = 0.0, alpha: float = 1.0, storage: str = "device"
+        self,
+        memory_size: Annotated[int, Ge(1)] = 500,
+        cutmix: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+        alpha: Annotated[float, Gt(0)] = 1.0,
+        storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("gdumb", 0, 1, cutmix=cutmix)
-        check_range("gdumb", 0, above=True, alpha=alpha)
         self.memory_size, self.cutmix, self.alpha, self.storage = memory_size, cutmix, alpha, storage
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

@@ -21,17 +21,18 @@ is projected, which a remark says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from cl.distributed import from_first, mean_gradients, own
 from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.toolkit.memory import Memory
 from cl.toolkit.subspace import remark_rescaled
 from cl.toolkit.weights import flat
@@ -117,11 +118,13 @@ class GEM(Strategy):
     needs = ("memory", "boundaries")
 
     def __init__(
-        self, memory_size: int = 200, margin: float = 0.5, ridge: float = 1e-3, storage: str = "device"
+        self,
+        memory_size: Annotated[int, Ge(1)] = 200,
+        margin: Annotated[float, Ge(0)] = 0.5,
+        ridge: Annotated[float, Gt(0)] = 1e-3,
+        storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("gem", 0, margin=margin)
-        check_range("gem", 0, above=True, ridge=ridge)
         self.memory_size, self.margin, self.ridge, self.storage = memory_size, margin, ridge, storage
 
     def remark(self, learner: LearnerLike) -> str | None:

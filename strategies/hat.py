@@ -36,14 +36,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.toolkit.by_task import rows_by_task
 from cl.toolkit.isolation import by_row, chained_layers, check_isolation, keep_outputs, silence_others
 from cl.toolkit.subspace import check_plain_sgd
@@ -111,10 +111,8 @@ class HAT(Strategy):
     uses_task = True
     used: Tensor
 
-    def __init__(self, weight: float = 0.75, s_max: float = 400.0) -> None:
+    def __init__(self, weight: Annotated[float, Ge(0)] = 0.75, s_max: Annotated[float, Ge(1)] = 400.0) -> None:
         super().__init__()
-        check_range("hat", 0, weight=weight)
-        check_range("hat", 1, s_max=s_max)
         self.weight, self.s_max = weight, s_max
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

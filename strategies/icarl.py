@@ -31,10 +31,11 @@ domain-incremental, targets other than labels, a memory of less than one exempla
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.data.target import classes_of
@@ -70,7 +71,7 @@ class ICaRL(Strategy):
     needs = ("memory", "boundaries")
     means: Tensor
 
-    def __init__(self, memory_size: int = 200, storage: str = "device") -> None:
+    def __init__(self, memory_size: Annotated[int, Ge(1)] = 200, storage: str = "device") -> None:
         super().__init__()
         self.memory_size, self.storage = memory_size, storage
 

@@ -16,16 +16,17 @@ no position embedding (JAX release), the port gives them one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
@@ -50,10 +51,14 @@ class L2P(Strategy):
 
     needs = ("transformer",)
 
-    def __init__(self, pool_size: int = 10, length: int = 5, top_k: int = 5, pull: float = 0.1) -> None:
+    def __init__(
+        self,
+        pool_size: Annotated[int, Ge(1)] = 10,
+        length: Annotated[int, Ge(1)] = 5,
+        top_k: int = 5,
+        pull: Annotated[float, Ge(0)] = 0.1,
+    ) -> None:
         super().__init__()
-        check_range("l2p", 1, pool_size=pool_size, length=length)
-        check_range("l2p", 0, pull=pull)
         if not 1 <= top_k <= pool_size:
             raise InputError(f"l2p.top_k={top_k} must lie between 1 and pool_size={pool_size}.")
         self.pool_size, self.length, self.top_k, self.pull = pool_size, length, top_k, pull

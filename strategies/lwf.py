@@ -22,15 +22,16 @@ the domain-incremental one there is `per_task=true`.
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.toolkit.memory import remark_without
 
 if TYPE_CHECKING:
@@ -77,11 +78,13 @@ class LwF(Strategy):
     needs = ("boundaries",)
 
     def __init__(
-        self, alpha: float = 1.0, temperature: float = 2.0, scaled: bool = True, per_task: bool = False
+        self,
+        alpha: Annotated[float, Ge(0)] = 1.0,
+        temperature: Annotated[float, Gt(0)] = 2.0,
+        scaled: bool = True,
+        per_task: bool = False,
     ) -> None:
         super().__init__()
-        check_range("lwf", 0, alpha=alpha)
-        check_range("lwf", 0, above=True, temperature=temperature)
         self.alpha, self.temperature, self.scaled, self.per_task = alpha, temperature, scaled, per_task
 
     def remark(self, learner: LearnerLike) -> str | None:

@@ -23,14 +23,14 @@ Omega over tasks by a moving mean.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.fisher import check_single, gradient_sum, sampled_inputs
 from cl.toolkit.memory import remark_without
@@ -88,10 +88,8 @@ class MAS(Strategy):
     importance: Tensor
     anchor: Tensor
 
-    def __init__(self, weight: float = 0.1, num_samples: int | None = 1000) -> None:
+    def __init__(self, weight: Annotated[float, Ge(0)] = 0.1, num_samples: Annotated[int, Ge(1)] | None = 1000) -> None:
         super().__init__()
-        check_range("mas", 0, weight=weight)
-        check_range("mas", 1, num_samples=num_samples)
         self.weight, self.num_samples = weight, num_samples
 
     def remark(self, learner: LearnerLike) -> str | None:

@@ -24,17 +24,18 @@ more than ER. Scenarios: all. Refuses targets other than labels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.distributed import mean_gradients, share
 from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
@@ -73,14 +74,13 @@ class MIR(Strategy):
 
     def __init__(
         self,
-        memory_size: int = 200,
-        batch_size: int | None = None,
-        num_candidates: int = 50,
+        memory_size: Annotated[int, Ge(1)] = 200,
+        batch_size: Annotated[int, Ge(1)] | None = None,
+        num_candidates: Annotated[int, Ge(1)] = 50,
         every_epoch: bool = False,
         storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("mir", 1, batch_size=batch_size, num_candidates=num_candidates)
         self.memory_size, self.batch_size, self.num_candidates = memory_size, batch_size, num_candidates
         self.every_epoch, self.storage = every_epoch, storage
 

@@ -22,15 +22,16 @@ Scenarios: all. Refused: optimizers but plain SGD, running statistics of batch n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range, unknown
+from cl.errors import InputError, unknown
 from cl.random import Random
 from cl.toolkit.fisher import check_single
 from cl.toolkit.subspace import check_plain_sgd, check_statistics, check_trained, protected, sampled
@@ -90,9 +91,8 @@ class OGD(Strategy):
     needs = ("boundaries", "sgd")
     basis: Tensor
 
-    def __init__(self, num_samples: int = 200, logits: str = "truth") -> None:
+    def __init__(self, num_samples: Annotated[int, Ge(1)] = 200, logits: str = "truth") -> None:
         super().__init__()
-        check_range("ogd", 1, num_samples=num_samples)
         if logits not in LOGITS:
             raise unknown("choice of logits", logits, LOGITS)
         self.num_samples, self.logits = num_samples, logits

@@ -18,14 +18,14 @@ the squared gradient of an example's label by the probability of that label.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.fisher import check_fisher, check_labels, check_single, task_fisher
 from cl.toolkit.memory import remark_without
@@ -61,16 +61,13 @@ class OnlineEWC(Strategy):
 
     def __init__(
         self,
-        weight: float = 100.0,
-        gamma: float = 0.95,
+        weight: Annotated[float, Ge(0)] = 100.0,
+        gamma: Annotated[float, Interval(ge=0, le=1)] = 0.95,
         fisher: str = "true",
-        num_samples: int | None = 1000,
-        batch_size: int = 1,
+        num_samples: Annotated[int, Ge(1)] | None = 1000,
+        batch_size: Annotated[int, Ge(1)] = 1,
     ) -> None:
         super().__init__()
-        check_range("online_ewc", 0, weight=weight)
-        check_range("online_ewc", 0, 1, gamma=gamma)
-        check_range("online_ewc", 1, num_samples=num_samples, batch_size=batch_size)
         check_fisher(fisher, batch_size)
         self.weight, self.gamma = weight, gamma
         self.fisher, self.num_samples, self.batch_size = fisher, num_samples, batch_size

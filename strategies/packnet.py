@@ -22,13 +22,14 @@ Strategies that project gradients (GPM) belong in front of this one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.toolkit.by_task import run_by_task
 from cl.toolkit.isolation import check_isolation, keep_outputs, layer_weights, silence_others
 
@@ -75,10 +76,10 @@ class PackNet(Strategy):
     uses_task = True
     pruned: Tensor
 
-    def __init__(self, share: float = 0.5, prune_after: int | None = None) -> None:
+    def __init__(
+        self, share: Annotated[float, Interval(ge=0, le=1)] = 0.5, prune_after: Annotated[int, Ge(1)] | None = None
+    ) -> None:
         super().__init__()
-        check_range("packnet", 0, 1, share=share)
-        check_range("packnet", 1, prune_after=prune_after)
         self.share, self.prune_after = share, prune_after
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

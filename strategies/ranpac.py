@@ -23,15 +23,16 @@ State: W (L, M), G (M, M), Q (M, C) and the classifier (M, C). For every scenari
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.random import Random
 
 if TYPE_CHECKING:
@@ -74,10 +75,13 @@ class RanPAC(Strategy):
     Q: Tensor
     weight: Tensor
 
-    def __init__(self, num_projections: int = 2000, ridge: float | None = None, adapt: bool = False) -> None:
+    def __init__(
+        self,
+        num_projections: Annotated[int, Ge(0)] = 2000,
+        ridge: Annotated[float, Gt(0)] | None = None,
+        adapt: bool = False,
+    ) -> None:
         super().__init__()
-        check_range("ranpac", 0, num_projections=num_projections)
-        check_range("ranpac", 0, above=True, ridge=ridge)
         self.num_projections, self.ridge, self.adapt = num_projections, ridge, adapt
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

@@ -25,17 +25,17 @@ counts as a domain, which the task-incremental one tells. It refuses a backbone 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from cl.backbones.vit import freeze_transformer
 from cl.engine.batch import Batch
 from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.by_task import check_apart
 
@@ -80,9 +80,13 @@ class SPrompts(Strategy):
     centres: Tensor
     known: Tensor
 
-    def __init__(self, length: int = 10, num_centres: int = 5, norm: float = 1.0) -> None:
+    def __init__(
+        self,
+        length: Annotated[int, Ge(1)] = 10,
+        num_centres: Annotated[int, Ge(1)] = 5,
+        norm: Annotated[float, Ge(1)] = 1.0,
+    ) -> None:
         super().__init__()
-        check_range("s_prompts", 1, length=length, num_centres=num_centres, norm=norm)
         self.length, self.num_centres, self.norm = length, num_centres, norm
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

@@ -25,17 +25,18 @@ labels, several processes, and another owner of `encode` or `predict`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from cl.data.augment import ContrastiveView
 from cl.data.task import TaskData
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.random import Random
 from cl.toolkit.herding import class_means, nearness, unit_features
 from cl.toolkit.memory import Memory
@@ -86,20 +87,16 @@ class SCR(Strategy):
 
     def __init__(
         self,
-        memory_size: int = 200,
-        batch_size: int = 100,
-        temperature: float = 0.07,
-        dim: int = 128,
-        scale: float = 0.2,
+        memory_size: Annotated[int, Ge(1)] = 200,
+        batch_size: Annotated[int, Ge(1)] = 100,
+        temperature: Annotated[float, Gt(0)] = 0.07,
+        dim: Annotated[int, Ge(1)] = 128,
+        scale: Annotated[float, Interval(gt=0, le=1)] = 0.2,
         flip: bool = True,
-        jitter: float = 0.4,
+        jitter: Annotated[float, Interval(ge=0, le=1)] = 0.4,
         storage: str = "device",
     ) -> None:
         super().__init__()
-        check_range("scr", 1, batch_size=batch_size, dim=dim)
-        check_range("scr", 0, above=True, temperature=temperature)
-        check_range("scr", 0, 1, above=True, scale=scale)
-        check_range("scr", 0, 1, jitter=jitter)
         self.memory_size, self.batch_size, self.storage = memory_size, batch_size, storage
         self.temperature, self.dim = temperature, dim
         self.augment, self.random = ContrastiveView(scale, flip, jitter), Random()

@@ -22,13 +22,13 @@ Scenarios: all. Refused: as GPM, optimizers but plain SGD and running statistics
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.random import Random
 from cl.toolkit.subspace import (
     check_plain_sgd,
@@ -81,15 +81,12 @@ class SGP(Strategy):
 
     def __init__(
         self,
-        threshold: float | Sequence[float] = 0.97,
-        increment: float = 0.003,
-        scale: float = 10.0,
-        num_samples: int = 125,
+        threshold: Annotated[float, Interval(ge=0, le=1)] | Sequence[Annotated[float, Interval(ge=0, le=1)]] = 0.97,
+        increment: Annotated[float, Interval(ge=0, le=1)] = 0.003,
+        scale: Annotated[float, Ge(0)] = 10.0,
+        num_samples: Annotated[int, Ge(1)] = 125,
     ) -> None:
         super().__init__()
-        check_range("sgp", 0, 1, threshold=threshold, increment=increment)
-        check_range("sgp", 0, scale=scale)
-        check_range("sgp", 1, num_samples=num_samples)
         self.threshold, self.increment, self.scale, self.num_samples = threshold, increment, scale, num_samples
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

@@ -23,14 +23,14 @@ this one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import check_range
 from cl.toolkit.memory import remark_without
 from cl.toolkit.weights import check_encode, check_held, flat, held
 
@@ -61,10 +61,8 @@ class SI(Strategy):
     before: Tensor
     gradient: Tensor
 
-    def __init__(self, weight: float = 0.1, damping: float = 0.1) -> None:
+    def __init__(self, weight: Annotated[float, Ge(0)] = 0.1, damping: Annotated[float, Gt(0)] = 0.1) -> None:
         super().__init__()
-        check_range("si", 0, weight=weight)
-        check_range("si", 0, above=True, damping=damping)
         self.weight, self.damping = weight, damping
 
     def remark(self, learner: LearnerLike) -> str | None:

@@ -32,15 +32,16 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.random import Random
 from cl.toolkit.by_task import check_apart, run_by_task
 from cl.toolkit.isolation import layer_weights
@@ -96,9 +97,8 @@ class SupSup(Strategy):
     needs = ("boundaries",)
     uses_task = True
 
-    def __init__(self, density: float = 0.1) -> None:
+    def __init__(self, density: Annotated[float, Interval(gt=0, le=1)] = 0.1) -> None:
         super().__init__()
-        check_range("supsup", 0, 1, above=True, density=density)
         self.density = density
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:

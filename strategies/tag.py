@@ -26,14 +26,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl.engine.strategy import LearnerLike, OptimizerFactory, Strategy
-from cl.errors import InputError, check_range, unknown
+from cl.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
@@ -108,12 +109,16 @@ class TAG(Strategy):
     squares: Tensor
     directions: Tensor
 
-    def __init__(self, form: str = "rmsprop", b: float = 5.0, beta1: float = 0.9, beta2: float | None = None) -> None:
+    def __init__(
+        self,
+        form: str = "rmsprop",
+        b: Annotated[float, Ge(0)] = 5.0,
+        beta1: Annotated[float, Interval(ge=0, le=1)] = 0.9,
+        beta2: Annotated[float, Interval(ge=0, le=1)] | None = None,
+    ) -> None:
         super().__init__()
         if form not in FORMS:
             raise unknown("form of TAG", form, FORMS)
-        check_range("tag", 0, b=b)
-        check_range("tag", 0, 1, beta1=beta1, beta2=beta2)
         self.form, self.b, self.beta1 = form, b, beta1
         self.beta2 = (0.999 if form == "adam" else 0.99) if beta2 is None else beta2
 

@@ -29,12 +29,12 @@ Rows of several tasks are told apart on the host, once a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor
 
-from cl.errors import check_range
 from cl.toolkit.subspace import ScaledByTask, protected_layers, sampled_gradients, sampled_inputs, silence_others
 
 if TYPE_CHECKING:
@@ -82,16 +82,13 @@ class TRGP(ScaledByTask):
 
     def __init__(
         self,
-        threshold: float | Sequence[float] = 0.97,
-        increment: float = 0.003,
-        trust: float = 0.5,
-        max_tasks: int = 2,
-        num_samples: int = 125,
+        threshold: Annotated[float, Interval(ge=0, le=1)] | Sequence[Annotated[float, Interval(ge=0, le=1)]] = 0.97,
+        increment: Annotated[float, Interval(ge=0, le=1)] = 0.003,
+        trust: Annotated[float, Ge(0)] = 0.5,
+        max_tasks: Annotated[int, Ge(1)] = 2,
+        num_samples: Annotated[int, Ge(1)] = 125,
     ) -> None:
         super().__init__()
-        check_range("trgp", 0, 1, threshold=threshold, increment=increment)
-        check_range("trgp", 0, trust=trust)
-        check_range("trgp", 1, max_tasks=max_tasks, num_samples=num_samples)
         self.threshold, self.increment, self.num_samples = threshold, increment, num_samples
         self.trust, self.max_tasks = trust, max_tasks
 

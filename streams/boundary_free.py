@@ -12,17 +12,25 @@ row of R after each piece is an evaluation point, and column t is the test set o
 from __future__ import annotations
 
 from functools import cache
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Interval
 
 from cl.compose import reorder
 from cl.data.task import Order, Stream, Task, TaskData
-from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
-def boundary_free(source: Stream, overlap: float = 1.0, order: Order = None, seed: int = 0) -> Stream:
+@checked
+def boundary_free(
+    source: Stream,
+    overlap: Annotated[float, Interval(ge=0, le=1)] = 1.0,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
     """Blend each task of a stream into the next.
 
     Args:
@@ -41,9 +49,6 @@ def boundary_free(source: Stream, overlap: float = 1.0, order: Order = None, see
         >>> drifting.boundaries, drifting[0].train.tasks.unique().tolist(), drifting[1].train.tasks.unique().tolist()
         (False, [0, 1], [0, 1, 2])
     """
-    if not 0 <= overlap <= 1:
-        raise InputError(f"overlap={overlap} of a boundary-free stream is not in [0, 1]: give a share of a task.")
-
     stream = reorder(source, order, seed)
 
     @cache

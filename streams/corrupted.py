@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
+
+from annotated_types import Interval
 
 from cl.compose import copies, corrupt, reorder
 from cl.data.dataset import Dataset
 from cl.data.task import Order, Scenario, Stream
+from cl.ranges import checked
 
 
+@checked
 def corrupted(
     dataset: Dataset,
     kinds: Sequence[str] | None = None,
     severity: int = 3,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
     shared_labels: bool | None = None,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Interval
+
 from cl.compose import copies, partition, reorder
 from cl.data.dataset import Dataset
-from cl.data.task import Order, Stream
+from cl.data.task import MOST_TASKS, Order, Stream
+from cl.ranges import checked
 
 
+@checked
 def data_incremental(
-    dataset: Dataset, num_tasks: int = 5, val_fraction: float = 0.0, order: Order = None, seed: int = 0
+    dataset: Dataset,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 5,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
+    order: Order = None,
+    seed: int = 0,
 ) -> Stream:
     """Cut a dataset into parts of equal size, the same share of each class; domain-incremental.
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from annotated_types import Interval
 
 from cl.compose import concat, copies
 from cl.compose.tasks import Match
 from cl.data.dataset import Dataset
 from cl.data.task import Order, Scenario, Stream
+from cl.ranges import checked
 
 
+@checked
 def domains(
     datasets: Mapping[str, Dataset],
     scenario: Scenario | None = None,
     input_shape: Sequence[int] | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
     match: Match = "name",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from cl.data.by_row import Float32, by_task
@@ -17,10 +18,12 @@ from cl.data.rows import Rows, check_plain, open_array
 from cl.data.target import TARGETS
 from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
+from cl.ranges import checked
 
 Given = Any  # a numpy array, a tensor, or the path of a .npy file
 
 
+@checked
 def from_arrays(
     train_x: Given,
     train_y: Given,
@@ -32,7 +35,7 @@ def from_arrays(
     class_names: Sequence[str] | None = None,
     target: str = "label",
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     normalize: bool = True,
     mean: Numbers = None,
     std: Numbers = None,

@@ -10,13 +10,17 @@ Differences from the released code: shares are exact for each class; rows keep t
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import torch
+from annotated_types import Interval
 
 from cl.data.dataset import Array, Dataset, split_validation
-from cl.data.task import Order, Scenario, Stream, Task, TaskData
+from cl.data.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
 def blend(
@@ -42,13 +46,14 @@ def blend(
     return owner, place
 
 
+@checked
 def i_blurry(
     dataset: Dataset,
-    num_tasks: int = 5,
-    disjoint: float = 0.5,
-    blur: float = 0.1,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 5,
+    disjoint: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+    blur: Annotated[float, Interval(ge=0, le=1)] = 0.1,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
@@ -75,9 +80,7 @@ def i_blurry(
     """
     if scenario == "domain":
         raise InputError("i_blurry is about which classes come when: use scenario=class or scenario=task.")
-    if not (0 <= disjoint <= 1 and 0 <= blur <= 1):
-        raise InputError(f"disjoint={disjoint} and blur={blur} of i_blurry: give shares between 0 and 1.")
-    if not 1 <= num_tasks <= dataset.num_classes:
+    if num_tasks > dataset.num_classes:
         raise InputError(f"num_tasks={num_tasks} for {dataset.num_classes} classes: give each task at least one.")
     train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
     labels = dataset.train_y[train_rows].numpy()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import nn
 
 from cl.data.by_row import by_task
@@ -16,10 +18,12 @@ from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
 from cl.files import place
 from cl.random import derive
+from cl.ranges import checked
 
 PATTERNS = ("task/split/class", "split/task/class")
 
 
+@checked
 def image_folders(
     root: str | Path,
     folders: Sequence[str] | None = None,
@@ -29,9 +33,9 @@ def image_folders(
     image_size: int | Sequence[int] | None = None,
     channels: int = 3,
     exif_orientation: bool = False,
-    test_fraction: float = 0.2,
+    test_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.2,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     name: str | None = None,
     cache: bool = True,
     cache_dir: str | Path | None = None,

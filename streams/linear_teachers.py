@@ -24,18 +24,23 @@ at 1 for equal teachers only. Its residual is divided by the teacher's norm, whi
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from cl.data.dataset import Array
-from cl.data.task import Order, Stream, Task, TaskData
+from cl.data.task import MOST_TASKS, Order, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
+@checked
 def geometry(
-    num_tasks: int = 5,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 5,
     rank: int = 5,
     dimension: int = 50,
     overlap: float = 0.5,
@@ -120,8 +125,9 @@ def expected_transfer(bases: Tensor, teachers: Tensor, initial: Tensor | None = 
     return torch.stack(rows)
 
 
+@checked
 def linear_teachers(
-    num_tasks: int = 5,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 5,
     rank: int = 5,
     dimension: int = 50,
     overlap: float = 0.5,

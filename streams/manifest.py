@@ -6,12 +6,13 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from cl.data.by_row import by_task
@@ -25,6 +26,7 @@ from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
 from cl.files import place
 from cl.random import derive
+from cl.ranges import checked
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "label", "task", "split", "timestamp")
@@ -32,6 +34,7 @@ Whole = npt.NDArray[np.int64]
 _TRAIN, _VAL, _TEST = range(3)
 
 
+@checked
 def manifest(
     path: str | Path,
     root: str | Path | None = None,
@@ -42,9 +45,9 @@ def manifest(
     target: str = "label",
     by: str = "task",
     num_tasks: int | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.2,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     name: str | None = None,
     cache: bool = True,
     cache_dir: str | Path | None = None,
@@ -246,8 +249,6 @@ def _periods(table: Table, split: Whole | None, num_tasks: int | None) -> tuple[
 
 def _draw(table: Table, y: Tensor, task: Whole, tasks: Sequence[str], fraction: float, seed: int) -> Whole:
     """Draw test rows of every task."""
-    if not 0 < fraction < 1:
-        raise InputError(f"test_fraction={fraction} is not between 0 and 1: give, say, 0.2, or a split column.")
     split = np.zeros(len(table), dtype=np.int64)
     for t, name in enumerate(tasks):
         rows = np.flatnonzero(task == t)

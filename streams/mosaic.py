@@ -7,15 +7,19 @@ so training belongs to the task's own outputs (train_mask=task, which the config
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from cl.data.dataset import Array, Dataset, split_validation
 from cl.data.rows import Rows
 from cl.data.task import MOST_TASKS, SCENARIOS, Order, Scenario, Stream, Task, TaskData
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
 def tile(cells: Tensor, grid: int) -> Tensor:
@@ -30,14 +34,15 @@ def tile(cells: Tensor, grid: int) -> Tensor:
     return laid.reshape(rows, channels, grid * height, grid * width)
 
 
+@checked
 def mosaic(
     dataset: Dataset,
-    num_tasks: int = 5,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 5,
     num_images: int = 1000,
     num_test: int = 500,
-    grid: int = 2,
+    grid: Annotated[int, Ge(1)] = 2,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
@@ -70,7 +75,7 @@ def mosaic(
         ((1, 16, 16), (2, 3), torch.Size([1000, 10]))
     """
     scenario, width = scenario or "class", dataset.num_classes
-    _check(dataset, num_tasks, grid, scenario)
+    _check(dataset, num_tasks, scenario)
     every = np.arange(width)
     groups = np.array_split(every, num_tasks) if scenario != "domain" else [every] * num_tasks
     train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
@@ -105,7 +110,7 @@ def mosaic(
     )
 
 
-def _check(dataset: Dataset, num_tasks: int, grid: int, scenario: str) -> None:
+def _check(dataset: Dataset, num_tasks: int, scenario: str) -> None:
     if len(dataset.input_shape) != 3 or dataset.target != "label":
         raise InputError(
             f"{dataset.name!r} has inputs of shape {dataset.input_shape} and targets of kind {dataset.target}: mosaics "
@@ -114,9 +119,7 @@ def _check(dataset: Dataset, num_tasks: int, grid: int, scenario: str) -> None:
     if scenario not in SCENARIOS:
         raise InputError(f"scenario={scenario!r} is unknown: use one of {', '.join(SCENARIOS)}.")
     most = dataset.num_classes // 2
-    check_range("stream", 1, MOST_TASKS, num_tasks=num_tasks)
-    if grid < 1 or num_tasks < 1 or (scenario != "domain" and num_tasks > most):
+    if scenario != "domain" and num_tasks > most:
         raise InputError(
-            f"num_tasks={num_tasks} and grid={grid} for {dataset.num_classes} classes: give 1 to {most} tasks, so that "
-            "each has two classes, and a grid of 1 or more."
+            f"num_tasks={num_tasks} for {dataset.num_classes} classes: give 1 to {most} tasks, so that each has two."
         )

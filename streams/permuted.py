@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Interval
+
 from cl.compose import copies, permute, reorder
 from cl.data.dataset import Dataset
-from cl.data.task import Order, Scenario, Stream
+from cl.data.task import MOST_TASKS, Order, Scenario, Stream
+from cl.ranges import checked
 
 
+@checked
 def permuted(
     dataset: Dataset,
-    num_tasks: int = 10,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 10,
     identity_first: bool = False,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
     shared_labels: bool | None = None,

@@ -12,14 +12,17 @@ come before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 
 from cl.data.dataset import Array, Dataset, split_validation
 from cl.data.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
 def occurrences(num_tasks: int, num_classes: int, first: float, again: Sequence[float], seed: int) -> Array:
@@ -53,14 +56,15 @@ def share_out(labels: Array, classes: Array, count: int, seed: int) -> Array:
     return chosen
 
 
+@checked
 def repetition(
     dataset: Dataset,
-    num_tasks: int = 20,
-    rows_per_task: int = 200,
-    first: float = 0.3,
-    again: float | Sequence[float] = 0.2,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 20,
+    rows_per_task: Annotated[int, Ge(1)] = 200,
+    first: Annotated[float, Interval(gt=0, le=1)] = 0.3,
+    again: Annotated[float, Interval(ge=0, le=1)] | Sequence[Annotated[float, Interval(ge=0, le=1)]] = 0.2,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
@@ -89,13 +93,10 @@ def repetition(
     chances = [float(p) for p in (again if isinstance(again, Sequence) else [again] * dataset.num_classes)]
     if scenario == "domain":
         raise InputError("A repetition stream is about which classes come when: use scenario=class or scenario=task.")
-    if not 0 < first <= 1 or len(chances) != dataset.num_classes or not all(0 <= p <= 1 for p in chances):
+    if len(chances) != dataset.num_classes:
         raise InputError(
-            f"first={first} must lie in (0, 1] and again={again} be one probability, or one for each of the "
-            f"{dataset.num_classes} classes."
+            f"again={again} must be one probability, or one for each of the {dataset.num_classes} classes."
         )
-    check_range("stream", 1, MOST_TASKS, num_tasks=num_tasks)
-    check_range("stream", 1, rows_per_task=rows_per_task)
     present = occurrences(num_tasks, dataset.num_classes, first, chances, seed)
     train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
 

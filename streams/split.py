@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 
 from cl.data.dataset import Dataset, rows_of_each, split_validation
 from cl.data.rows import Rows
 from cl.data.task import Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
+@checked
 def split(
     dataset: Dataset,
-    num_tasks: int | None = None,
-    classes_per_task: int | Sequence[int] | None = None,
-    first_task: int | None = None,
+    num_tasks: Annotated[int, Ge(1)] | None = None,
+    classes_per_task: Annotated[int, Ge(1)] | Sequence[Annotated[int, Ge(1)]] | None = None,
+    first_task: Annotated[int, Ge(0)] | None = None,
     class_order: str | Sequence[int] = "natural",
     classes: Sequence[int] | None = None,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
@@ -140,9 +144,6 @@ def _sizes(
 ) -> list[int]:
     if (num_tasks is None) == (per_task is None):
         raise InputError("A split stream needs either num_tasks or classes_per_task: give one of the two.")
-    for name, count in {"num_tasks": num_tasks, "classes_per_task": per_task}.items():
-        if isinstance(count, int) and count < 1:
-            raise InputError(f"{name}={count} must be 1 or more.")
     if per_task is not None and not isinstance(per_task, int):
         sizes = [int(size) for size in per_task]
     else:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import collections.abc
 import inspect
 import math
-import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
 from cl.errors import InputError, unknown
+from cl.ranges import annotation_of, check_range
 
 _WORDS = {
     int: "a whole number",
@@ -26,7 +25,7 @@ _LARGEST = 2**63 - 1  # of an integer in a tensor
 
 
 def check_value(key: str, value: Any, annotation: Any) -> None:
-    """Refuse a value of a configuration that is not of the annotated type; what it cannot judge passes.
+    """Refuse a value of a configuration outside of the annotated type or range; what it cannot judge passes.
 
     Numbers are numbers: no NaN is one, true is none, and whole ones stay within 64 bits.
 
@@ -50,6 +49,8 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
             f""": write {key.rpartition(".")[2]}="'{value}'\"""" if _is_number(value) and "text" in expected else ""
         )
         raise InputError(f"{key}={_shown(value)} must be {expected}{quoted}.")
+    if isinstance(value, int | float | list):
+        check_range(key, value, annotation)
 
 
 def check_call(key: str, target: Any, values: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> None:
@@ -62,7 +63,7 @@ def check_call(key: str, target: Any, values: Mapping[str, Any], keys: Mapping[s
         keys: The key that a value was written under, where it is not `key.argument`.
 
     Raises:
-        InputError: If there is no such argument, or a value has another type than the argument.
+        InputError: If there is no such argument, or a value is not of the argument's type or in its range.
 
     Example:
         >>> check_call("optimizer", __import__("torch").optim.SGD, {"lr": "fast"})
@@ -84,21 +85,7 @@ def check_call(key: str, target: Any, values: Mapping[str, Any], keys: Mapping[s
         default = parameters[name].default
         if value is default or (type(value) is type(default) and value == default):
             continue
-        check_value((keys or {}).get(name, f"{key}.{name}"), value, _resolved(parameters[name].annotation, target))
-
-
-def _resolved(annotation: Any, target: Any) -> Any:
-    """Return an annotation as a type, Any where it names what is not imported at run time."""
-    if annotation is inspect.Parameter.empty:
-        return Any
-    if not isinstance(annotation, str):
-        return annotation
-    module = sys.modules.get(getattr(inspect.unwrap(target), "__module__", ""))
-    try:
-        names = {**vars(typing), **vars(collections.abc), **(vars(module) if module else {})}
-        return eval(annotation, names)
-    except Exception:
-        return Any
+        check_value((keys or {}).get(name, f"{key}.{name}"), value, annotation_of(target, name))
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -107,6 +94,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return True  # made by a `_target_`
     if annotation is Any or isinstance(annotation, TypeVar | str):
         return True
+    if origin is Annotated:
+        return _fits(value, inner[0])
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in inner)
     if origin is Literal:
@@ -144,6 +133,8 @@ def _describe(annotation: Any) -> list[str]:
         return [word for word in words if "_target_" not in word] or words
     if origin is Literal:
         return [", ".join(map(str, inner))]
+    if origin is Annotated:
+        return _describe(inner[0])
     if annotation in _WORDS or annotation is None:
         return [_WORDS[annotation or type(None)]]
     kind = origin or annotation

@@ -6,10 +6,11 @@ import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from annotated_types import Ge, Gt
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
@@ -26,10 +27,11 @@ from cl.engine.network import BackboneFactory, HeadFactory
 from cl.engine.preflight import check_optimizer
 from cl.engine.schedules import SchedulerFactory
 from cl.engine.strategy import OptimizerFactory, Strategy
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.files import alone, place
 from cl.measure.choose import chosen
 from cl.metrics.transfer import TransferMatrix
+from cl.ranges import checked, option_name
 from cl.report.config_file import read_config, refuse_other, write_config
 from cl.report.contract import Report
 from cl.report.run import Run
@@ -41,25 +43,26 @@ _TRAINER = {"accelerator": "auto", "devices": 1, "precision": "32-true", "determ
 Strategies = Strategy | Sequence[Strategy] | Mapping[str, Strategy]
 
 
+@checked
 def run(
     stream: Stream,
     strategies: Strategies,
     backbone: nn.Module | BackboneFactory | None = None,
     *,
-    epochs: int = 5,
-    batch_size: int = 10,
+    epochs: Annotated[int, Ge(0)] = 5,
+    batch_size: Annotated[int, Ge(1)] = 10,
     optimizer: OptimizerFactory = SGD,
     scheduler: SchedulerFactory | None = None,
     head: nn.Module | HeadFactory | None = None,
-    seed: int = 0,
+    seed: Annotated[int, Ge(0)] = 0,
     directory: str | Path | None = None,
-    gradient_clip: float | None = None,
+    gradient_clip: Annotated[float, Gt(0)] | None = None,
     train_mask: Scenario | None = None,
     optimizer_state: Literal["reset", "keep"] = "reset",
     scheduler_interval: Literal["epoch", "step"] = "epoch",
-    eval_batch_size: int | None = None,
-    chunk_size: int | None = None,
-    log_every: int = 50,
+    eval_batch_size: Annotated[int, Ge(1)] | None = None,
+    chunk_size: Annotated[int, Ge(1)] | None = None,
+    log_every: Annotated[int, Ge(1)] = 50,
     compile: str | None = None,
     trainer: Mapping[str, Any] | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -68,9 +71,9 @@ def run(
     columns: str | int = "all",
     probes: Sequence[str] = (),
     estimators: Sequence[str] = (),
-    every: int | None = None,
-    points: int | None = None,
-    subset: int = 1000,
+    every: Annotated[int, Ge(1)] | None = None,
+    points: Annotated[int, Ge(1)] | None = None,
+    subset: Annotated[int, Ge(1)] = 1000,
     flops: bool = False,
     instruments: Mapping[str, Instrument] | None = None,
     checkpoint_keep: int | Literal["auto"] | None = "auto",
@@ -140,7 +143,7 @@ def run(
         >>> result.R["class"].shape, sorted(result.scalars())[:2]
         ((3, 2), ['accuracy_diaz', 'average_accuracy'])
     """
-    make_trainer = _checked(stream, {**_TRAINER, **(trainer or {})}, epochs, gradient_clip)
+    make_trainer = _trainer(stream, {**_TRAINER, **(trainer or {})})
     options: dict[str, Any] = {
         **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size},
         **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
@@ -179,14 +182,10 @@ def run(
         return _run(experiment, where)
 
 
-def _checked(
-    stream: Any, trainer: dict[str, Any], epochs: int, gradient_clip: float | None
-) -> functools.partial[pl.Trainer]:
+def _trainer(stream: Any, trainer: dict[str, Any]) -> functools.partial[pl.Trainer]:
     """Return what makes Trainers; refuse what would fail only when the run has begun."""
     if not isinstance(stream, Stream):
         raise InputError(f"{stream!r} is no stream: make one by a function of cl.streams.")
-    check_range("", 0, epochs=epochs)
-    check_range("", 0, above=True, gradient_clip=gradient_clip)
     check_call("trainer", pl.Trainer, trainer)
     factory = functools.partial(pl.Trainer, **trainer)
     try:
@@ -224,7 +223,9 @@ def named(strategies: Strategies) -> dict[str, Strategy]:
         found = list(strategies.items())
     else:
         several = strategies if isinstance(strategies, list | tuple) else [strategies]
-        found = [(_name(type(strategy)), strategy) for strategy in several]
+        kinds = [type(strategy) for strategy in several]
+        names = [option_name(kind.__module__, kind.__name__).lower() for kind in kinds]
+        found = list(zip(names, several, strict=True))
     for name, strategy in found:
         if not isinstance(strategy, Strategy):
             remedy = f"write {strategy.__name__}()" if isinstance(strategy, type) else "make one, such as ER()"
@@ -232,11 +233,6 @@ def named(strategies: Strategies) -> dict[str, Strategy]:
         if [other for other, _ in found].count(name) > 1:
             raise InputError(f"Two strategies are called {name!r}: give a mapping with a name for each.")
     return dict(found)
-
-
-def _name(kind: type) -> str:
-    file = kind.__module__.rpartition(".")[2]
-    return file if file.replace("_", "") == kind.__name__.lower() else kind.__name__.lower()
 
 
 def _files() -> list[Report]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cl.app.annotations import check_call, check_value
 from cl.app.resume import keep_command
-from cl.errors import InputError, check_range
+from cl.errors import InputError
 from cl.report.config_file import refuse_other, write_config
 from cl.settings import SETTINGS, Options, flatten, nearest
 
@@ -80,10 +80,6 @@ def _check(cfg: Any) -> None:
         if OmegaConf.is_dict(parent) and key.rpartition(".")[2] in parent:
             value = parent[key.rpartition(".")[2]]
             check_value(key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, annotation)
-    check_range("", 0, seed=cfg.seed, epochs=cfg.epochs)
-    check_range("", 0, above=True, gradient_clip=cfg.gradient_clip)
-    if OmegaConf.is_dict(cfg.get("report")):
-        check_range("report", 1, subset=cfg.report.get("subset", 1))
 
 
 def _unread(cfg: Any) -> list[str]:

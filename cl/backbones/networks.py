@@ -8,18 +8,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from cl.backbones.vit import Timm as Timm
 from cl.backbones.vit import ViT as ViT
 from cl.backbones.vit import image_shape
-from cl.errors import InputError, check_range, unknown
+from cl.errors import InputError, unknown
 from cl.files import place
+from cl.ranges import checked
 
 
+@checked
 class MLP(nn.Sequential):
     """Linear layers, each followed by a ReLU, on the flattened input; optionally with batch norm before it.
 
@@ -35,9 +39,12 @@ class MLP(nn.Sequential):
     """
 
     def __init__(
-        self, input_shape: Sequence[int], hidden: Sequence[int] = (100, 100), bias: bool = True, norm: bool = False
+        self,
+        input_shape: Sequence[int],
+        hidden: Sequence[Annotated[int, Ge(1)]] = (100, 100),
+        bias: bool = True,
+        norm: bool = False,
     ) -> None:
-        check_range("backbone", 1, hidden=hidden)
         widths = [math.prod(input_shape), *hidden]
         if min(widths) < 1:
             raise InputError(f"hidden={list(hidden)} of MLP has an empty layer: give widths of at least 1.")
@@ -48,6 +55,7 @@ class MLP(nn.Sequential):
         self.num_features = widths[-1]
 
 
+@checked
 class SimpleCNN(nn.Sequential):
     """Blocks of 3x3 convolution, ReLU and 2x2 max-pooling, then one linear layer; no normalisation, no dropout.
 
@@ -63,9 +71,12 @@ class SimpleCNN(nn.Sequential):
     """
 
     def __init__(
-        self, input_shape: Sequence[int], channels: Sequence[int] = (32, 64, 64), hidden: int = 128, bias: bool = True
+        self,
+        input_shape: Sequence[int],
+        channels: Sequence[Annotated[int, Ge(1)]] = (32, 64, 64),
+        hidden: Annotated[int, Ge(1)] = 128,
+        bias: bool = True,
     ) -> None:
-        check_range("backbone", 1, channels=channels, hidden=hidden)
         depth, height, width = image_shape("SimpleCNN", input_shape, 2 ** len(channels))
         layers: list[nn.Module] = []
         for a, b in pairwise([depth, *channels]):
@@ -122,6 +133,7 @@ BLOCKS: dict[str, Callable[[int, int, int, Callable[[int], nn.Module]], nn.Modul
 }
 
 
+@checked
 class ResNet18(nn.Sequential):
     """ResNet-18 for small images: a 3x3 stem of stride 1, no max-pooling, four stages, global average pooling.
 
@@ -144,12 +156,15 @@ class ResNet18(nn.Sequential):
     """
 
     def __init__(
-        self, input_shape: Sequence[int], width: int = 64, norm: str = "batch", block: str = "residual"
+        self,
+        input_shape: Sequence[int],
+        width: Annotated[int, Ge(1)] = 64,
+        norm: str = "batch",
+        block: str = "residual",
     ) -> None:
         for name, value, known in (("norm", norm, NORMS), ("block", block, BLOCKS)):
             if value not in known:
                 raise InputError(f"{name}={value!r} of ResNet18 is unknown: use one of {', '.join(known)}.")
-        check_range("backbone", 1, width=width)
         channels, _, _ = image_shape("ResNet18", input_shape, 8)
         make = NORMS[norm]
         layers: OrderedDict[str, nn.Module] = OrderedDict(
@@ -165,6 +180,7 @@ class ResNet18(nn.Sequential):
         self.num_features = inside
 
 
+@checked
 class AlexNetGPM(nn.Sequential):
     """The five-layer network of the GPM experiments on CIFAR-100 (Saha et al. 2021, appendix C), or of HAT's.
 
@@ -191,14 +207,12 @@ class AlexNetGPM(nn.Sequential):
     def __init__(
         self,
         input_shape: Sequence[int],
-        channels: Sequence[int] = (64, 128, 256),
-        hidden: int = 2048,
-        dropout: Sequence[float] = (0.2, 0.5),
+        channels: Sequence[Annotated[int, Ge(1)]] = (64, 128, 256),
+        hidden: Annotated[int, Ge(1)] = 2048,
+        dropout: Sequence[Annotated[float, Interval(ge=0, le=1)]] = (0.2, 0.5),
         norm: bool = True,
     ) -> None:
         depth, height, width = image_shape("AlexNetGPM", input_shape, 19)
-        check_range("backbone", 1, channels=channels, hidden=hidden)
-        check_range("backbone", 0, 1, dropout=dropout)
         if (len(channels), len(dropout)) != (3, 2):
             raise InputError(
                 f"AlexNetGPM takes three channels and two dropouts, not {list(channels)}, {list(dropout)}: fix them."

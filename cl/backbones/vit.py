@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from cl.errors import InputError, check_range
+from cl.errors import InputError
+from cl.ranges import checked
 
 Prefixes = Mapping[int, Tensor]  # block to keys and values (B, 2, L, D) that stand before its own
 
@@ -115,6 +117,7 @@ def freeze_transformer(method: str, backbone: nn.Module, **blocks: Sequence[int]
     backbone.requires_grad_(False).eval()
 
 
+@checked
 class ViT(nn.Module):
     """A small vision transformer (Dosovitskiy et al. 2021), timm's, whose feature is the encoded class token.
 
@@ -144,22 +147,18 @@ class ViT(nn.Module):
     def __init__(
         self,
         input_shape: Sequence[int],
-        patch_size: int = 4,
-        dim: int = 192,
-        depth: int = 6,
-        heads: int = 3,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
+        patch_size: Annotated[int, Interval(ge=1, le=1000)] = 4,
+        dim: Annotated[int, Ge(1)] = 192,
+        depth: Annotated[int, Interval(ge=1, le=1000)] = 6,
+        heads: Annotated[int, Interval(ge=1, le=1000)] = 3,
+        mlp_ratio: Annotated[float, Ge(0)] = 4.0,
+        dropout: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+        drop_path: Annotated[float, Interval(ge=0, le=1)] = 0.0,
     ) -> None:
         from timm.models.vision_transformer import VisionTransformer
 
         super().__init__()
         channels, height, width = image_shape("ViT", input_shape, patch_size)
-        check_range("backbone", 1, 1000, patch_size=patch_size, depth=depth, heads=heads)
-        check_range("backbone", 1, dim=dim)
-        check_range("backbone", 0, mlp_ratio=mlp_ratio)
-        check_range("backbone", 0, 1, dropout=dropout, drop_path=drop_path)
         if height % patch_size or width % patch_size:
             raise InputError(f"patch_size={patch_size} of ViT does not divide {height}x{width}: choose one that does.")
         if dim % heads:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from cl.data.dataset import Dataset, split_validation
-from cl.data.task import Order, Scenario, Stream, Task, TaskData
+from cl.data.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 Source = Stream | Dataset
 
 
+@checked
 def copies(
     dataset: Dataset,
-    num_tasks: int = 1,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 1,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
     shared_labels: bool | None = None,
@@ -46,8 +50,6 @@ def copies(
         >>> [task.classes for task in copies(synthetic(num_classes=2), 2, "task")]
         [(0, 1), (2, 3)]
     """
-    if num_tasks < 1:
-        raise InputError(f"num_tasks={num_tasks}: a stream needs at least one task.")
     scenario = scenario or "domain"
     own = scenario != "domain" if shared_labels is None else not shared_labels
     if own and scenario == "domain":
@@ -102,9 +104,3 @@ def choose(y: Tensor, count: Callable[[int, int], int], seed: int, what: str, ta
         draw = np.random.default_rng(derive(seed, what, task, int(label)))
         kept.append(draw.permutation(rows)[: count(int(label), len(rows))])
     return torch.from_numpy(np.sort(np.concatenate(kept)))
-
-
-def check_share(name: str, value: float, open_left: bool = False) -> None:
-    """Refuse a share outside [0, 1], or outside (0, 1]."""
-    if not 0 <= value <= 1 or (open_left and value == 0):
-        raise InputError(f"{name}={value} is not in {'(' if open_left else '['}0, 1]: give, say, 0.1.")

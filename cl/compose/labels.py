@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor
 
-from cl.compose.base import Source, as_stream, check_share, choose, generator, labels_only
+from cl.compose.base import Source, as_stream, choose, generator, labels_only
 from cl.data.task import Order, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
 def relabel(source: Source, labels: Sequence[int] | Mapping[int, Sequence[int]]) -> Stream:
@@ -51,8 +54,13 @@ def relabel(source: Source, labels: Sequence[int] | Mapping[int, Sequence[int]])
     return stream.derive(build, class_names=())
 
 
+@checked
 def label_noise(
-    source: Source, fraction: float = 0.2, kind: str = "symmetric", order: Order = None, seed: int = 0
+    source: Source,
+    fraction: Annotated[float, Interval(ge=0, le=1)] = 0.2,
+    kind: str = "symmetric",
+    order: Order = None,
+    seed: int = 0,
 ) -> Stream:
     """Make a share of the training labels wrong (Patrini et al. 2017, section 5).
 
@@ -74,7 +82,6 @@ def label_noise(
     """
     stream = as_stream(source)
     labels_only(stream, "label_noise")
-    check_share("fraction", fraction)
     if kind not in ("symmetric", "pairflip"):
         raise InputError(f"kind={kind!r} of label noise is unknown: use symmetric or pairflip.")
 
@@ -99,7 +106,13 @@ def _with_labels(data: TaskData, labels: Tensor) -> TaskData:
     return replace(data, y=y)
 
 
-def label_scarcity(source: Source, fraction: float = 0.1, order: Order = None, seed: int = 0) -> Stream:
+@checked
+def label_scarcity(
+    source: Source,
+    fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1,
+    order: Order = None,
+    seed: int = 0,
+) -> Stream:
     """Keep a share of the training labels; the other rows become the task's unlabelled ones.
 
     Args:
@@ -115,7 +128,6 @@ def label_scarcity(source: Source, fraction: float = 0.1, order: Order = None, s
         (100, 900, [-1])
     """
     stream = as_stream(source)
-    check_share("fraction", fraction, open_left=True)
 
     def build(t: int) -> Task:
         task = stream[t]
@@ -130,10 +142,11 @@ def label_scarcity(source: Source, fraction: float = 0.1, order: Order = None, s
     return stream.derive(build, name=f"{stream.name}, {fraction:.0%} labelled", order=order, seed=seed)
 
 
+@checked
 def subsample(
     source: Source,
-    fraction: float = 1.0,
-    max_per_class: int | None = None,
+    fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+    max_per_class: Annotated[int, Ge(1)] | None = None,
     tasks: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Stream:
@@ -153,10 +166,7 @@ def subsample(
     """
     stream = as_stream(source)
     labels_only(stream, "subsample")
-    check_share("fraction", fraction, open_left=True)
     most = max_per_class if max_per_class is not None else 2**62
-    if most < 1:
-        raise InputError(f"max_per_class={max_per_class} must be 1 or more.")
 
     def build(t: int) -> Task:
         if tasks is not None and t not in tasks:
@@ -168,8 +178,13 @@ def subsample(
     return stream.derive(build)
 
 
+@checked
 def long_tail(
-    source: Source, imbalance: float = 100.0, shuffled: bool = True, order: Order = None, seed: int = 0
+    source: Source,
+    imbalance: Annotated[float, Ge(1)] = 100.0,
+    shuffled: bool = True,
+    order: Order = None,
+    seed: int = 0,
 ) -> Stream:
     r"""Give the classes training sets of exponentially falling size (Cui et al. 2019, section 5.1).
 
@@ -190,8 +205,6 @@ def long_tail(
     """
     stream = as_stream(source)
     labels_only(stream, "long_tail")
-    if not imbalance >= 1:
-        raise InputError(f"imbalance={imbalance} must be 1 or more: the largest class over the smallest.")
     rank = np.arange(stream.num_classes)
     if shuffled:
         rank = np.random.default_rng(derive(seed, "long tail")).permutation(stream.num_classes)

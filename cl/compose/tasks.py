@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from cl.compose.base import Source, as_stream, labels_only
 from cl.data.class_names import join, move
 from cl.data.task import MOST_TASKS, Order, Scenario, Stream, Task, TaskData
-from cl.errors import InputError, check_range, unknown
+from cl.errors import InputError, unknown
 from cl.random import derive
+from cl.ranges import checked
 
 Match = Literal["name", "position"]
 
@@ -35,8 +37,13 @@ def reorder(source: Source, order: Order, seed: int = 0) -> Stream:
     return stream.derive(lambda t: stream[t], order=order, seed=seed)
 
 
+@checked
 def repeat(
-    source: Source, times: int = 2, visits: Sequence[int] | None = None, order: Order = None, seed: int = 0
+    source: Source,
+    times: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 2,
+    visits: Sequence[int] | None = None,
+    order: Order = None,
+    seed: int = 0,
 ) -> Stream:
     """Learn tasks again: the whole stream several times, or the tasks in any sequence.
 
@@ -56,7 +63,6 @@ def repeat(
         3
     """
     stream = as_stream(source)
-    check_range("stream", 1, MOST_TASKS, times=times)
     path = list(range(len(stream))) * times if visits is None else [int(t) for t in visits]
     outside = [t for t in path if not 0 <= t < len(stream)]
     if not path or outside:
@@ -201,7 +207,12 @@ def _one_shape(parts: Sequence[Stream], names: Sequence[str], wanted: Sequence[i
     return shape
 
 
-def partition(source: Source, num_tasks: int = 5, seed: int = 0) -> Stream:
+@checked
+def partition(
+    source: Source,
+    num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 5,
+    seed: int = 0,
+) -> Stream:
     """Cut a task into several of the same classes: new instances, no new class (data-incremental).
 
     Test sets are cut likewise, so that each column of R is a part of the whole test set, drawn alike.

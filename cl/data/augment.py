@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from cl.errors import InputError, check_range
+from cl.errors import InputError
+from cl.ranges import checked
 
 
+@checked
 class RandomCropFlip(nn.Module):
     """Pad images with zeros, crop each at a random place to its old size and flip half of them (He et al. 2016, 4.2).
 
@@ -32,10 +35,8 @@ class RandomCropFlip(nn.Module):
         [[1, 0], [1, 0], [1, 0], [0, 1]]
     """
 
-    def __init__(self, padding: int = 4, flip: bool = True) -> None:
+    def __init__(self, padding: Annotated[int, Ge(0)] = 4, flip: bool = True) -> None:
         super().__init__()
-        if padding < 0:
-            raise InputError(f"padding={padding} of RandomCropFlip is negative: give 0 or more pixels.")
         self.padding, self.flip = padding, flip
 
     def extra_repr(self) -> str:
@@ -59,6 +60,7 @@ class RandomCropFlip(nn.Module):
         return padded.gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).view(x.shape)
 
 
+@checked
 class ContrastiveView(nn.Module):
     r"""Crop images to a random part of their area, resized, mirror half of them, and change their colours.
 
@@ -82,10 +84,13 @@ class ContrastiveView(nn.Module):
         tensor(0.2000)
     """
 
-    def __init__(self, scale: float = 0.2, flip: bool = True, jitter: float = 0.4) -> None:
+    def __init__(
+        self,
+        scale: Annotated[float, Interval(gt=0, le=1)] = 0.2,
+        flip: bool = True,
+        jitter: Annotated[float, Interval(ge=0, le=1)] = 0.4,
+    ) -> None:
         super().__init__()
-        check_range("view", 0, 1, above=True, scale=scale)
-        check_range("view", 0, 1, jitter=jitter)
         self.scale, self.flip, self.jitter = scale, flip, jitter
 
     def forward(self, x: Tensor, rng: np.random.Generator) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from cl.data.dataset import Dataset, rows_of_each, split_validation
@@ -14,6 +16,7 @@ from cl.data.target import classes_of
 from cl.data.task import Order, Scenario, Stream, Task, TaskData
 from cl.errors import InputError
 from cl.random import derive
+from cl.ranges import checked
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Float32:
         return self.rows[index].to(torch.float32)
 
 
+@checked
 def by_task(
     dataset: Dataset,
     train_task: Tensor,
@@ -50,7 +54,7 @@ def by_task(
     names: Sequence[str],
     val: Tensor | None = None,
     scenario: Scenario | None = None,
-    val_fraction: float = 0.0,
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
 ) -> Stream:

@@ -6,10 +6,11 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Annotated, Any, overload
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from cl.data.class_names import number_classes
@@ -17,10 +18,12 @@ from cl.data.dataset import Array, Dataset, Numbers, make_dataset, split_validat
 from cl.data.images import decoded_images
 from cl.errors import InputError
 from cl.files import place
+from cl.ranges import checked
 
 _BATCH = 1000  # rows that are read at a time
 
 
+@checked
 def huggingface(
     path: str | Path,
     image: str = "image",
@@ -29,7 +32,7 @@ def huggingface(
     test: str | None = "test",
     image_size: int | Sequence[int] | None = None,
     channels: int = 3,
-    test_fraction: float = 0.2,
+    test_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.2,
     seed: int = 0,
     name: str | None = None,
     cache: bool = True,
@@ -163,8 +166,6 @@ def _called(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
 
 
 def _draw(split: _Split, y: Array, fraction: float, seed: int) -> tuple[dict[str, _Split], dict[str, Array]]:
-    if not 0 < fraction < 1:
-        raise InputError(f"test_fraction={fraction} is not between 0 and 1: give, say, 0.2, or a test split.")
     kept, drawn = (rows.numpy() for rows in split_validation(torch.from_numpy(y), fraction, seed))
     return {"train": split.take(kept), "test": split.take(drawn)}, {"train": y[kept], "test": y[drawn]}
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Interval
 from torch import nn
 
 from cl.data.cache import Allocate, decoded
@@ -23,6 +24,7 @@ from cl.data.pictures import eight_bits
 from cl.data.rows import let_go
 from cl.errors import InputError
 from cl.files import place
+from cl.ranges import checked
 
 _log = logging.getLogger(__name__)
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -276,6 +278,7 @@ def decoded_images(
     return decoded(key, every, root, settings, build, cache, cache_dir)
 
 
+@checked
 def image_folder(
     root: str | Path,
     train: str = "train",
@@ -283,7 +286,7 @@ def image_folder(
     image_size: int | Sequence[int] | None = None,
     channels: int = 3,
     exif_orientation: bool = False,
-    test_fraction: float = 0.2,
+    test_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.2,
     seed: int = 0,
     name: str | None = None,
     cache: bool = True,
@@ -350,8 +353,6 @@ def list_parts(
     listed = list_images(root / train)
     names = sorted({label for _, label in listed})
     if test is None:
-        if not 0 < fraction < 1:
-            raise InputError(f"test_fraction={fraction} is not between 0 and 1: give, say, 0.2, or a test folder.")
         kept, drawn = split_validation(torch.tensor([names.index(label) for _, label in listed]), fraction, seed)
         return {part: [listed[i] for i in rows.tolist()] for part, rows in (("train", kept), ("test", drawn))}
     parts = {"train": listed, "test": list_images(root / test)}

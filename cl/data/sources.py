@@ -7,19 +7,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from cl.data.cache import Allocate, decoded
 from cl.data.dataset import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.data.images import image_folder as image_folder
 from cl.data.items import read_sides
-from cl.errors import InputError, check_range, unknown
+from cl.errors import InputError, unknown
 from cl.files import place
 from cl.random import derive
+from cl.ranges import checked
 
 TORCHVISION = {
     "mnist": "MNIST",
@@ -33,8 +35,9 @@ TORCHVISION = {
 _PATIENCE = 10.0  # seconds that a silent server is waited for
 
 
+@checked
 def digits(
-    test_fraction: float = 0.2,
+    test_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.2,
     seed: int = 0,
     normalize: bool = True,
     mean: Numbers = None,
@@ -66,11 +69,12 @@ def digits(
     return make_dataset("digits", arrays, [str(d) for d in range(10)], normalize, mean, std, augment)
 
 
+@checked
 def synthetic(
     num_classes: int = 10,
     num_train: int = 1000,
     num_test: int = 500,
-    input_shape: Sequence[int] = (16,),
+    input_shape: Sequence[Annotated[int, Ge(1)]] = (16,),
     separation: float = 4.0,
     image: bool = False,
     seed: int = 0,
@@ -105,7 +109,6 @@ def synthetic(
         torch.uint8
     """
     shape = tuple(int(size) for size in input_shape)
-    check_range("dataset", 1, input_shape=shape)
     if not shape:
         raise InputError("dataset.input_shape=[] has no dimension: give one or more.")
     if min(num_train, num_test) < num_classes or num_classes < 1:

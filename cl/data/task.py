@@ -21,18 +21,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from cl.data.items import read_items, read_sides
 from cl.data.rows import RESIDENT, Items, Rows, kind_of, row_bytes
 from cl.data.target import TARGETS, Target, classes_of
 from cl.distributed import own, world_size
-from cl.errors import InputError, check_range, unknown
+from cl.errors import InputError, unknown
 from cl.random import derive
+from cl.ranges import check_range
 
 Scenario = Literal["class", "task", "domain"]
 SCENARIOS: tuple[Scenario, ...] = ("class", "task", "domain")
@@ -315,7 +317,7 @@ class Stream(Sequence[Task]):
         length = num_tasks if callable(tasks) else len(tasks)
         if not length:
             raise InputError(f"Stream {name!r} has no tasks: give at least one.")
-        check_range("stream", 1, MOST_TASKS, num_tasks=length)
+        check_range("stream.num_tasks", length, Annotated[int, Interval(ge=1, le=MOST_TASKS)])
         self._tasks: list[Task | None] = [None] * length
         self.order = self._places = _resolve(order, length, seed, name)
         self._moved = None if order is None else torch.tensor(self._places).argsort()  # where each task went

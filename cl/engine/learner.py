@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
@@ -32,10 +33,12 @@ from cl.engine.strategy import Composition, OptimizerFactory, Strategy
 from cl.engine.update import update
 from cl.errors import InputError, unknown
 from cl.random import Random, derive
+from cl.ranges import checked
 
 COMPILERS = ("default", "reduce-overhead", "max-autotune")
 
 
+@checked
 class Learner(pl.LightningModule):
     """A backbone and a head over all classes that learn a stream under some strategies.
 
@@ -91,23 +94,20 @@ class Learner(pl.LightningModule):
         scheduler: SchedulerFactory | None = None,
         *,
         head: nn.Module | HeadFactory | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        chunk_size: int | None = None,
-        gradient_clip: float | None = None,
+        batch_size: Annotated[int, Ge(1)] = 32,
+        eval_batch_size: Annotated[int, Ge(1)] | None = None,
+        chunk_size: Annotated[int, Ge(1)] | None = None,
+        gradient_clip: Annotated[float, Gt(0)] | None = None,
         train_mask: Scenario | None = None,
         optimizer_state: str = "reset",
         scheduler_interval: str = "epoch",
-        log_every: int = 50,
-        seed: int = 0,
+        log_every: Annotated[int, Ge(1)] = 50,
+        seed: Annotated[int, Ge(0)] = 0,
     ) -> None:
         super().__init__()
         stream.check()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size}
-        for name, value in {**sizes, "log_every": log_every}.items():
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be 1 or more.")
-            setattr(self, name, value)
+        self.batch_size, self.eval_batch_size, self.chunk_size = batch_size, eval_batch_size, chunk_size
+        self.log_every = log_every
         if train_mask not in (None, *SCENARIOS):
             raise InputError(f"train_mask={train_mask!r} is unknown: use one of {', '.join(SCENARIOS)}, or null.")
         self.automatic_optimization = False

@@ -57,6 +57,7 @@ from cl.distributed import world_size
 from cl.engine.batch import Batch
 from cl.errors import InputError
 from cl.random import Random, derive
+from cl.ranges import checked
 
 if TYPE_CHECKING:
     from cl.data.target import Target
@@ -231,6 +232,12 @@ class Strategy(nn.Module):
     bound: str = ""
     distributed: bool = True
     uses_task: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the constructor of each strategy refuse arguments outside of the ranges in its annotations."""
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            checked(cls)
 
     def check_scenario(self, stream: Stream) -> None:
         """Refuse a scenario that the method does not work in.

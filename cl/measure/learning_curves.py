@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from cl.data.task import Stream, Task, shard
@@ -14,9 +15,11 @@ from cl.engine.learner import Learner
 from cl.engine.loader import EvalLoader, evaluation
 from cl.engine.score import start
 from cl.errors import InputError
+from cl.ranges import checked
 from cl.rundir import LEARNING_CURVES, CurvePoint
 
 
+@checked
 class LearningCurves(Instrument):
     """Measures the tasks seen so far, the present one included, at step 0, at chosen steps, and once it is learned.
 
@@ -42,13 +45,16 @@ class LearningCurves(Instrument):
     file = LEARNING_CURVES.stem
     columns = LEARNING_CURVES.columns
 
-    def __init__(self, stream: Stream, every: int | None = None, points: int | None = None, rows: int = 1000) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        every: Annotated[int, Ge(1)] | None = None,
+        points: Annotated[int, Ge(1)] | None = None,
+        rows: Annotated[int, Ge(1)] = 1000,
+    ) -> None:
         super().__init__()
         if (every is None) == (points is None):
             raise InputError(f"report.every={every} and report.points={points}: give one of them.")
-        for name, value in {"every": every, "points": points, "subset": rows}.items():
-            if value is not None and value < 1:
-                raise InputError(f"report.{name}={value} must be 1 or more.")
         self.every, self.points, self.rows = every, points, rows
         self._stream = stream
         self._loader: EvalLoader | None = None

@@ -24,6 +24,7 @@ from cl.app.listing import cards, options
 from cl.engine.strategy import NEEDS as NEEDED
 from cl.engine.strategy import Strategy
 from cl.metrics.transfer import LIBRARY_VARIANTS, SCALARS, Scalar
+from cl.ranges import annotation_of, range_of
 from cl.report.scalars import MEASURES, NEEDS
 from cl.settings import SETTINGS
 
@@ -138,17 +139,19 @@ def stream(name: str) -> str:
 
 
 def arguments(thing: Callable[..., Any]) -> str:
-    """Return a table of the arguments of a class or function: types and defaults, and what its docstring says."""
+    """Return a table of the arguments of a class or function: types, ranges, defaults, and what its docstring says."""
     said = {}
     for section in griffe.Docstring(inspect.getdoc(thing) or "", parser="google").parse(warnings=False):
         if section.kind is griffe.DocstringSectionKind.parameters:
             said = {argument.name: argument.description for argument in section.value}
     rows = []
     for name, parameter in inspect.signature(thing).parameters.items():
-        kind = "" if parameter.annotation is parameter.empty else parameter.annotation
+        kind = "" if parameter.annotation is parameter.empty else str(parameter.annotation)
+        kind = " | ".join(dict.fromkeys(re.sub(r"Annotated\[(\w+), \w+\([^)]*\)\]", r"\1", kind).split(" | ")))
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        rows.append([code(name), prose(said.get(name, "")), code(f"{kind}{default}")])
-    return table(["argument", "meaning", "type and default"], rows) if rows else "None.\n"
+        allowed = range_of(annotation_of(thing, name))
+        rows.append([code(name), prose(said.get(name, "")), code(f"{kind}{default}"), allowed])
+    return table(["argument", "meaning", "type and default", "range"], rows) if rows else "None.\n"
 
 
 # --------------------------------------------------------------------------- one page each
@@ -198,12 +201,12 @@ def settings() -> str:
             value = value.get(part) if isinstance(value, dict) else None
         return "" if isinstance(value, dict) else code("null" if value is None else value)
 
-    rows = ([code(key), prose(row.help), default(key), row.kind] for key, row in SETTINGS.items())
+    rows = ([code(key), prose(row.help), default(key), range_of(row.type), row.kind] for key, row in SETTINGS.items())
     kinds = (inspect.getdoc(type(next(iter(SETTINGS.values())))) or "").partition("kind: ")[2].partition("\nhelp:")[0]
     return (
         "# Settings\n\nEach key is set by `cl-run key=value`; a group, such as `stream`, takes the name of one of its "
         f"options. The kind of a setting: {prose(' '.join(kinds.split()).partition(' help:')[0])}\n\n"
-        + table(["key", "meaning", "default", "kind"], rows)
+        + table(["key", "meaning", "default", "range", "kind"], rows)
     )
 
 

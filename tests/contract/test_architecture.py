@@ -46,7 +46,7 @@ def imports(path: Path) -> frozenset[str]:
 
 FLOORS = {  # a room imports only from rooms below it, and from itself
     **{"errors": 0, "lazy": 0, "settings": 0},
-    **{"distributed": 1, "explain": 1, "rundir": 1},
+    **{"distributed": 1, "explain": 1, "ranges": 1, "rundir": 1},
     **{"files": 2, "random": 2, "trainer": 2},
     **{"backbones": 3, "data": 3, "metrics": 3},
     **{"compose": 4, "report": 4},

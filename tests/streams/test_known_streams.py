@@ -434,7 +434,7 @@ def test_fine_tuning_learns_mosaics():
     ("data", "options", "sentence"),
     [
         ("synthetic", {}, r"inputs of shape \(16,\)"),
-        ("digits", {"num_tasks": 6}, "num_tasks=6 and grid=2 for 10 classes: give 1 to 5 tasks"),
+        ("digits", {"num_tasks": 6}, "num_tasks=6 for 10 classes: give 1 to 5 tasks"),
         ("digits", {"grid": 0}, "grid=0"),
         ("digits", {"scenario": "classes"}, "scenario='classes' is unknown"),
     ],

@@ -281,7 +281,7 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ({"target": "regression"}, "target=regression cannot be split by class"),
     ({"mean": [0.0, 0.0], "std": [1.0]}, r"mean=\[0.0, 0.0\] .* does not fit"),
     ({"mean": [0.0], "std": [0.0]}, "std=.* is not above 0"),
-    ({"val_fraction": 1.0}, "share of 1.0 is not in"),
+    ({"val_fraction": 1.0}, r"from_arrays\.val_fraction=1\.0 must be 0 or more and below 1"),
     ({"target": "multilabel", "train_y": np.full((24, 2), 2)}, r"has the target \[2.0, 2.0\] in row 0: give 0 or 1"),
     ({"target": "regression", "train_y": np.full(24, np.nan)}, r"has the target \[nan\] in row 0: give finite"),
 ]
@@ -448,7 +448,7 @@ def test_bad_folders_are_refused_and_nothing_is_left(tmp_path):
     refuses("one holds 'train' itself, so it is one dataset.*dataset=image_folder", image_folders, one)
     root = folders(tmp_path / "root", NIGHT)
     refuses("dusk.train is not a folder", image_folders, root, folders=["day", "dusk"])
-    refuses("test_fraction=1.5 is not between", image_folders, root, test=None, test_fraction=1.5)
+    refuses(r"test_fraction=1\.5 must be above 0 and below 1", image_folders, root, test=None, test_fraction=1.5)
     refuses("channels=2", image_folders, root, channels=2)
     refuses("Class 0 stands in|Class 1 stands in tasks 0 and 1", image_folders, root, scenario="class")
     shutil.rmtree(root / ".clsim-cache")
@@ -718,7 +718,7 @@ BAD_TABLES: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         {"test_fraction": 0.9},
         "Task '0' of .*, that of row 2, has too few rows of a class",
     ),
-    ("fraction", without("split"), {"test_fraction": 0.0}, "test_fraction=0.0 is not between 0 and 1"),
+    ("fraction", without("split"), {"test_fraction": 0.0}, "test_fraction=0.0 must be above 0 and below 1"),
     ("scenario", GOOD, {"scenario": "class"}, "Class 0 stands in tasks 0 and 1"),
 ]
 
@@ -840,7 +840,7 @@ def test_pictures_of_a_hugging_face_dataset(hub, tmp_path, decodes):
     refuses("holds one split: set test to null", huggingface, path / "train")
     refuses("There is no column 'img' in the train split of .*, only image, label", huggingface, path, image="img")
     refuses("nowhere is no saved dataset", huggingface, tmp_path / "nowhere")
-    refuses("test_fraction=2 is not between", huggingface, path, test=None, test_fraction=2)
+    refuses(r"test_fraction=2 must be above 0 and below 1", huggingface, path, test=None, test_fraction=2)
 
     def mixed(shift: int) -> list[Any]:
         return [Image.fromarray(picture(shift + k, 6, 6 + (k == 4))) for k in range(6)]

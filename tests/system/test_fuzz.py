@@ -453,7 +453,7 @@ def test_what_makes_sense_runs(overrides: str, tmp_path: Path) -> None:
         (f"strategy.er.memory_size={HUGE}", "takes 8e+04 GB"),
         (f"backbone.hidden=[{HUGE}]", "backbone takes more memory than there is"),
         (f"dataset.num_train={HUGE}", "stream.dataset takes more memory than there is"),
-        ("dataset.input_shape=[-1]", "dataset.input_shape=(-1,) must be 1 or more."),
+        ("dataset.input_shape=[-1]", "dataset.input_shape=[-1] must be 1 or more."),
         ("+dataset.name=3", "no argument of dataset called 'name'"),
         ("tags='${nowhere}'", "tags: Interpolation key 'nowhere' not found"),
         ("report.columns=0", "columns=0 of R are unknown"),

@@ -189,7 +189,7 @@ def test_views_of_bytes_are_floats_of_their_shape_and_the_draws_alone_decide(cha
     assert float(one.min()) >= 0 and float(one.max()) <= 1 and not view.state_dict()
     alone = view(x[:1], np.random.default_rng(3))
     assert alone.shape == (1, channels, 8, 6)
-    with pytest.raises(InputError, match=r"view\.scale=0 must be above 0"):
+    with pytest.raises(InputError, match=r"ContrastiveView\.scale=0 must be above 0"):
         ContrastiveView(scale=0)
 
 

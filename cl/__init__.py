@@ -35,9 +35,13 @@ if TYPE_CHECKING:
     from cl.engine.strategy import LearnerLike as LearnerLike
     from cl.engine.strategy import Strategy as Strategy
     from cl.errors import InputError as InputError
+    from cl.metrics.scalar import scalar as scalar
     from cl.metrics.transfer import TransferMatrix as TransferMatrix
     from cl.report.contract import Report as Report
+    from cl.report.evidence import Evidence as Evidence
     from cl.report.run import Run as Run
+    from cl.testing import check_instrument as check_instrument
+    from cl.testing import check_scalar as check_scalar
     from cl.testing import check_strategy as check_strategy
     from cl.toolkit.memory import Memory as Memory
 
@@ -57,7 +61,9 @@ _PLACES = {
     },
     **{"TransferMatrix": "cl.metrics.transfer:TransferMatrix", "Report": "cl.report.contract:Report"},
     **{"Instrument": "cl.engine.instrument:Instrument", "InputError": "cl.errors:InputError"},
-    **{"check_strategy": "cl.testing:check_strategy", "check_stream": "cl.data.stream_checks:check_stream"},
+    **{"scalar": "cl.metrics.scalar:scalar", "Evidence": "cl.report.evidence:Evidence"},
+    **{f"check_{kind}": f"cl.testing:check_{kind}" for kind in ("strategy", "instrument", "scalar")},
+    **{"check_stream": "cl.data.stream_checks:check_stream"},
     **{name: f"cl.{name}" for name in ("strategies", "streams", "backbones")},
 }
 __all__ = sorted(_PLACES)

@@ -106,6 +106,14 @@ SETTINGS: Mapping[str, Setting] = {
     "estimators": Setting(
         "measured", "forecasts of transfer before each task: tmi, log_me, ped, vci, knn, covariance", Sequence[str]
     ),
+    "instrument": Setting(
+        "measured", "your own, beside R: an option, or +instrument.NAME._target_=package.module.Class", Options
+    ),
+    "scalar": Setting(
+        "shown",
+        "your own, of what a run has measured: an option, or +scalar.NAME._target_=package.module.function",
+        Options,
+    ),
     "references": Setting(
         "shown", "what the run is compared with: experts (each task alone), joint (tasks 1 to k)", Sequence[str]
     ),

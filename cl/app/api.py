@@ -18,7 +18,7 @@ from cl import rundir
 from cl.app.annotations import check_call
 from cl.backbones.networks import MLP
 from cl.data.task import Scenario, Stream
-from cl.engine.described import describe
+from cl.engine.described import describe, described_by_name
 from cl.engine.experiment import Experiment
 from cl.engine.head import Head
 from cl.engine.instrument import Instrument
@@ -30,11 +30,13 @@ from cl.engine.strategy import OptimizerFactory, Strategy
 from cl.errors import InputError
 from cl.files import alone, place
 from cl.measure.choose import chosen
+from cl.metrics.scalar import AnyScalar
 from cl.metrics.transfer import TransferMatrix
 from cl.ranges import checked, option_name
 from cl.report.config_file import read_config, refuse_other, write_config
 from cl.report.contract import Report
 from cl.report.run import Run
+from cl.report.scalars import recall
 from cl.trainer.arguments import check_arguments, interruptible, quiet_trainer
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -76,6 +78,7 @@ def run(
     subset: Annotated[int, Ge(1)] = 1000,
     flops: bool = False,
     instruments: Mapping[str, Instrument] | None = None,
+    scalars: Sequence[AnyScalar] = (),
     checkpoint_keep: int | Literal["auto"] | None = "auto",
     checkpoint_every: int | str | None = "10min",
     allow_changed: bool = False,
@@ -122,7 +125,8 @@ def run(
         points: how many evaluations a task has.
         subset: Rows of each task that those, the probes and the estimators look at.
         flops: Whether operations are counted.
-        instruments: More to be measured beside R, by name.
+        instruments: Of your own, by name, to measure more beside R.
+        scalars: Of your own, functions under `cl.scalar`; `.measured()` of the run has their numbers.
         checkpoint_keep: How many of the newest checkpoints at the ends of tasks stay; None keeps all; "auto" does, too,
             up to ten gibibytes.
         checkpoint_every: Between two checkpoints inside a task: steps (500), a time ("30s", "10min", "2h") or None.
@@ -149,13 +153,15 @@ def run(
         **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
         **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval, "seed": seed},
     }
-    body, top, own = _own(backbone, MLP), _own(head, Head), copy.deepcopy(named(strategies))
+    own, extra = copy.deepcopy((named(strategies), dict(instruments or {})))
+    body, top = _own(backbone, MLP), _own(head, Head)
     learner = Learner(stream, body, own, optimizer, scheduler, head=top, **options)
     if compile is not None:
         learner.compile(compile)
     check_optimizer(optimizer, scheduler, stream, make_trainer.keywords)
     looks = {"every": every, "points": points, "subset": subset, "flops": flops}
     measured = {"probes": list(probes), "estimators": list(estimators)}
+    kept: dict[str, Any] = {"keep": checkpoint_keep, "every": checkpoint_every, "allow_changed": allow_changed}
     where = None if directory is None else place(directory).resolve()
     told = [*(_files() if where is not None else ()), *reports]
     experiment = Experiment(
@@ -170,16 +176,14 @@ def run(
         config={
             **describe(learner, stream, epochs, backbone, head),
             **{"optimizer_state": optimizer_state, "compile": compile, "trainer": make_trainer.keywords},
-            **{**measured, "report": {"columns": columns, **looks}},
+            **{**measured, "report": {"columns": columns, **looks}, "instrument": described_by_name(extra)},
         },
         columns=columns,
-        keep=checkpoint_keep,
-        every=checkpoint_every,
-        instruments={**chosen(stream, **measured, **looks), **(instruments or {})},  # type: ignore[arg-type]
-        allow_changed=allow_changed,
+        instruments=chosen(stream, own=extra, **measured, **looks),  # type: ignore[arg-type]
+        scalars=scalars,
+        **kept,
     )
-    with interruptible():
-        return _run(experiment, where)
+    return _run(experiment, where)
 
 
 def _trainer(stream: Any, trainer: dict[str, Any]) -> functools.partial[pl.Trainer]:
@@ -251,6 +255,7 @@ def _bars(progress: bool) -> list[pl.Callback]:
     return [ProgressBar()] if progress else []
 
 
+@interruptible()
 def _run(experiment: Experiment, directory: Path | None) -> Run:
     """Run, alone in a directory where there is one; before it is written to, refuse one that holds anything else."""
     if directory is None:
@@ -317,6 +322,7 @@ def load(directory: str | Path) -> Run:
     )
     summary, references = (_read_if_there(where / name) for name in (rundir.SUMMARY, rundir.REFERENCES))
     run.references, run.test_rows = references, tuple(summary.get("test_rows", ()))
+    recall(run, summary)
     run.boundaries = summary.get("rows", run.rows) == run.rows
     return run
 

@@ -50,6 +50,7 @@ def build(cfg: Any, directory: Path) -> Any:
         keep=cfg.checkpoint.keep,
         every=cfg.checkpoint.every,
         instruments=_instruments(cfg, stream),
+        scalars=[_scalar(node) for _, node in _mappings(cfg, "scalar")],
         references=_references(cfg, config, reports),
         branch=Branch.parse(cfg["from"]) if cfg["from"] else None,
         allow_changed=cfg.allow_changed,
@@ -138,11 +139,26 @@ def _scheduler(cfg: Any) -> Any:
 
 def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
     """Return what is measured beside R."""
+    from cl.engine.instrument import Instrument
     from cl.measure.choose import chosen
 
+    own = {name: made(node, Instrument) for name, node in _mappings(cfg, "instrument")}
     report = cfg.get("report") or {}
     looks = {key: report[key] for key in ("every", "points", "subset", "flops") if key in report}
-    return chosen(stream, probes=list(cfg.probes), estimators=list(cfg.estimators), **looks)
+    return chosen(stream, probes=list(cfg.probes), estimators=list(cfg.estimators), own=own, **looks)
+
+
+def _scalar(node: Any) -> Any:
+    """Return the scalar that a `_target_` names, or makes of arguments."""
+    from hydra.utils import get_object
+
+    from cl.metrics.scalar import Scalar
+
+    try:
+        found = get_object(node._target_)
+    except Exception:  # `made` says what is wrong
+        found = None
+    return found if isinstance(found, Scalar) and len(node) == 1 else made(node, Scalar)
 
 
 def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:

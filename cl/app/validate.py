@@ -15,7 +15,7 @@ from cl.settings import SETTINGS, Options, flatten, nearest
 _NEEDED = ("stream", "backbone", "head", "optimizer", "trainer")
 _ROOT = {key.partition(".")[0] for key in SETTINGS}
 _HOLDING = [key for key, row in SETTINGS.items() if row.type in (Options, dict[str, Any]) and key != "strategy"]
-_NAMED = ("report", "logger", "callbacks")  # groups of parts by name, each with a _target_
+_WHOLE = ("protocol", "checkpoint")  # the other groups hold parts by name, each with a _target_
 _INTERPOLATED = re.compile(r"\$\{(\w+)")
 
 
@@ -98,7 +98,7 @@ def _unread(cfg: Any) -> list[str]:
     for group in _HOLDING:
         parts = raw.get(group)
         for name, value in parts.items() if isinstance(parts, dict) else ():  # else its type is told
-            part = group in _NAMED and (value is None or isinstance(value, dict))  # made by its _target_
+            part = group not in _WHOLE and (value is None or isinstance(value, dict))  # made by its _target_
             if not part and f"{group}.{name}" not in SETTINGS:
                 found.append(f"{group}.{name}")
     return found

@@ -178,10 +178,12 @@ def leaderboard(comparison: Comparison, stage: Stage, numbers: Numbers, scalar: 
         InputError: If no run has that scalar.
     """
     lead = column(stage, scalar)
+    all_runs = [run for units in stage.runs.values() for run in units.values()]
+    every = {name: entry for run in all_runs for (_, name), entry in entries(run).items()}
     if lead is None:
-        every = {name for units in stage.runs.values() for run in units.values() for _, name in entries(run)}
         raise unknown("scalar", scalar, every)
-    columns = [lead, *(c for name in COLUMNS if name != scalar and (c := column(stage, name)) is not None)]
+    shown = [*COLUMNS, *(name for name, entry in every.items() if entry.own)]
+    columns = [lead, *(c for name in shown if name != scalar and (c := column(stage, name)) is not None)]
     rows = []
     for group, units in stage.runs.items():
         cells = [numbers.one(stage.name, group, c.quantity, c.mask) for c in columns]

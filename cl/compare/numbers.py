@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ import numpy as np
 
 from cl.compare.align import Comparison, Stage, Unit
 from cl.compare.read import COSTS, Array, Entry, RunFiles
+from cl.metrics.scalar import range_of, range_of_metric
 from cl.metrics.statistics import bounded, cell_intervals, t_interval
 
 Key: TypeAlias = tuple[str, str, str, str, str, str, str]
@@ -194,21 +194,6 @@ def order_of(run: RunFiles, units: Mapping[Unit, RunFiles]) -> str:
     return "order " + ", ".join(str(i + 1) for i in run.order) if several else ""
 
 
-def range_of(scale: str) -> tuple[float, float]:
-    """Return the range that a scale names; of amounts, which it does not, 0 and more.
-
-    Example:
-        >>> range_of("fraction, [-1, 1]"), range_of("(-inf, 1]"), range_of("seconds")
-        ((-1.0, 1.0), (-inf, 1.0), (0.0, inf))
-    """
-    found = re.search(r"[\[(](-?inf|-?[\d.]+), (inf|-?[\d.]+)[\])]", scale)
-    return (float(found.group(1)), float(found.group(2))) if found else (0.0, math.inf)
-
-
-def _range_of_metric(metric: str) -> tuple[float, float]:
-    return (-math.inf, 1.0) if metric == "R2" else (0.0, 1.0)
-
-
 def _scalars(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, RunFiles]) -> None:
     values: dict[tuple[str, str], list[float]] = {}
     scales: dict[str, str] = {}
@@ -234,14 +219,14 @@ def _over_tasks(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, 
                 if math.isfinite(mean):
                     values.setdefault((mask, metric, k), []).append(mean)
     for (mask, metric, k), part in values.items():
-        found = vars(t_interval(part, numbers.level, *_range_of_metric(metric)))
+        found = vars(t_interval(part, numbers.level, *range_of_metric(metric)))
         numbers.add(Number("group", stream, "", group, "", "", mask, f"average_{metric}", k, **found))
 
 
 def _cells(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequence[RunFiles]) -> None:
     for mask, metric in dict.fromkeys(key for run in runs for key in run.matrices):
         stack = [run.matrices[mask, metric] for run in runs if (mask, metric) in run.matrices]
-        for after, column, found in _by_cell(stack, numbers.level, *_range_of_metric(metric)):
+        for after, column, found in _by_cell(stack, numbers.level, *range_of_metric(metric)):
             numbers.add(Number("group", stream, layout, group, "", "", mask, metric, after, column + 1, **found))
 
 
@@ -251,7 +236,7 @@ def _differences(numbers: Numbers, stage: Stage, layout: str, group: str, base: 
     for mask, metric in dict.fromkeys(key for run, _ in pairs for key in run.matrices):
         key = (mask, metric)
         stack = [a.matrices[key] - b.matrices[key] for a, b in pairs if key in a.matrices and key in b.matrices]
-        least, most = _range_of_metric(metric)
+        least, most = range_of_metric(metric)
         for after, column, found in _by_cell(stack, numbers.level, least - most, most - least):
             place = (stage.name, layout, group, base, "", mask, metric, after, column + 1)
             numbers.add(Number("difference", *place, **found))
@@ -275,7 +260,7 @@ def _curves(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequen
         mask, metric, task = key
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         found_at = cell_intervals([[curve[step] for step in steps] for curve in curves], numbers.level)
-        cells = vars(bounded(found_at, *_range_of_metric(metric)))
+        cells = vars(bounded(found_at, *range_of_metric(metric)))
         for i, step in enumerate(steps):
             found = {name: values[i].item() for name, values in cells.items()}
             place = (stream, layout, group, "", "", mask, f"{metric}_curve", None, task, step)

@@ -35,6 +35,7 @@ class Entry:
         scale: Unit and range, such as "fraction, [0, 1]".
         higher_is_better: Its direction.
         caveat: What must be said beside it, or None.
+        own: Whether it is a scalar of the user's own.
     """
 
     value: float
@@ -43,6 +44,7 @@ class Entry:
     scale: str = "fraction"
     higher_is_better: bool = True
     caveat: str | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         scale=str(raw.get("scale") or "fraction"),
         higher_is_better=bool(raw.get("higher_is_better", True)),
         caveat=raw.get("caveat"),
+        own="defined_in" in raw,
     )
 
 

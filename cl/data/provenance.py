@@ -25,9 +25,9 @@ from cl.data.task import Stream, TaskData
 from cl.errors import InputError
 from cl.files import digest_of, read_sealed, write_sealed
 from cl.rundir import PROVENANCE
+from cl.settings import setting
 
 _SAMPLE = 64  # rows that are looked at as a transform leaves them; the arrays below it are read whole
-_NOT_LEARNING = ("report", "logger", "callbacks", "hydra")  # groups whose code changes nothing of R
 _STANDARD = str(Path(sysconfig.get_path("stdlib")).resolve())
 _INSTALLED = {"site-packages", "dist-packages"}  # folders whose packages have versions, which the manifest tells
 _LIBRARIES = {"cl", "torch", "torchvision", "pytorch_lightning", "timm", "avalanche"}  # even where they lie elsewhere
@@ -142,7 +142,7 @@ def _start(files: Mapping[str, Any]) -> dict[str, str]:
 
 def _code(config: Mapping[str, Any], objects: Iterable[Any]) -> dict[str, str]:
     """Return a digest of each of the user's source files that the run's classes and functions stand in or use."""
-    learning = {key: value for key, value in config.items() if key not in _NOT_LEARNING}
+    learning = {k: v for k, v in config.items() if k not in ("callbacks", "hydra") and setting(k).kind != "shown"}
     names = {_module_of(target) for target in _targets(learning)} | {type(thing).__module__ for thing in objects}
     found: dict[str, str] = {}
     for module in _used([sys.modules[name] for name in names if name in sys.modules]):

@@ -27,6 +27,7 @@ class Batch:
         view: The augmented, normalised inputs that the backbone saw; set by the learner.
         host: Labels and task labels of the incoming rows as numpy arrays, for what decides on the host
             without waiting for the device.
+        rows: Positions of the incoming rows among the examples that the task trains on, on the host.
         idle: Whether the rows weigh nothing: those of a process that has none of a short minibatch.
     """
 
@@ -38,6 +39,7 @@ class Batch:
     view: Tensor | None = None
     host: tuple[Labels, Labels] | None = None
     idle: bool = False
+    rows: Labels | None = None
 
     def __post_init__(self) -> None:
         if self.num_incoming < 0:
@@ -61,7 +63,7 @@ class Batch:
         """
         pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
         x, y, task = (torch.cat(pair) for pair in pairs)
-        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle)
+        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle, rows=self.rows)
 
     def take(self, rows: slice | Tensor) -> Batch:
         """Return some of the rows, with their extras, as a batch of its own.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from cl.data.task import Stream
 from cl.engine.learner import Learner
@@ -38,8 +41,19 @@ def describe(learner: Learner, stream: Stream, epochs: int, backbone: Any = None
         "head": {**_object(learner.head), **_arguments(head)},
         "optimizer": _factory(learner._optimizer),
         "scheduler": _factory(learner._scheduler),
-        "strategy": {str(name): _object(strategy) for name, strategy in learner.strategies.items()},
+        "strategy": described_by_name(learner.strategies),
     }
+
+
+def described_by_name(things: Mapping[str, Any] | nn.ModuleDict) -> dict[str, Any]:
+    """Return what strategies or instruments are, by name: their classes, and arguments that are plain values.
+
+    Example:
+        >>> from cl.engine.instrument import Instrument
+        >>> described_by_name({"nothing": Instrument()})
+        {'nothing': {'_target_': 'cl.engine.instrument.Instrument'}}
+    """
+    return {str(name): _object(thing) for name, thing in things.items()}
 
 
 def _object(thing: Any) -> dict[str, Any]:

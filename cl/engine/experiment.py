@@ -27,11 +27,13 @@ from cl.engine.preemption import Pause
 from cl.engine.preflight import check_watched, preflight
 from cl.errors import InputError
 from cl.files import gone, remove_leftovers
+from cl.metrics.scalar import AnyScalar
 from cl.report.config_file import refuse_other, write_config
 from cl.report.contract import Report
 from cl.report.manifest import write_manifest
 from cl.report.result import write_result
 from cl.report.run import Run
+from cl.report.scalars import checked
 from cl.trainer.arguments import TrainerFactory, check_arguments, quiet
 from cl.trainer.processes import replicated
 
@@ -79,6 +81,7 @@ class Experiment:
         every: Between two checkpoints inside a task: steps, a time such as "10min", or None, see
             `cl.engine.preemption`.
         instruments: What is measured beside R, by name; see `cl.measure.choose`.
+        scalars: Of the user's own, under `cl.scalar`, that reports have beside the built-in ones.
         references: Makes what the run is compared with, after the last row of R; see `cl.measure.references`.
         tuning: How hyper-parameters were chosen, for reports.
         branch: Where the run begins, if not with an untrained learner.
@@ -114,6 +117,7 @@ class Experiment:
         keep: int | Literal["auto"] | None = "auto",
         every: int | str | None = None,
         instruments: Mapping[str, Instrument] | None = None,
+        scalars: Sequence[AnyScalar] = (),
         references: Callable[[Stream], dict[str, list[dict[str, Any]]]] | None = None,
         tuning: Mapping[str, Any] | None = None,
         branch: Branch | None = None,
@@ -131,16 +135,17 @@ class Experiment:
         self.checkpoints = directory / rundir.CHECKPOINTS if directory is not None else None
         self.pause = Pause(every, self._save_inside)
         self.reports = list(reports) if distributed.rank() == 0 else []
-        self.instruments = Instruments(dict(instruments or {}))
+        self.instruments = Instruments(instruments or {})
         self.references, self.branch = references, branch
         if branch is not None and (self.checkpoints is None or checkpoint.latest(self.checkpoints) is None):
             branch.check(config, len(stream))
         self.run_view = Run(
             directory=directory or Path(),
             config=config,
-            matrices={**dict(learner.matrices.items()), **self.instruments.transfer_matrices()},  # type: ignore[arg-type]
+            matrices=self.instruments.setup(learner, stream),
             calibration=dict(learner.calibration.items()),  # type: ignore[arg-type]
             instruments=dict(self.instruments.items()),
+            own_scalars=checked(scalars),
             tuning=dict(tuning or {}),
             notes=[*notes, *told, *learner.strategies.remarks(learner)],
             bound=learner.strategies.bound,
@@ -218,7 +223,12 @@ class Experiment:
             refuse_other(self.run_view.config, directory)
         provenance.recall(directory)
         before = provenance.recall(self.branch.directory) if self.branch is not None and not begun else None
-        objects = [*self.learner.strategies.values(), self.learner.backbone, self.learner.head]
+        objects = [
+            *self.learner.strategies.values(),
+            self.learner.backbone,
+            self.learner.head,
+            *self.instruments.values(),
+        ]
         starts = {"from": self.branch.checkpoint} if self.branch is not None else {}
         made_from = provenance.provenance(self.stream, self.run_view.config, objects, starts)
         changed = provenance.changes(before, made_from, code=False) if before is not None else []
@@ -287,7 +297,8 @@ class Experiment:
             self.instruments.schedule(self.learner)
             self.pause.begin(trainer, self.learner, inside)
             if self.learner.step < self.learner.num_steps and not inside.get("stopped"):
-                trainer.fit(self.learner)
+                with self.instruments.after_steps(self.learner):
+                    trainer.fit(self.learner)
             if trainer.interrupted:
                 raise KeyboardInterrupt
             self.learner.to(trainer.strategy.root_device)

@@ -6,16 +6,20 @@ travels in the checkpoint. `Instruments` calls them, and takes the time that the
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cl.data.task import Task, TaskData
+from cl.data.task import Stream, Task, TaskData
+from cl.engine.batch import Batch
 from cl.engine.learner import Learner
+from cl.engine.strategy import misspelt
+from cl.errors import InputError
 from cl.metrics.transfer import TransferMatrix
 from cl.random import derive
 
@@ -23,10 +27,13 @@ Record = tuple[float | int | str, ...]
 
 
 class Instrument(nn.Module):
-    """Base of all instruments: every hook does nothing until it is overridden.
+    """Base of all instruments: every hook does nothing until it is overridden, and then costs nothing.
+
+    What it measures it keeps by `add`, one record a row of its table; or in transfer matrices, which stand beside R.
 
     Attributes:
-        file: Name of the table that its records are written to, without its ending.
+        file: Name of the table that its records are written to in the run's directory, without its ending; empty where
+            it has none.
         columns: The columns of that table.
 
     Example:
@@ -49,6 +56,9 @@ class Instrument(nn.Module):
         """Return transfer matrices of its own, by what stands in the place of a mask; reports show them beside R."""
         return {}
 
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        """Allocate what has one entry a task, such as a `TransferMatrix`, and refuse what cannot be measured; once."""
+
     def watch(self, instruments: Instruments) -> None:
         """Take note of all instruments of the run, whose time is not the method's, before the first task."""
 
@@ -65,6 +75,23 @@ class Instrument(nn.Module):
     def look(self, learner: Learner) -> None:
         """Measure inside a task, `learner.step` steps after its start."""
 
+    def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
+        """Measure after a training step, and after what the strategies do then.
+
+        The logits are those of the step's own forward pass, so under the weights before the step and in training mode:
+        inputs augmented, dropout drawn, batch norm over the rows of this step, replayed ones among them. Nothing is
+        computed again for it. With `accumulate_grad_batches` each minibatch is a step, and weights change on the last.
+        A strategy that trains on other examples than the task's (joint training, a memory alone) shows those, and one
+        that learns without gradient steps, such as a nearest-class-mean classifier, has no step to show.
+
+        Args:
+            learner: With the weights after the step; `learner.step` counts it.
+            batch: The rows that came in, (B, *input), without replayed ones: `x` as stored, `y`, `task`, `view` as the
+                backbone saw them, and `rows`, their positions in the training data. Of several processes each has its
+                own.
+            logits: (B, C), unmasked and detached; valid until the hook returns, so clone what is kept.
+        """
+
     def after_task(self, learner: Learner, task: Task) -> None:
         """Measure after a task has been consolidated."""
 
@@ -72,7 +99,16 @@ class Instrument(nn.Module):
         """Measure beside a row of R (0: the untrained learner)."""
 
     def add(self, record: Record) -> None:
-        """Keep one record, one value a column."""
+        """Keep one record, one value a column; NaN is unmeasured.
+
+        Raises:
+            InputError: If it has not as many values as there are columns, or one is no plain number or text.
+        """
+        if len(record) != len(self.columns) or not all(type(value) in (int, float, str) for value in record):
+            raise InputError(
+                f"{type(self).__name__} adds the record {record!r}: give a plain number (float(...), int(...)) or text "
+                f"for each of its columns {', '.join(self.columns) or '(it names none)'}."
+            )
         self._records.append(tuple(record))  # plain, so that a checkpoint loads as data
 
     def __len__(self) -> int:
@@ -91,6 +127,9 @@ class Instrument(nn.Module):
         self._records = list(state)
 
 
+HOOKS = ("setup", "begin", "steps", "before_task", "look", "after_step", "after_task", "row")
+
+
 class Instruments(nn.ModuleDict):
     """The instruments of a run, called in order.
 
@@ -100,52 +139,98 @@ class Instruments(nn.ModuleDict):
     Attributes:
         seconds: What all of them have taken so far.
 
+    Raises:
+        InputError: If one is no instrument, its name cannot be one, a hook's is misspelt, or two have one file.
+
     Example:
         >>> Instruments({"nothing": Instrument()}).seconds
         0.0
     """
 
-    def __init__(self, instruments: dict[str, Instrument]) -> None:
-        super().__init__(instruments)
+    def __init__(self, instruments: Mapping[str, Instrument]) -> None:
+        super().__init__()
         self.seconds = 0.0
+        for name, instrument in instruments.items():
+            self._check(name, instrument)
+            self[name] = instrument
         for instrument in instruments.values():
             instrument.watch(self)
 
-    def transfer_matrices(self) -> dict[str, TransferMatrix]:
-        """Return the transfer matrices of all instruments."""
-        return {k: m for instrument in self.values() for k, m in instrument.transfer_matrices().items()}  # type: ignore[operator]
+    def _check(self, name: str, instrument: Any) -> None:
+        if not isinstance(instrument, Instrument):
+            raise InputError(f"The instrument {name!r} is {instrument!r}: derive its class from cl.Instrument.")
+        if not re.fullmatch(r"[\w-]+", name) or hasattr(self, name):
+            raise InputError(f"An instrument cannot be called {name!r}: choose another word of letters and digits.")
+        said = misspelt(type(instrument), Instrument, HOOKS)
+        if said is not None:
+            raise InputError(said)
+        file = instrument.file
+        if file and (not re.fullmatch(r"[\w-]+", file) or file in [other.file for other in self.values()]):
+            raise InputError(
+                f"The instrument {name!r} cannot write {file!r}.csv: give its class a `file` of letters, digits, _ and "
+                "- that no other instrument has."
+            )
+
+    def setup(self, learner: Learner, stream: Stream) -> dict[str, TransferMatrix]:
+        """Let each instrument allocate; return R by mask, and beside it the transfer matrices of all of them.
+
+        Raises:
+            InputError: If a matrix has the name of another.
+        """
+        found: dict[str, Any] = dict(learner.matrices.items())
+        for name, instrument in self.items():
+            instrument.setup(learner, stream)  # type: ignore[operator]
+            for mask, matrix in instrument.transfer_matrices().items():  # type: ignore[operator]
+                if mask in found:
+                    raise InputError(
+                        f"The instrument {name!r} has a transfer matrix called {mask!r}, as another is: rename it."
+                    )
+                found[mask] = matrix
+        return found
 
     def call(self, hook: str, learner: Learner, *arguments: Any) -> None:
         """Call one hook of every instrument that has it, and take the time."""
         for instrument in self.values():
-            if getattr(type(instrument), hook) is not getattr(Instrument, hook):
-                with self.timed(learner):
-                    getattr(instrument, hook)(learner, *arguments)
+            if _overrides(instrument, hook):
+                self._timed(getattr(instrument, hook))(learner, *arguments)
 
     def schedule(self, learner: Learner) -> None:
         """Tell the learner before which steps of the present task somebody looks."""
         learner.looks = {}
         for instrument in self.values():
             for step in instrument.steps(learner):  # type: ignore[operator]
-                learner.looks.setdefault(int(step), []).append(self._look(instrument.look))  # type: ignore[arg-type]
-
-    def _look(self, look: Callable[[Learner], None]) -> Callable[[Learner], None]:
-        def timed(learner: Learner) -> None:
-            with self.timed(learner):
-                look(learner)
-
-        return timed
+                learner.looks.setdefault(int(step), []).append(self._timed(instrument.look))
 
     @contextmanager
-    def timed(self, learner: Learner) -> Iterator[None]:
-        """Count what happens inside as measuring; the device has finished before and after."""
-        _finish(learner.device)
-        began = time.perf_counter()
+    def after_steps(self, learner: Learner) -> Iterator[None]:
+        """Let those that override `after_step` see each training step for a while, behind the strategies."""
+        chain = learner.strategies.chains["after_step"]
+        theirs = list(chain)
+        chain += [(n, self._timed(i.after_step, wait=False)) for n, i in self.items() if _overrides(i, "after_step")]
         try:
             yield
         finally:
-            _finish(learner.device)
-            self.seconds += time.perf_counter() - began
+            chain[:] = theirs
+
+    def _timed(self, hook: Any, wait: bool = True) -> Callable[..., None]:
+        """Return a hook whose time counts as measuring; where it waits, the device has finished before and after."""
+
+        def timed(learner: Learner, *arguments: Any) -> None:
+            if wait:
+                _finish(learner.device)
+            began = time.perf_counter()
+            try:
+                hook(learner, *arguments)
+            finally:
+                if wait:
+                    _finish(learner.device)
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def _overrides(instrument: Any, hook: str) -> bool:
+    return getattr(type(instrument), hook) is not getattr(Instrument, hook)
 
 
 def _finish(device: torch.device) -> None:

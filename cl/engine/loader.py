@@ -98,8 +98,8 @@ class TrainLoader:
         parts = (column.to(self.device, non_blocking=True).split(size) for column in columns)
         cuts = range(size, len(rows), size)
         host = (np.split(labels[rows], cuts) for labels in self._host)
-        pairs = zip(zip(*parts, strict=True), zip(*host, strict=True), strict=True)
-        batches = [Batch(x, y, task, host=labels) for (x, y, task), labels in pairs]
+        found = zip(zip(*parts, strict=True), zip(*host, strict=True), np.split(rows, cuts), strict=True)
+        batches = [Batch(x, y, task, host=labels, rows=places) for (x, y, task), labels, places in found]
         batches[-1].idle = idle
         return batches
 

@@ -45,7 +45,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -342,10 +342,16 @@ class Strategy(nn.Module):
 
 CHAINED = ("before_task", "after_task", "extend_batch", "loss", "project_gradients", "after_step", "after_epoch")
 ONE_OWNER = ("training_data", "configure_optimizer", "encode", "classify", "criterion", "predict")
+HOOKS = (*CHAINED, *ONE_OWNER, "setup", "remark")
 
 
-def misspelt(kind: type[Strategy]) -> str | None:
+def misspelt(kind: type, base: type = Strategy, hooks: Sequence[str] = HOOKS) -> str | None:
     """Return a sentence on a method that nobody calls and whose name is nearly a hook's, None where there is none.
+
+    Args:
+        kind: The class.
+        base: What defines its hooks.
+        hooks: Their names.
 
     Example:
         >>> class Mine(Strategy):
@@ -354,10 +360,9 @@ def misspelt(kind: type[Strategy]) -> str | None:
         >>> misspelt(Mine)
         'Mine: there is no hook called after_tasks; did you mean after_task?'
     """
-    hooks = [*CHAINED, *ONE_OWNER, "setup", "remark"]
-    for part in kind.__mro__[: kind.__mro__.index(Strategy)]:
+    for part in kind.__mro__[: kind.__mro__.index(base)]:
         for name, method in vars(part).items():
-            if hasattr(Strategy, name) or not inspect.isfunction(method):
+            if hasattr(base, name) or not inspect.isfunction(method):
                 continue
             near = difflib.get_close_matches(name.strip("_"), hooks, n=1, cutoff=0.85)
             takes_learner = list(inspect.signature(method).parameters)[1:2] == ["learner"]
@@ -366,7 +371,7 @@ def misspelt(kind: type[Strategy]) -> str | None:
     return None
 
 
-def _calls(kind: type[Strategy], name: str) -> bool:
+def _calls(kind: type, name: str) -> bool:
     """Say whether the source of a class mentions one of its methods beside its definition, or cannot be read."""
     try:
         return len(re.findall(rf"\b{name}\b", inspect.getsource(kind))) > 1

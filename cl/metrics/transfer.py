@@ -7,20 +7,55 @@ names a task, NaN means unmeasured, and a higher entry is better. Formulas numbe
 
 Every function is pure and computes in float64 on the CPU. It returns NaN, never 0, when the quantity is undefined
 (backward transfer of a single task) or when a cell that it reads is unmeasured; cells that it does not read are free.
-Ranges hold for metrics in [0, 1], such as accuracy.
+Ranges hold for metrics in [0, 1], such as accuracy. Formula, source, range, divisor and sign stand above each function.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import ParamSpec
 
 import torch
 from torch import Tensor, nn
 
 from cl.errors import InputError, unknown
 from cl.metrics.checks import keep, learned, ratio, transfer_matrix, vector
+from cl.metrics.scalar import AnyScalar, Scalar
+
+# The scalars of R alone, as written to transfer.json; and what libraries call backward transfer, forward transfer and
+# forgetting, to compare numbers with theirs, not to report. Each function below says in which table it stands.
+SCALARS: dict[str, AnyScalar] = {}
+LIBRARY_VARIANTS: dict[str, AnyScalar] = {}
+
+_UNIT, _SIGNED = "fraction, [0, 1]", "fraction, [-1, 1]"
+_PAIRS, _CELLS = "T (T - 1) / 2", "T (T + 1) / 2"
+_GEM, _DIAZ = "Lopez-Paz & Ranzato 2017 (GEM)", "Diaz-Rodriguez et al. 2018"
+_RWALK, _MER = "Chaudhry et al. 2018 (RWalk)", "Riemer et al. 2019 (MER)"
+_ZSCL, _WORLD = "Zheng et al. 2023 (ZSCL)", "Wolczyk et al. 2021 (Continual World)"
+P = ParamSpec("P")
+
+
+def _of_R(
+    formula: str,
+    source: str,
+    scale: str,
+    divisor: str,
+    higher_is_better: bool = True,
+    table: dict[str, AnyScalar] = SCALARS,
+) -> Callable[[Callable[P, Tensor]], Scalar[P, Tensor]]:
+    """Make a function of R (T + 1, T) a scalar, a mean over tasks, and enter it in a table."""
+
+    def decorate(function: Callable[P, Tensor]) -> Scalar[P, Tensor]:
+        found = Scalar(
+            function.__name__, function, formula, source, scale, divisor, higher_is_better, weighting="task mean"
+        )
+        table[found.name] = found
+        return found
+
+    return decorate
+
 
 # --------------------------------------------------------------------------- helpers
 
@@ -45,12 +80,12 @@ def _lower(square: Tensor, offset: int = 0) -> Tensor:
 # --------------------------------------------------------------------------- Lopez-Paz & Ranzato 2017
 
 
+@_of_R("sum_j R[T,j]", _GEM, _UNIT, "T")
 def average_accuracy(R: Tensor, num_samples: Tensor | Sequence[float] | None = None) -> Tensor:
     """Average accuracy: the mean over all tasks after the last one.
 
-    ACC = 1/T sum_j R[T,j], in [0, 1], higher is better (also called last, final or retained accuracy).
-    Source: Lopez-Paz & Ranzato 2017 (GEM), section 2. With `num_samples` (T,), the size of each test set, the mean
-    is weighted by it, which is the accuracy over the union of the test sets.
+    Also called last, final or retained accuracy. With `num_samples` (T,), the size of each test set, the mean is
+    weighted by it, which is the accuracy over the union of the test sets.
 
     Example:
         >>> f"{average_accuracy(worked_example()):.6f}"
@@ -63,11 +98,11 @@ def average_accuracy(R: Tensor, num_samples: Tensor | Sequence[float] | None = N
     return (last * weights).sum() / weights.sum()
 
 
+@_of_R("sum_{j<T} (R[T,j] - R[j,j])", _GEM, _SIGNED, "T - 1")
 def bwt_gem(R: Tensor) -> Tensor:
     """Backward transfer of GEM: how far the earlier tasks moved from just learned to the end.
 
-    BWT = 1/(T-1) sum_{j<T} (R[T,j] - R[j,j]), in [-1, 1], higher is better, NaN for T = 1.
-    Source: Lopez-Paz & Ranzato 2017 (GEM), section 2.
+    NaN for T = 1.
 
     Example:
         >>> f"{bwt_gem(worked_example()):.6f}"
@@ -77,11 +112,11 @@ def bwt_gem(R: Tensor) -> Tensor:
     return (rows[-1] - diagonal)[:-1].mean()
 
 
+@_of_R("sum_{j>=2} (R[j-1,j] - R[0,j])", _GEM, _SIGNED, "T - 1")
 def fwt_gem(R: Tensor) -> Tensor:
     """Forward transfer of GEM: zero-shot metric just before a task is learned, above the untrained learner.
 
-    FWT = 1/(T-1) sum_{j>=2} (R[j-1,j] - R[0,j]), in [-1, 1], higher is better, NaN for T = 1 or without row 0.
-    Source: Lopez-Paz & Ranzato 2017 (GEM), section 2.
+    NaN for T = 1 or without row 0.
 
     Example:
         >>> f"{fwt_gem(worked_example()):.6f}"
@@ -94,11 +129,9 @@ def fwt_gem(R: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- Diaz-Rodriguez et al. 2018
 
 
+@_of_R("sum_{i>=j} R[i,j]", _DIAZ, _UNIT, _CELLS)
 def accuracy_diaz(R: Tensor) -> Tensor:
     """Accuracy over time: the mean over every task at every moment since it was learned.
-
-    A = 2/(T(T+1)) sum_{i>=j} R[i,j], in [0, 1], higher is better.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
 
     Example:
         >>> f"{accuracy_diaz(worked_example()):.6f}"
@@ -107,11 +140,11 @@ def accuracy_diaz(R: Tensor) -> Tensor:
     return _lower(learned(R)[0]).mean()
 
 
+@_of_R("sum_{i>j} (R[i,j] - R[j,j])", _DIAZ, _SIGNED, _PAIRS)
 def bwt_diaz(R: Tensor) -> Tensor:
     """Backward transfer over time: bwt_gem taken after every later task, not after the last one alone.
 
-    BWT = 2/(T(T-1)) sum_{i>j} (R[i,j] - R[j,j]), in [-1, 1], higher is better, NaN for T = 1.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+    NaN for T = 1.
 
     Example:
         >>> f"{bwt_diaz(worked_example()):.6f}"
@@ -121,11 +154,11 @@ def bwt_diaz(R: Tensor) -> Tensor:
     return _lower(rows - diagonal, -1).mean()
 
 
+@_of_R("max(0, bwt_diaz)", _DIAZ, _UNIT, _PAIRS)
 def bwt_plus_diaz(R: Tensor) -> Tensor:
     """Positive backward transfer: the improving half of bwt_diaz.
 
-    BWT+ = max(0, bwt_diaz), in [0, 1], higher is better, NaN for T = 1.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+    NaN for T = 1.
 
     Example:
         >>> f"{bwt_plus_diaz(worked_example()):.6f}"
@@ -134,11 +167,11 @@ def bwt_plus_diaz(R: Tensor) -> Tensor:
     return bwt_diaz(R).clamp(min=0)
 
 
+@_of_R("1 - |min(0, bwt_diaz)|", _DIAZ, _UNIT, _PAIRS)
 def rem_diaz(R: Tensor) -> Tensor:
     """Remembering: the forgetting half of bwt_diaz, 1 when nothing was forgotten on average.
 
-    REM = 1 - |min(0, bwt_diaz)|, in [0, 1], higher is better, NaN for T = 1.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+    NaN for T = 1.
 
     Example:
         >>> f"{rem_diaz(worked_example()):.6f}"
@@ -147,11 +180,11 @@ def rem_diaz(R: Tensor) -> Tensor:
     return 1 - bwt_diaz(R).clamp(max=0).abs()
 
 
+@_of_R("sum_{1<=i<j} R[i,j]", _DIAZ, _UNIT, _PAIRS)
 def fwt_diaz(R: Tensor) -> Tensor:
     """Forward transfer over time: the mean zero-shot metric on all future tasks, no baseline subtracted.
 
-    FWT = 2/(T(T-1)) sum_{1<=i<j} R[i,j], in [0, 1], higher is better, NaN for T = 1.
-    Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
+    NaN for T = 1.
 
     Example:
         >>> f"{fwt_diaz(worked_example()):.6f}"
@@ -160,11 +193,12 @@ def fwt_diaz(R: Tensor) -> Tensor:
     return _lower(learned(R)[0].T, -1).mean()
 
 
+@_of_R("sum_{j>=2} R[j-1,j]", "continuum (code)", _UNIT, "T - 1")
 def fwt_continuum(R: Tensor) -> Tensor:
     """Forward transfer as the library continuum computes it: fwt_gem without its baseline.
 
-    FWT = 1/(T-1) sum_{j>=2} R[j-1,j], in [0, 1], higher is better, NaN for T = 1.
-    Source: continuum's repository since 2023 (its last release, 1.2.7, averages the cells below the diagonal instead).
+    As in continuum's repository since 2023 (its last release, 1.2.7, averages the cells below the diagonal instead);
+    NaN for T = 1.
 
     Example:
         >>> f"{fwt_continuum(worked_example()):.6f}"
@@ -184,12 +218,12 @@ def _best(R: Tensor, zero_shot: bool, final: bool) -> Tensor:
     return (rows if final else rows[:-1]).amax(0)
 
 
+@_of_R("sum_{j<T} (max_{j<=l<T} R[l,j] - R[T,j])", _RWALK, _SIGNED, "T - 1", higher_is_better=False)
 def forgetting_chaudhry(R: Tensor, zero_shot: bool = False) -> Tensor:
     """Forgetting: how far each earlier task ended below its best earlier moment.
 
-    F = 1/(T-1) sum_{j<T} (max_{j<=l<T} R[l,j] - R[T,j]), in [-1, 1], lower is better (negative: improved), NaN for
-    T = 1. Source: Chaudhry et al. 2018 (RWalk, arXiv 1801.10112), eq. 3, where l starts at 1 (`zero_shot=True`): the
-    moments before task j was learned count too, which differs only where zero-shot beats trained.
+    Negative where tasks improved, NaN for T = 1. In the paper, eq. 3, l starts at 1 (`zero_shot=True`): the moments
+    before task j was learned count too, which differs only where zero-shot beats trained.
 
     Example:
         >>> f"{forgetting_chaudhry(worked_example()):.6f}"
@@ -204,8 +238,7 @@ def forgetting_chaudhry(R: Tensor, zero_shot: bool = False) -> Tensor:
 def intransigence_chaudhry(R: Tensor, joint: Tensor | Sequence[float]) -> Tensor:
     """Intransigence: how far each task, just learned, is below a joint learner of tasks 1..k; mean over k.
 
-    I = 1/T sum_k (joint[k] - R[k,k]), in [-1, 1], lower is better; `joint` (T,) is on task k, trained on tasks 1..k.
-    Source: Chaudhry et al. 2018 (RWalk, arXiv 1801.10112).
+    `joint` (T,) is on task k, trained on tasks 1..k. The formula stands in `cl.report.scalars`.
 
     Example:
         >>> f"{intransigence_chaudhry(worked_example(), [0.92, 0.89, 0.86]):.6f}"
@@ -218,10 +251,9 @@ def intransigence_chaudhry(R: Tensor, joint: Tensor | Sequence[float]) -> Tensor
 # --------------------------------------------------------------------------- Riemer et al. 2019
 
 
+@_of_R("sum_j R[j,j]", _MER, _UNIT, "T")
 def learning_accuracy_riemer(R: Tensor) -> Tensor:
     """Learning accuracy: the mean over tasks, each right after it was learned.
-
-    LA = 1/T sum_j R[j,j], in [0, 1], higher is better. Source: Riemer et al. 2019 (MER, arXiv 1810.11910).
 
     Example:
         >>> f"{learning_accuracy_riemer(worked_example()):.6f}"
@@ -230,11 +262,11 @@ def learning_accuracy_riemer(R: Tensor) -> Tensor:
     return learned(R)[1].mean()
 
 
+@_of_R("sum_j (R[T,j] - R[j,j])", _MER, _SIGNED, "T")
 def bti_riemer(R: Tensor) -> Tensor:
     """Backward transfer and interference: retained minus learning accuracy, (T-1)/T of bwt_gem.
 
-    BTI = 1/T sum_j (R[T,j] - R[j,j]), in [-1, 1], higher is better, NaN for T = 1 (nothing could be interfered with).
-    Source: Riemer et al. 2019 (MER, arXiv 1810.11910).
+    NaN for T = 1 (nothing could be interfered with).
 
     Example:
         >>> f"{bti_riemer(worked_example()):.6f}"
@@ -251,12 +283,12 @@ def _over_all_tasks(R: Tensor, mean: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- incremental accuracy
 
 
+@_of_R("mean_k mean_{j<=k} R[k,j]", "Rebuffi et al. 2017 (iCaRL) and later", _UNIT, "T, k inside")
 def average_incremental_accuracy(R: Tensor, num_samples: Tensor | Sequence[float] | None = None) -> Tensor:
     """Average incremental accuracy: the mean over k of the average accuracy on the first k tasks after task k.
 
-    AIA = 1/T sum_k A_k with A_k = 1/k sum_{j<=k} R[k,j], in [0, 1], higher is better.
-    Source: class-incremental papers since iCaRL (Rebuffi et al. 2017, arXiv 1611.07725). They usually weight A_k by
-    the size of each test set: give `num_samples` (T,) for that.
+    Class-incremental papers usually weight the accuracy after task k by the size of each test set: give `num_samples`
+    (T,) for that.
 
     Example:
         >>> f"{average_incremental_accuracy(worked_example()):.6f}"
@@ -272,11 +304,11 @@ def average_incremental_accuracy(R: Tensor, num_samples: Tensor | Sequence[float
 # --------------------------------------------------------------------------- later papers
 
 
+@_of_R("sum_{j>=2} mean_{1<=i<j} R[i,j]", _ZSCL, _UNIT, "T - 1, j - 1 inside")
 def transfer_zscl(R: Tensor) -> Tensor:
     """Transfer of ZSCL: the mean over tasks of the metric on each at the moments before it was learned.
 
-    Transfer = 1/(T-1) sum_{j>=2} 1/(j-1) sum_{1<=i<j} R[i,j], in [0, 1], higher is better, NaN for T = 1. Each task
-    counts once, where in fwt_diaz each cell does. Source: Zheng et al. 2023 (ZSCL, arXiv 2303.06628), from its code.
+    NaN for T = 1. Each task counts once, where in fwt_diaz each cell does. From the paper's code.
 
     Example:
         >>> f"{transfer_zscl(worked_example()):.6f}"
@@ -292,11 +324,11 @@ def _future(R: Tensor) -> Tensor:
     return keep(rows, torch.ones_like(rows, dtype=torch.bool).triu(1), 0.0)
 
 
+@_of_R("sum_{i>=1} sum_j R[i,j]", _ZSCL, _UNIT, "T^2")
 def average_zscl(R: Tensor) -> Tensor:
     """Average of ZSCL: the mean over every task at every moment, before and after it was learned.
 
-    Avg = 1/T^2 sum_{i>=1} sum_j R[i,j], in [0, 1], higher is better; row 0 does not count.
-    Source: Zheng et al. 2023 (ZSCL, arXiv 2303.06628), from its code.
+    Row 0 does not count. From the paper's code.
 
     Example:
         >>> f"{average_zscl(worked_example()):.6f}"
@@ -305,11 +337,11 @@ def average_zscl(R: Tensor) -> Tensor:
     return learned(R)[0].mean()
 
 
+@_of_R("sum_j (R[j,j] - R[T,j])", _WORLD, _SIGNED, "T", higher_is_better=False)
 def forgetting_continual_world(R: Tensor) -> Tensor:
     """Forgetting of Continual World: from the moment of learning to the end, the last task counted too: -bti_riemer.
 
-    F = 1/T sum_j (R[j,j] - R[T,j]), in [-1, 1], lower is better (negative: improved), NaN for T = 1.
-    Source: Wolczyk et al. 2021 (Continual World, arXiv 2105.10919), from a secondary account.
+    Negative where tasks improved, NaN for T = 1. From a secondary account of the paper.
 
     Example:
         >>> f"{forgetting_continual_world(worked_example()):.6f}"
@@ -318,11 +350,16 @@ def forgetting_continual_world(R: Tensor) -> Tensor:
     return -bti_riemer(R)
 
 
+@_of_R(
+    "2 a / (D a + 1), a = mean_j R[T,j], D = R[1,1] - R[T,1]",
+    "Learning to Learn (curriculum paper)",
+    "ratio, [0, inf)",
+    "T in a",
+)
 def curriculum_effectiveness(R: Tensor) -> Tensor:
     """Curriculum effectiveness: the harmonic mean of the final accuracy and the inverse of the first task's loss.
 
-    F = 2 a / (D a + 1) with a = 1/T sum_j R[T,j] and D = R[1,1] - R[T,1], 2 a where nothing was lost; at least 0 and
-    not bounded by 1, higher is better, NaN for T = 1. Source: the curriculum paper "Learning to Learn".
+    2 a where nothing was lost; NaN for T = 1.
 
     Example:
         >>> f"{curriculum_effectiveness(worked_example()):.6f}"
@@ -335,7 +372,10 @@ def curriculum_effectiveness(R: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- what released code computes
 
+LIBRARY_VARIANTS["bwt_gem_code"] = replace(bti_riemer, name="bwt_gem_code", source="GEM (code)")
 
+
+@_of_R("sum_{j>=2} (R[j-1,j] - R[0,j])", "GEM (code)", _SIGNED, "T", table=LIBRARY_VARIANTS)
 def fwt_gem_code(R: Tensor) -> Tensor:
     """Forward transfer as GEM's released code averages it: over T tasks, so (T-1)/T of fwt_gem.
 
@@ -346,6 +386,7 @@ def fwt_gem_code(R: Tensor) -> Tensor:
     return _over_all_tasks(R, fwt_gem(R))
 
 
+@_of_R("sum_{i<T} mean_{j>i} R[i,j]", "mammoth (code)", _UNIT, "T - 1, T - i inside", table=LIBRARY_VARIANTS)
 def transfer_mammoth(R: Tensor) -> Tensor:
     """Transfer of ZSCL as mammoth computes it: over the rows first, so each moment counts once, not each task.
 
@@ -357,6 +398,9 @@ def transfer_mammoth(R: Tensor) -> Tensor:
     return (future.sum(1)[:-1] / torch.arange(len(future) - 1, 0, -1)).mean()
 
 
+@_of_R(
+    "sum_{j<T} (R[j,j] - R[T,j])", "Avalanche (code)", _SIGNED, "T - 1", higher_is_better=False, table=LIBRARY_VARIANTS
+)
 def forgetting_avalanche(R: Tensor) -> Tensor:
     """Forgetting as Avalanche computes it: from the moment of learning, not from the best one, so -bwt_gem.
 
@@ -367,6 +411,14 @@ def forgetting_avalanche(R: Tensor) -> Tensor:
     return -bwt_gem(R)
 
 
+@_of_R(
+    "sum_{j<T} (max_{j<=l<=T} R[l,j] - R[T,j])",
+    "mammoth, PyCIL, LAMDA-PILOT (code)",
+    _UNIT,
+    "T - 1",
+    higher_is_better=False,
+    table=LIBRARY_VARIANTS,
+)
 def forgetting_mammoth(R: Tensor) -> Tensor:
     """Forgetting as mammoth, PyCIL and LAMDA-PILOT compute it: the best includes the last row, so never negative.
 
@@ -377,6 +429,14 @@ def forgetting_mammoth(R: Tensor) -> Tensor:
     return (_best(R, zero_shot=False, final=True) - transfer_matrix(R)[-1])[:-1].mean()
 
 
+@_of_R(
+    "sum_{j<T} (max_{j<=l<=T} R[l,j] - R[T,j])",
+    "PCR, HPCR (code)",
+    _UNIT,
+    "T",
+    higher_is_better=False,
+    table=LIBRARY_VARIANTS,
+)
 def forgetting_online_cl(R: Tensor) -> Tensor:
     """Forgetting as the online-CL code base (PCR, HPCR) computes it: forgetting_mammoth averaged over T tasks.
 
@@ -387,6 +447,14 @@ def forgetting_online_cl(R: Tensor) -> Tensor:
     return _over_all_tasks(R, forgetting_mammoth(R))
 
 
+@_of_R(
+    "sum_{j<=T-2} (R[j,j] - R[T,j])",
+    "LibContinual (code)",
+    _SIGNED,
+    "T - 1",
+    higher_is_better=False,
+    table=LIBRARY_VARIANTS,
+)
 def forgetting_libcontinual(R: Tensor) -> Tensor:
     """Forgetting as LibContinual computes it: tasks 1..T-2 alone, still divided by T - 1; NaN for T < 3.
 
@@ -399,6 +467,7 @@ def forgetting_libcontinual(R: Tensor) -> Tensor:
     return drops.mean() * len(drops) / max(1, len(rows) - 1)
 
 
+@_of_R("sum_{i>=j+2} (R[i,j] - R[j,j])", "LibContinual (code)", _SIGNED, _PAIRS, table=LIBRARY_VARIANTS)
 def bwt_libcontinual(R: Tensor) -> Tensor:
     """Backward transfer as LibContinual computes it: bwt_diaz without its pairs (i, i-1), divisor kept; NaN for T < 3.
 
@@ -472,98 +541,7 @@ def to_records(R: Tensor) -> list[tuple[int, int, float]]:
     return [(i, j, value) for i, row in enumerate(rows) for j, value in enumerate(row, start=1)]
 
 
-# --------------------------------------------------------------------------- tables
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """One scalar of the transfer matrix, and what must be said next to its number.
-
-    Attributes:
-        function: R of shape (T + 1, T) to a 0-d tensor.
-        formula: One line, tasks numbered from 1.
-        source: The paper or the library that the definition is from.
-        scale: Unit and range, for a metric in [0, 1].
-        divisor: What the sum is divided by; the libraries differ here most.
-        higher_is_better: The sign.
-        weighting: What counts once in the mean.
-
-    Example:
-        >>> SCALARS["bwt_gem"].divisor
-        'T - 1'
-    """
-
-    function: Callable[[Tensor], Tensor]
-    formula: str
-    source: str
-    scale: str
-    divisor: str
-    higher_is_better: bool = True
-    weighting: str = "task mean"
-
-
-_UNIT, _SIGNED = "fraction, [0, 1]", "fraction, [-1, 1]"
-_PAIRS, _CELLS = "T (T - 1) / 2", "T (T + 1) / 2"
-_GEM, _DIAZ = "Lopez-Paz & Ranzato 2017 (GEM)", "Diaz-Rodriguez et al. 2018"
-_RWALK, _MER = "Chaudhry et al. 2018 (RWalk)", "Riemer et al. 2019 (MER)"
-_ZSCL, _WORLD = "Zheng et al. 2023 (ZSCL)", "Wolczyk et al. 2021 (Continual World)"
-_L2L = "Learning to Learn (curriculum paper)"
-_AIA = "mean_k mean_{j<=k} R[k,j]"
-_BEST = "sum_{j<T} (max_{j<=l<T} R[l,j] - R[T,j])"
-_PEAK = "sum_{j<T} (max_{j<=l<=T} R[l,j] - R[T,j])"
-
-# The scalars of R alone, as written to transfer.json.
-SCALARS: dict[str, Scalar] = {
-    "average_accuracy": Scalar(average_accuracy, "sum_j R[T,j]", _GEM, _UNIT, "T"),
-    "bwt_gem": Scalar(bwt_gem, "sum_{j<T} (R[T,j] - R[j,j])", _GEM, _SIGNED, "T - 1"),
-    "fwt_gem": Scalar(fwt_gem, "sum_{j>=2} (R[j-1,j] - R[0,j])", _GEM, _SIGNED, "T - 1"),
-    "accuracy_diaz": Scalar(accuracy_diaz, "sum_{i>=j} R[i,j]", _DIAZ, _UNIT, _CELLS),
-    "bwt_diaz": Scalar(bwt_diaz, "sum_{i>j} (R[i,j] - R[j,j])", _DIAZ, _SIGNED, _PAIRS),
-    "bwt_plus_diaz": Scalar(bwt_plus_diaz, "max(0, bwt_diaz)", _DIAZ, _UNIT, _PAIRS),
-    "rem_diaz": Scalar(rem_diaz, "1 - |min(0, bwt_diaz)|", _DIAZ, _UNIT, _PAIRS),
-    "fwt_diaz": Scalar(fwt_diaz, "sum_{1<=i<j} R[i,j]", _DIAZ, _UNIT, _PAIRS),
-    "fwt_continuum": Scalar(fwt_continuum, "sum_{j>=2} R[j-1,j]", "continuum (code)", _UNIT, "T - 1"),
-    "forgetting_chaudhry": Scalar(forgetting_chaudhry, _BEST, _RWALK, _SIGNED, "T - 1", higher_is_better=False),
-    "learning_accuracy_riemer": Scalar(learning_accuracy_riemer, "sum_j R[j,j]", _MER, _UNIT, "T"),
-    "bti_riemer": Scalar(bti_riemer, "sum_j (R[T,j] - R[j,j])", _MER, _SIGNED, "T"),
-    "average_incremental_accuracy": Scalar(
-        average_incremental_accuracy, _AIA, "Rebuffi et al. 2017 (iCaRL) and later", _UNIT, "T, k inside"
-    ),
-    "transfer_zscl": Scalar(transfer_zscl, "sum_{j>=2} mean_{1<=i<j} R[i,j]", _ZSCL, _UNIT, "T - 1, j - 1 inside"),
-    "average_zscl": Scalar(average_zscl, "sum_{i>=1} sum_j R[i,j]", _ZSCL, _UNIT, "T^2"),
-    "forgetting_continual_world": Scalar(
-        forgetting_continual_world, "sum_j (R[j,j] - R[T,j])", _WORLD, _SIGNED, "T", higher_is_better=False
-    ),
-    "curriculum_effectiveness": Scalar(
-        curriculum_effectiveness,
-        "2 a / (D a + 1), a = mean_j R[T,j], D = R[1,1] - R[T,1]",
-        _L2L,
-        "ratio, [0, inf)",
-        "T in a",
-    ),
-}
-
-# What libraries call backward transfer, forward transfer and forgetting: to compare numbers, not to report.
-LIBRARY_VARIANTS: dict[str, Scalar] = {
-    "bwt_gem_code": Scalar(bti_riemer, "sum_{j<T} (R[T,j] - R[j,j])", "GEM (code)", _SIGNED, "T"),
-    "fwt_gem_code": Scalar(fwt_gem_code, "sum_{j>=2} (R[j-1,j] - R[0,j])", "GEM (code)", _SIGNED, "T"),
-    "bwt_libcontinual": Scalar(
-        bwt_libcontinual, "sum_{i>=j+2} (R[i,j] - R[j,j])", "LibContinual (code)", _SIGNED, _PAIRS
-    ),
-    "transfer_mammoth": Scalar(
-        transfer_mammoth, "sum_{i<T} mean_{j>i} R[i,j]", "mammoth (code)", _UNIT, "T - 1, T - i inside"
-    ),
-    "forgetting_avalanche": Scalar(
-        forgetting_avalanche, "sum_{j<T} (R[j,j] - R[T,j])", "Avalanche (code)", _SIGNED, "T - 1", False
-    ),
-    "forgetting_mammoth": Scalar(
-        forgetting_mammoth, _PEAK, "mammoth, PyCIL, LAMDA-PILOT (code)", _UNIT, "T - 1", False
-    ),
-    "forgetting_online_cl": Scalar(forgetting_online_cl, _PEAK, "PCR, HPCR (code)", _UNIT, "T", False),
-    "forgetting_libcontinual": Scalar(
-        forgetting_libcontinual, "sum_{j<=T-2} (R[j,j] - R[T,j])", "LibContinual (code)", _SIGNED, "T - 1", False
-    ),
-}
+# --------------------------------------------------------------------------- what must be said beside a number
 
 # What reads R[i,j] with 1 <= i < j: the metric on a task that has not been learned yet.
 _MATRICES = {"backward_transfer": False, "forward_transfer": True, "step_effect": True}

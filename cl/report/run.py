@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from cl.metrics.scalar import AnyScalar
     from cl.metrics.transfer import TransferMatrix
 
 
@@ -116,6 +117,7 @@ class Run:
         boundaries: Whether rows of R stand at the ends of tasks; else at evaluation points of a stream that drifts.
         calibration: Matrices of expected calibration errors by mask.
         instruments: What was measured beside R, by name.
+        own_scalars: Scalars of the user's own beside the built-in ones, by name.
         references: By kind, what the run is compared with, one a task; see `cl.measure.references`.
         tuning: How hyper-parameters were chosen, and what that cost; see `cl.app.protocol`.
         total_steps: Steps over the stream from which the run goes on, where it is a continued one.
@@ -142,6 +144,7 @@ class Run:
     boundaries: bool = True
     calibration: Mapping[str, TransferMatrix] = field(default_factory=dict)
     instruments: Mapping[str, Any] = field(default_factory=dict)
+    own_scalars: Mapping[str, AnyScalar] = field(default_factory=dict)
     references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
@@ -204,6 +207,15 @@ class Run:
             self._scalars = {k: v for k, v in self._scalars.items() if k[1] == key[1]}
             self._scalars[key] = self.matrices[mask].scalars(after_task=self.tasks_learned)
         return dict(self._scalars[key])
+
+    def measured(self) -> dict[str, float]:
+        """Return the scalars that need more than R, the user's own among them; what has no number is left out.
+
+        `transfer.json` says why, and `cl.report.scalars.measure` returns it, too.
+        """
+        from cl.report.scalars import measure
+
+        return dict(measure(self)[0])
 
     @property
     def stored(self) -> bool:

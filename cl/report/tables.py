@@ -9,6 +9,7 @@ from typing import Any
 
 from cl import rundir
 from cl.files import append_text, write_text
+from cl.metrics.scalar import AnyScalar
 from cl.report.contract import Pace, Report
 from cl.report.run import Run
 from cl.rundir import csv_text
@@ -62,7 +63,7 @@ def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
 def transfer_json(run: Run) -> str:
     """Return every scalar over the tasks learned so far, by mask, each beside what it means and where it is from."""
     from cl.metrics.transfer import SCALARS
-    from cl.report.scalars import MEASURES, forecasts, measure
+    from cl.report.scalars import forecasts, known, measure
 
     masks = {
         mask: {
@@ -73,6 +74,7 @@ def transfer_json(run: Run) -> str:
     }
     read_under = {True: run.zero_shot.mask, False: run.primary.mask}
     values, absent = measure(run)
+    defined = known(run)
     return strict_json(
         {
             "stream": run.stream,
@@ -88,14 +90,18 @@ def transfer_json(run: Run) -> str:
             "notes": run.notes,
             "tuning": run.tuning,
             "masks": masks,
-            "measures": {n: _entry(MEASURES[n], n, v, read_under[MEASURES[n].fair]) for n, v in values.items()},
+            "measures": {
+                n: _entry(defined[n], n, v, read_under[defined[n].fair])
+                | ({"defined_in": defined[n].__module__} if n in run.own_scalars else {})
+                for n, v in values.items()
+            },
             "absent": absent,
             "forecasts": forecasts(run),
         }
     )
 
 
-def _entry(scalar: Any, name: str, value: float, mask: str) -> dict[str, Any]:
+def _entry(scalar: AnyScalar, name: str, value: float, mask: str) -> dict[str, Any]:
     from cl.metrics.transfer import READS_UNSEEN, caveat
 
     return {

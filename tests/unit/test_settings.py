@@ -27,6 +27,7 @@ def test_every_key_of_the_configuration_has_a_row_and_every_row_a_key():
     text = files("cl.conf").joinpath("config.yaml").read_text(encoding="utf-8")
     keys = set(yaml.safe_load(text)) - {"defaults", "hydra"}
     groups = {"dataset", "backbone", "head", "optimizer", "scheduler", "trainer", "logger", "callbacks", "report"}
+    groups |= {"instrument", "scalar"}
     assert {key.partition(".")[0] for key in SETTINGS} == keys | groups | {"stream", "strategy"}
 
 

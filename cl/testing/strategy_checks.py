@@ -1,10 +1,8 @@
-"""Conformance checks that the author of an outside strategy or stream can call: `check_strategy`, `check_stream`."""
+"""What a strategy must keep to, checked."""
 
 from __future__ import annotations
 
 import functools
-import gc
-import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -12,110 +10,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cl.data.stream_checks import check_stream, same
+from cl.data.stream_checks import same
 from cl.data.target import TARGETS
-from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData
+from cl.data.task import SCENARIOS, Scenario, Stream, TaskData
 from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.strategy import NEEDS, LearnerLike, Strategy, misspelt
+from cl.engine.strategy import NEEDS, Strategy, misspelt
 from cl.errors import InputError
-from cl.report.run import Run
+from cl.testing.toys import Halt, Halted, Replay, reaches, toy_learner, trainer
 
-__all__ = ["ToyBackbone", "check_strategy", "check_stream", "toy_learner", "toy_run", "toy_stream"]
-_trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, barebones=False)
 Build = Callable[[], Mapping[str, Strategy]]
 Toy = Callable[..., tuple[Learner, Stream]]
-
-
-class ToyBackbone(nn.Module):
-    """Two small layers without biases, (B, 1, 4, 4) -> (B, 16); a stand-in that every strategy can take."""
-
-    num_features = 16
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return features (B, 16)."""
-        return self.layers(x).relu()  # type: ignore[no-any-return]
-
-
-def toy_stream(num_tasks: int = 3, scenario: Scenario = "class", num_rows: int = 48, seed: int = 0) -> Stream:
-    """Return separable uint8 images (1, 4, 4), two classes a task.
-
-    Example:
-        >>> [task.classes for task in toy_stream(2)]
-        [(0, 1), (2, 3)]
-    """
-    draw = torch.Generator().manual_seed(seed)
-    tasks = []
-    for t in range(num_tasks):
-        centres = torch.randint(30, 220, (2, 1, 4, 4), generator=draw)
-        parts = []
-        for n in (num_rows, 24):
-            y = torch.arange(n) % 2
-            noise = torch.randn(n, 1, 4, 4, generator=draw) * 20
-            x = (centres[y] + noise).clamp(0, 255).to(torch.uint8)
-            parts.append(TaskData(x, y if scenario == "domain" else y + 2 * t, t))
-        tasks.append(Task(t, train=parts[0], test=parts[1]))
-    return Stream(tasks, scenario=scenario, num_classes=2 if scenario == "domain" else 2 * num_tasks)
-
-
-def toy_learner(
-    strategies: Mapping[str, Strategy] | None = None,
-    num_tasks: int = 3,
-    scenario: Scenario = "class",
-    backbone: str = "mlp",
-    seed: int = 0,
-    lr: float = 0.1,
-    **options: Any,
-) -> tuple[Learner, Stream]:
-    """Return a small learner and its stream, the same for the same arguments.
-
-    Args:
-        strategies: By name.
-        num_tasks: T.
-        scenario: "class", "task" or "domain".
-        backbone: "mlp", or "vit" for strategies that need a transformer.
-        seed: Seed of weights and draws.
-        lr: Learning rate of SGD.
-        options: For `Learner`.
-
-    Example:
-        >>> learner, stream = toy_learner(num_tasks=2)
-        >>> len(stream), learner.num_classes
-        (2, 4)
-    """
-    stream = toy_stream(num_tasks, scenario)
-    torch.manual_seed(seed)
-    if backbone == "vit":
-        from cl.backbones.vit import ViT
-
-        body: nn.Module = ViT((1, 4, 4), patch_size=2, dim=16, depth=1, heads=2)
-    else:
-        body = ToyBackbone()
-    optimizer = partial(torch.optim.SGD, lr=lr)
-    return Learner(stream, body, strategies or {}, optimizer, batch_size=8, seed=seed, **options), stream
-
-
-def toy_run(*strategies: Strategy, epochs: int = 2, **options: Any) -> Run:
-    """Run a small experiment on the CPU; the options are those of `toy_learner`.
-
-    Example:
-        >>> R = toy_run(epochs=10).matrices["task"].R
-        >>> bool(R.diagonal(-1).mean() > 0.8)
-        True
-    """
-    learner, stream = toy_learner({type(s).__name__.lower(): s for s in strategies}, **options)
-    return Experiment(learner, stream, _trainer, epochs=epochs).run()
 
 
 def check_strategy(
@@ -161,7 +70,7 @@ def check_strategy(
     for scenario in scenarios:
         toy = partial(toy_learner, scenario=scenario, backbone=backbone)
         states = _check_run(build, toy, scenario)
-        _check_run(lambda: {"replay": _Replay(), **build()}, partial(toy, num_tasks=2), f"{scenario}, beside a replay")
+        _check_run(lambda: {"replay": Replay(), **build()}, partial(toy, num_tasks=2), f"{scenario}, beside a replay")
         if scenario == scenarios[0]:
             _check_chunks(build, toy, states[2])
             _check_inside(build, toy, states[3])
@@ -195,37 +104,14 @@ def _check_refused(build: Build, toy: Toy, scenario: Scenario) -> None:
         raise AssertionError(f"{names} does not list scenario={scenario} and takes a run in it: let setup refuse it.")
 
 
-class _Replay(Strategy):
-    """A replay that any strategy must live beside: appends the last batch."""
-
-    x: Tensor
-    y: Tensor
-    task: Tensor
-    full: Tensor
-
-    def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        self.register_buffer("x", torch.zeros(4, *stream.input_shape, dtype=stream.input_dtype))
-        self.register_buffer("y", torch.zeros(4, dtype=torch.int64))
-        self.register_buffer("task", torch.zeros(4, dtype=torch.int64))
-        self.register_buffer("full", torch.zeros((), dtype=torch.bool))
-
-    def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
-        return batch.append(Batch(self.x, self.y, self.task)) if bool(self.full) else batch
-
-    def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        for old, new in ((self.x, batch.x), (self.y, batch.y), (self.task, batch.task)):
-            old.copy_(new[:4])
-        self.full.fill_(True)
-
-
 def _learn(learner: Learner, stream: Stream, tasks: range) -> None:
-    experiment = Experiment(learner, stream, _trainer, epochs=2)
+    experiment = Experiment(learner, stream, trainer, epochs=2)
     for index in tasks:
         experiment.learn(stream[index])
 
 
 def _names(learner: Learner) -> str:
-    return " + ".join(type(s).__name__ for s in learner.strategies.values() if not isinstance(s, _Replay))
+    return " + ".join(type(s).__name__ for s in learner.strategies.values() if not isinstance(s, Replay))
 
 
 # ---- what a strategy may not touch ----------------------------------------------------------------------------------
@@ -249,27 +135,9 @@ def _check_manners(build: Build, toy: Toy) -> None:
 
 def _check_no_reference(learner: Learner) -> None:
     for strategy in learner.strategies.values():
-        assert not _reaches(strategy, learner), (
+        assert not reaches(strategy, learner), (
             f"{type(strategy).__name__} keeps a reference to the learner: pass it, never store it."
         )
-
-
-def _reaches(strategy: nn.Module, learner: Learner) -> bool:
-    """Follow what a strategy's attributes hold: containers, objects, closures, bound methods."""
-    seen: set[int] = set()
-    frontier: list[Any] = [value for module in strategy.modules() for value in vars(module).values()]
-    while frontier:
-        item = frontier.pop()
-        if item is learner:
-            return True
-        if id(item) in seen or isinstance(item, Tensor | nn.Module | type | types.ModuleType):
-            continue
-        seen.add(id(item))
-        if isinstance(item, types.FunctionType):  # without its globals
-            frontier.extend((item.__closure__, item.__defaults__))
-        else:
-            frontier.extend(gc.get_referents(item))
-    return False
 
 
 def _check_leftovers(learner: Learner, where: str) -> None:
@@ -293,7 +161,7 @@ def _check_run(build: Build, toy: Toy, where: str) -> list[dict[str, Any]]:
         whole, stream = toy(build())
         before = _shapes(whole)
         try:
-            Experiment(whole, stream, _trainer, epochs=2, directory=Path(folder)).run()
+            Experiment(whole, stream, trainer, epochs=2, directory=Path(folder)).run()
         except InputError as error:
             raise AssertionError(f"{_names(whole)} ({where}): {error}") from error
         after = _shapes(whole)
@@ -307,7 +175,7 @@ def _check_run(build: Build, toy: Toy, where: str) -> list[dict[str, Any]]:
         states = [torch.load(file, weights_only=True)["state_dict"] for file in files]
         files[-1].unlink()
         resumed, stream = toy(build())
-        Experiment(resumed, stream, _trainer, epochs=2, directory=Path(folder)).run()
+        Experiment(resumed, stream, trainer, epochs=2, directory=Path(folder)).run()
     _checksame(whole, resumed, stream, where)
     return states
 
@@ -340,27 +208,15 @@ def _check_chunks(build: Build, toy: Toy, state: dict[str, Any]) -> None:
             )
 
 
-class _Halted(Exception):
-    """Raised by `_Halt`."""
-
-
-class _Halt(pl.Callback):
-    """Ends a run in the second epoch of its second task."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.task_index == 1 and pl_module.step == 8:
-            raise _Halted
-
-
 def _check_inside(build: Build, toy: Toy, state: dict[str, Any]) -> None:
     """Stop a run inside a task, and compare where it ends with the state of one that was not stopped."""
     with TemporaryDirectory() as folder:
         learner, stream = toy(build(), chunk_size=1)
         options: dict[str, Any] = {"epochs": 2, "directory": Path(folder)}
-        with suppress(_Halted):
-            Experiment(learner, stream, _trainer, every=1, callbacks=[_Halt()], **options).run()
+        with suppress(Halted):
+            Experiment(learner, stream, trainer, every=1, callbacks=[Halt()], **options).run()
         learner, stream = toy(build(), chunk_size=1)
-        Experiment(learner, stream, _trainer, **options).run()
+        Experiment(learner, stream, trainer, **options).run()
     for name, value in learner.state_dict().items():
         assert name.startswith("calibration.") or same(value, state[name]), (
             f"{_names(learner)}: {name} differs after resuming inside a task: keep what changes there in buffers."

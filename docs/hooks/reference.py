@@ -23,9 +23,11 @@ from cl import rundir
 from cl.app.listing import cards, options
 from cl.engine.strategy import NEEDS as NEEDED
 from cl.engine.strategy import Strategy
-from cl.metrics.transfer import LIBRARY_VARIANTS, SCALARS, Scalar
+from cl.metrics.scalar import AnyScalar
+from cl.metrics.transfer import LIBRARY_VARIANTS, SCALARS
 from cl.ranges import annotation_of, range_of
-from cl.report.scalars import MEASURES, NEEDS
+from cl.report.evidence import NEEDS
+from cl.report.scalars import MEASURES
 from cl.settings import SETTINGS
 
 
@@ -161,7 +163,7 @@ def metrics() -> str:
     """Return the page of the metrics."""
     head = ["name", "formula", "divided by", "range", "better", "source"]
 
-    def row(name: str, scalar: Any) -> list[str]:
+    def row(name: str, scalar: AnyScalar) -> list[str]:
         better = "higher" if scalar.higher_is_better else "lower"
         return [
             code(name),
@@ -172,11 +174,11 @@ def metrics() -> str:
             prose(scalar.source),
         ]
 
-    def rows(scalars: Mapping[str, Scalar]) -> Iterator[list[str]]:
+    def rows(scalars: Mapping[str, AnyScalar]) -> Iterator[list[str]]:
         yield from (row(name, scalar) for name, scalar in scalars.items())
 
     measured = ([*row(name, m), " ".join(prose(NEEDS[need]) + "." for need in m.needs)] for name, m in MEASURES.items())
-    functions = sorted({scalar.function.__name__ for scalar in [*SCALARS.values(), *LIBRARY_VARIANTS.values()]})
+    functions = sorted({one.function.__name__ for one in [*SCALARS.values(), *LIBRARY_VARIANTS.values()]})
     return (
         "# Metrics\n\nTasks are numbered from 1: `R[i,j]` is the metric on task j after i tasks, and `R[0,j]` that of "
         "the untrained learner. T is the number of tasks. A sum is divided by what stands beside it.\n\n"

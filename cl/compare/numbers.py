@@ -16,7 +16,7 @@ import numpy as np
 
 from cl.compare.align import Comparison, Stage, Unit
 from cl.compare.read import COSTS, Array, Entry, RunFiles
-from cl.metrics.scalar import range_of, range_of_metric
+from cl.metrics.scalar import range_of_metric, range_of_scale
 from cl.metrics.statistics import bounded, cell_intervals, t_interval
 
 Key: TypeAlias = tuple[str, str, str, str, str, str, str]
@@ -205,7 +205,7 @@ def _scalars(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, Run
                 numbers.add(Number("run", stream, layout, group, "", run.seed, mask, name, mean=entry.value))
                 scales[name] = entry.scale
     for (mask, name), part in values.items():
-        found = vars(t_interval(part, numbers.level, *range_of(scales[name])))
+        found = vars(t_interval(part, numbers.level, *range_of_scale(scales[name])))
         numbers.add(Number("group", stream, "", group, "", "", mask, name, **found))
 
 

@@ -59,7 +59,7 @@ class Scalar(Generic[P, T]):
     @property
     def range(self) -> tuple[float, float]:
         """The least and the largest value that its scale names."""
-        return range_of(self.scale)
+        return range_of_scale(self.scale)
 
 
 AnyScalar: TypeAlias = Scalar[..., Any]
@@ -106,11 +106,11 @@ def scalar(
     return decorate
 
 
-def range_of(scale: str) -> tuple[float, float]:
+def range_of_scale(scale: str) -> tuple[float, float]:
     """Return the range that a scale names; of amounts, which it does not, 0 and more.
 
     Example:
-        >>> range_of("fraction, [-1, 1]"), range_of("(-inf, 1]"), range_of("seconds")
+        >>> range_of_scale("fraction, [-1, 1]"), range_of_scale("(-inf, 1]"), range_of_scale("seconds")
         ((-1.0, 1.0), (-inf, 1.0), (0.0, inf))
     """
     found = re.search(r"[\[(](-?inf|-?[\d.]+), (inf|-?[\d.]+)[\])]", scale)

@@ -107,6 +107,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_an_installed_package_measures_and_everything_shows_it(cl_run, site: Path, tmp_path: Path):
     plain = cl_run(*SHORT, "hydra.run.dir=plain", cwd=tmp_path)
     chosen = ("instrument=online", "scalar=[spread,online]", "instrument.online.every=2")
@@ -140,6 +141,9 @@ def test_an_installed_package_measures_and_everything_shows_it(cl_run, site: Pat
 
     refused = cl_run(*SHORT, "instrument=onlin", cwd=tmp_path, path=site)
     assert "no instrument called 'onlin': did you mean 'online'" in refused.stderr
+
+
+def test_what_a_target_names_must_be_of_its_kind(cl_run, tmp_path: Path):
     wrong = cl_run(*SHORT, "+instrument.mine._target_=torch.nn.Identity", "hydra.run.dir=wrong", cwd=tmp_path)
     assert (
         "makes a Identity, where a Instrument is needed" in wrong.stderr

@@ -8,11 +8,12 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from cl.data.task import Stream
+from cl.data.task import Stream, Task, TaskData
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
 from cl.engine.strategy import Strategy
 from cl.testing import toy_learner
+from cl.toolkit.weights import flat
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 
@@ -40,3 +41,25 @@ def trunk(learner: Learner) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def build(
+    stream: Stream, backbone: nn.Module, strategy: Strategy, lr: float = 0.1, optimizer=None, **options
+) -> Learner:
+    optimizer = optimizer or partial(torch.optim.SGD, lr=lr)
+    return Learner(stream, backbone, {"method": strategy}, optimizer, **{"batch_size": 8, **options})
+
+
+def float_stream(xs, ys, scenario="class", num_classes=None) -> Stream:
+    tasks = [Task(t, TaskData(x, y, t), TaskData(x.clone(), y, t)) for t, (x, y) in enumerate(zip(xs, ys, strict=True))]
+    return Stream(tasks, scenario=scenario, num_classes=num_classes or int(torch.cat(list(ys)).max()) + 1)
+
+
+def queries(learner: Learner, view: torch.Tensor) -> torch.Tensor:
+    learner.backbone.eval()
+    with torch.no_grad():
+        return learner.backbone(view)
+
+
+def vector(learner: Learner) -> torch.Tensor:
+    return flat([p.detach() for p in learner.trunk().parameters()]).clone()

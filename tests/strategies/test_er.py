@@ -1,0 +1,98 @@
+"""Experience Replay: worked examples, closed forms, and loops written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from by_hand import Reservoir
+from cl.engine.batch import Batch
+from cl.random import derive
+from cl.strategies.derpp import DERpp
+from cl.strategies.er import ER
+from cl.testing import ToyBackbone, toy_stream
+from toys import toy
+
+
+def replay_by_hand(kind: str, alpha: float = 0.0, beta: float = 0.0, size: int = 12, epochs: int = 2):
+    """ER and DER(++) in plain PyTorch for the class-incremental toy; only the draws are looked up."""
+    stream = toy_stream(3)
+    torch.manual_seed(0)
+    net = nn.Sequential(ToyBackbone(), nn.Linear(16, 6))
+    memory = Reservoir(size, derive(0, "method", "memory.random"))
+    for task in stream:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        x, y, _ = task.train.tensors()
+        seen = 2 * task.index + 2
+
+        def loss_of(logits, labels, seen=seen):
+            return F.cross_entropy(logits[:, :seen], labels)
+
+        for epoch in range(epochs):
+            order = np.random.default_rng(derive(derive(0, "task", task.index), "order", epoch)).permutation(len(y))
+            for start in range(0, len(order), 8):
+                rows = order[start : start + 8]
+                bx, by = x[rows].float() / 255, y[rows]
+                if kind == "er":
+                    old = memory.some(len(by)) if memory.rows else [bx[:0], by[:0]]
+                    logits = net(torch.cat([bx, old[0]]))
+                    loss = loss_of(logits, torch.cat([by, old[1]]))
+                else:
+                    logits = net(bx)
+                    loss = loss_of(logits, by)
+                    if memory.rows and alpha:
+                        mx, _, mz = memory.some(len(by))
+                        loss = loss + alpha * ((net(mx) - mz) ** 2).mean()
+                    if memory.rows and beta:
+                        mx, my, _ = memory.some(len(by))
+                        loss = loss + beta * loss_of(net(mx), my)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if kind == "der" or epoch == 0:
+                    for row in zip(bx, by, logits.detach()[: len(by)], strict=True):
+                        memory.add(row if kind == "der" else row[:2])
+    return list(net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hand"),
+    [
+        (lambda: ER(memory_size=12), {"kind": "er"}),
+        (lambda: DERpp(memory_size=12, alpha=0.3, beta=0.0), {"kind": "der", "alpha": 0.3}),
+        (lambda: DERpp(memory_size=12, alpha=0.0, beta=0.5), {"kind": "der", "beta": 0.5}),
+        (lambda: DERpp(memory_size=12, alpha=0.3, beta=0.5), {"kind": "der", "alpha": 0.3, "beta": 0.5}),
+    ],
+    ids=["er", "der", "der++ without alpha", "der++"],
+)
+def test_replay_is_the_loop_written_by_hand(strategy, hand):
+    learner, _ = toy(strategy(), range(3), epochs=2)
+    for ours, theirs in zip(learner.trunk().parameters(), replay_by_hand(**hand), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("every_epoch", "count"), [(False, 48), (True, 144)])
+def test_er_offers_each_example_once_or_once_an_epoch(every_epoch, count):
+    learner, _ = toy(ER(memory_size=10, every_epoch=every_epoch), [0], epochs=3)
+    assert learner.strategies["method"].memory.num_seen == count
+
+
+@pytest.mark.parametrize(("asked", "incoming", "appended"), [(None, 5, 5), (3, 5, 3), (30, 5, 20)])
+def test_er_appends_as_many_rows_as_come_in_or_as_asked(asked, incoming, appended):
+    learner, stream = toy(ER(memory_size=20, batch_size=asked), [0])
+    x, y, task = (column[:incoming] for column in stream[1].train.tensors())
+    batch = learner.strategies["method"].extend_batch(learner, Batch(x, y, task))
+    assert (len(batch), batch.num_incoming) == (incoming + appended, incoming)
+    assert torch.equal(batch.x[:incoming], x) and batch.x.dtype == torch.uint8
+    assert set(batch.y[incoming:].tolist()) <= {0, 1} and set(batch.task[incoming:].tolist()) == {0}
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "class_balanced", "ring"])
+def test_er_passes_its_policy_on(policy):
+    learner, _ = toy(ER(memory_size=20, policy=policy), [0, 1])
+    memory = learner.strategies["method"].memory
+    shares = torch.bincount(memory.sample(20).y, minlength=6).tolist()
+    assert {"class_balanced": [5, 5, 5, 5, 0, 0], "ring": [4, 4, 3, 3, 0, 0]}.get(policy, shares) == shares

@@ -284,6 +284,7 @@ def test_experiments_say_how_long_they_train():
             assert any(key in found for found in settings(path)), f"{path.name} leaves {key} to the defaults"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_makes_a_learner_of_a_stream_of_its_shape(path):
     with initialize_config_module("cl.conf", version_base="1.3"):

@@ -256,7 +256,10 @@ def effects(data, kind, seeds):
     return torch.stack(rows).numpy(), designed_signs(stream)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("digits", "mixed"), ("synthetic", "mixed"), ("digits", "negative")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("synthetic", "mixed"), *(pytest.param("digits", kind, marks=pytest.mark.slow) for kind in ("mixed", "negative"))],
+)
 def test_the_designed_sign_is_that_of_the_measured_step_effect(name, kind):
     """Over 8 seeds, by a 99 % t interval: a true 0 is missed once in a hundred, an effect this large never."""
     from scipy.stats import t as student

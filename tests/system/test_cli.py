@@ -161,6 +161,7 @@ def test_the_sentence_is_all_that_a_shell_shows(cl_run, tmp_path):
     assert result.stderr.startswith("GPM needs plain SGD") and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_one_file_can_be_made_of_several_runs(cl_run, tmp_path):
     result = cl_run("-m", "strategy=finetune,er", "hydra.sweep.dir=sweep", *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -179,6 +180,7 @@ def sweep(cl_run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_references_are_trained_once_a_seed(sweep: Path):
     files = sorted((sweep / "runs" / "references").glob("*.json"))
     assert len(files) == 8, "two experts and two joint learners for each of two seeds, whatever the strategies"
@@ -198,6 +200,7 @@ def test_a_sweep_leaves_every_table(sweep: Path):
         assert {"fwt_expert", "intransigence_chaudhry", "rep_bwt", "worst_case_accuracy", "seconds"} <= set(measures)
 
 
+@pytest.mark.slow
 def test_tuning_on_the_first_tasks_then_learning_the_rest(cl_run, tmp_path: Path):
     search = ["hydra/sweeper=tune", "hydra.sweeper.n_trials=2", "protocol=tune_first", "protocol.num_tasks=1"]
     data = ["stream.num_tasks=5", "epochs=1", "report=quiet", "strategy=finetune"]
@@ -435,6 +438,7 @@ class Moving(Strategy):
 """
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_renamed_meanwhile_is_one_sentence_and_goes_on_there(cl_run, tmp_path):
     (tmp_path / "moving.py").write_text(MOVING)
     command = [*QUICK, "strategy=[]", "+strategy.m._target_=moving.Moving"]

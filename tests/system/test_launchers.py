@@ -103,6 +103,7 @@ def test_batches_after_a_failure_are_run(monkeypatch, tmp_path) -> None:
     assert said == "1 of 3 jobs failed: out/0_seed=0 (RuntimeError: broken)."
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="Optuna is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lost", [1, 3])

@@ -92,7 +92,9 @@ OVERRIDES = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["er", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "er")]
+)
 def test_python_and_the_command_give_the_same_bits(name, cl_run, tmp_path: Path):
     few = ["stream.num_tasks=2", "stream.classes=[0,1,2,3]", "epochs=2", "report=quiet", "trainer.accelerator=cpu"]
     done = cl_run(f"strategy={name}", *OVERRIDES[name], *few, f"hydra.run.dir={tmp_path}/command", cwd=tmp_path)
@@ -173,7 +175,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(name, whole: Path, tmp_path: Path):
     stopped = ran(SCRIPT, tmp_path / "stopped", name)
     assert stopped.returncode in (-9, 143), stopped.stderr

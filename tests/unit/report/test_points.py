@@ -74,6 +74,7 @@ class Killer(pl.Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_command_that_is_killed_has_every_point_once(tmp_path: Path, cl_run: Any) -> None:
     (tmp_path / "killer.py").write_text(KILLER)

@@ -123,6 +123,7 @@ def test_every_number_is_in_the_offline_run(offline: Path, capsys: pytest.Captur
     assert "WANDB_DATA_DIR" not in os.environ
 
 
+@pytest.mark.slow
 def test_an_offline_run_of_the_command_line_says_what_transfer_json_says(offline: Path) -> None:
     asked = ["references=[experts]", "probes=[ridge]", "report.points=3", "epochs=1", "stream.num_tasks=2"]
     offline.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,7 @@ from cl.engine.strategy import OptimizerFactory, Strategy
 from cl.errors import InputError
 from cl.files import alone, place
 from cl.measure.choose import chosen
+from cl.measure.references import Reference, References, reference_experiment
 from cl.metrics.scalar import AnyScalar
 from cl.metrics.transfer import TransferMatrix
 from cl.ranges import checked, option_name
@@ -73,6 +74,8 @@ def run(
     columns: str | int = "all",
     probes: Sequence[str] = (),
     estimators: Sequence[str] = (),
+    references: Sequence[str] = (),
+    reference_dir: str | Path = "runs/references",
     every: Annotated[int, Ge(1)] | None = None,
     points: Annotated[int, Ge(1)] | None = None,
     subset: Annotated[int, Ge(1)] = 1000,
@@ -121,6 +124,9 @@ def run(
         columns: The tasks that a row of R is measured on: "all", "seen" (and the next one), or how many of the newest.
         probes: Fitted anew on the frozen features after each task: "ridge", "knn", "cka".
         estimators: Forecasts of transfer before each task: "tmi", "log_me", "ped", "vci", "knn", "covariance".
+        references: What the run is compared with: "experts" (a learner of each task alone) and "joint" (one of tasks 1
+            to k, for each k), without a strategy.
+        reference_dir: Where references are stored and found again by all runs, also when `directory` is None.
         every: Steps between two evaluations inside a task; or
         points: how many evaluations a task has.
         subset: Rows of each task that those, the probes and the estimators look at.
@@ -147,46 +153,48 @@ def run(
         >>> result.R["class"].shape, sorted(result.scalars())[:2]
         ((3, 2), ['accuracy_diaz', 'average_accuracy'])
     """
-    make_trainer = _trainer(stream, {**_TRAINER, **(trainer or {})})
+    make_trainer = _trainer(stream, {**_TRAINER, **(trainer or {})}, optimizer, scheduler)
     options: dict[str, Any] = {
+        **{"backbone": backbone, "head": head, "optimizer": optimizer, "scheduler": scheduler, "mode": compile},
         **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size},
         **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
         **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval, "seed": seed},
     }
     own, extra = copy.deepcopy((named(strategies), dict(instruments or {})))
-    body, top = _own(backbone, MLP), _own(head, Head)
-    learner = Learner(stream, body, own, optimizer, scheduler, head=top, **options)
-    if compile is not None:
-        learner.compile(compile)
-    check_optimizer(optimizer, scheduler, stream, make_trainer.keywords)
-    looks = {"every": every, "points": points, "subset": subset, "flops": flops}
-    measured = {"probes": list(probes), "estimators": list(estimators)}
+    learner = _learner(options, stream, own)
+    spans: dict[str, Any] = {"every": every, "points": points, "subset": subset}
+    measured: dict[str, Any] = {"probes": list(probes), "estimators": list(estimators)}
     kept: dict[str, Any] = {"keep": checkpoint_keep, "every": checkpoint_every, "allow_changed": allow_changed}
-    where = None if directory is None else place(directory).resolve()
-    told = [*(_files() if where is not None else ()), *reports]
+    config = {
+        **describe(learner, stream, epochs, backbone, head),
+        **{"optimizer_state": optimizer_state, "compile": compile, "trainer": make_trainer.keywords},
+        **{**measured, "report": {"columns": columns, **spans, "flops": flops}, "instrument": described_by_name(extra)},
+        **{"references": list(references)},
+    }
+    told = [*(_files() if directory is not None else ()), *reports]
+    train = functools.partial(_reference, options, trainer=make_trainer, epochs=epochs, **spans)
     experiment = Experiment(
         learner,
         stream,
         make_trainer,
         epochs=epochs,
-        directory=where,
+        directory=None if directory is None else place(directory).resolve(),
         reports=told,
         logger=[report.logger for report in told if isinstance(getattr(report, "logger", None), Logger)],
         callbacks=[*callbacks, *_bars(progress)],
-        config={
-            **describe(learner, stream, epochs, backbone, head),
-            **{"optimizer_state": optimizer_state, "compile": compile, "trainer": make_trainer.keywords},
-            **{**measured, "report": {"columns": columns, **looks}, "instrument": described_by_name(extra)},
-        },
+        config=config,
         columns=columns,
-        instruments=chosen(stream, own=extra, **measured, **looks),  # type: ignore[arg-type]
+        instruments=chosen(stream, own=extra, flops=flops, **measured, **spans),
         scalars=scalars,
+        references=_references(references, reference_dir, config, told, train),
         **kept,
     )
-    return _run(experiment, where)
+    return _run(experiment)
 
 
-def _trainer(stream: Any, trainer: dict[str, Any]) -> functools.partial[pl.Trainer]:
+def _trainer(
+    stream: Any, trainer: dict[str, Any], optimizer: OptimizerFactory, scheduler: SchedulerFactory | None
+) -> functools.partial[pl.Trainer]:
     """Return what makes Trainers; refuse what would fail only when the run has begun."""
     if not isinstance(stream, Stream):
         raise InputError(f"{stream!r} is no stream: make one by a function of cl.streams.")
@@ -199,7 +207,38 @@ def _trainer(stream: Any, trainer: dict[str, Any]) -> functools.partial[pl.Train
         raise
     except Exception as error:  # Lightning has many kinds
         raise InputError(f"trainer={trainer} cannot be made ({' '.join(str(error).split())}): correct it.") from error
+    check_optimizer(optimizer, scheduler, stream, trainer)
     return factory
+
+
+def _learner(options: dict[str, Any], stream: Stream, strategies: dict[str, Strategy]) -> Learner:
+    """Return a learner, with copies of the modules among the options; `mode` is that of torch.compile."""
+    backbone, head, mode = (options[key] for key in ("backbone", "head", "mode"))
+    others = {key: value for key, value in options.items() if key not in ("backbone", "head", "mode")}
+    learner = Learner(stream, _own(backbone, MLP), strategies, head=_own(head, Head), **others)
+    if mode is not None:
+        learner.compile(mode)
+    return learner
+
+
+def _reference(options: dict[str, Any], stream: Stream, strategies: dict[str, Strategy], **training: Any) -> Experiment:
+    return reference_experiment(_learner(options, stream, strategies), stream, **training)
+
+
+def _references(
+    kinds: Sequence[str],
+    folder: str | Path,
+    config: dict[str, Any],
+    reports: Sequence[Report],
+    train: Callable[[Stream, dict[str, Strategy]], Experiment],
+) -> Callable[[Stream], dict[str, list[Reference]]] | None:
+    """Return what trains or finds the references, or None where none are wanted."""
+
+    def say(text: str) -> None:
+        for report in reports:
+            report.say(text)
+
+    return References(kinds, train, place(folder), config, say).measure if kinds else None
 
 
 def _own(part: Any, default: Any) -> Any:
@@ -256,8 +295,9 @@ def _bars(progress: bool) -> list[pl.Callback]:
 
 
 @interruptible()
-def _run(experiment: Experiment, directory: Path | None) -> Run:
+def _run(experiment: Experiment) -> Run:
     """Run, alone in a directory where there is one; before it is written to, refuse one that holds anything else."""
+    directory = experiment.checkpoints.parent if experiment.checkpoints is not None else None
     if directory is None:
         return experiment.run()
     config = experiment.run_view.config

@@ -162,26 +162,17 @@ def _scalar(node: Any) -> Any:
 
 
 def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
-    """Return what makes the references, or None where none are wanted."""
-    from cl.engine.experiment import Experiment
-    from cl.measure.learning_curves import LearningCurves
-    from cl.measure.references import References
+    """Return what trains or finds the references, or None where none are wanted."""
+    from cl.measure.references import References, reference_experiment
 
     if not cfg.references:
         return None
+    report = cfg.get("report") or {}
+    looks = {key: report[key] for key in ("every", "points", "subset") if key in report}
 
     def experiment(stream: Any, strategies: dict[str, Any]) -> Any:
-        report = cfg.get("report") or {}
-        every, points = report.get("every"), report.get("points")
-        points = 10 if every is None and points is None else points
-        curves = {"curves": LearningCurves(stream, every, points, report.get("subset", 1000))}
-        return Experiment(
-            _learner(cfg, stream, strategies),
-            stream,
-            make(cfg.trainer),
-            epochs=cfg.epochs,
-            instruments=curves if len(stream) == 1 else {},
-        )
+        learner = _learner(cfg, stream, strategies)
+        return reference_experiment(learner, stream, make(cfg.trainer), cfg.epochs, **looks)
 
     def say(text: str) -> None:
         for report in reports:

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 import torch
 
 from cl.data.provenance import digest as digest_of
@@ -31,6 +32,7 @@ from cl.settings import flatten, results
 
 if TYPE_CHECKING:
     from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
 
 KINDS = ("experts", "joint")
 _WITHOUT = "method", "start"  # parts of the settings: references have no method, and initial weights are digested
@@ -152,6 +154,41 @@ class References:
             for part in (task.train, task.val, task.test):
                 digest.update("".join(digest_of(part, seen) if part is not None else ()).encode())
         return digest.hexdigest()
+
+
+def reference_experiment(
+    learner: Learner,
+    stream: Stream,
+    trainer: Callable[..., pl.Trainer],
+    epochs: int,
+    *,
+    every: int | None = None,
+    points: int | None = None,
+    subset: int = 1000,
+) -> Experiment:
+    """Return the experiment of one reference, which reports nothing; an expert's has a curve inside its task.
+
+    Args:
+        learner: A new learner of that stream.
+        stream: One task (an expert), or all tasks so far (a joint learner).
+        trainer: Makes the Trainer of each task.
+        epochs: Passes over the training data.
+        every: Steps between two points of the curve; or
+        points: how many points; ten where neither is given.
+        subset: Test examples that a point is measured on.
+
+    Example:
+        >>> from cl.testing import toy_learner
+        >>> learner, stream = toy_learner({}, 1)
+        >>> list(reference_experiment(learner, stream, pl.Trainer, epochs=1).instruments)
+        ['curves']
+    """
+    from cl.engine.experiment import Experiment
+    from cl.measure.learning_curves import LearningCurves
+
+    points = 10 if every is None and points is None else points
+    curves = {"curves": LearningCurves(stream, every, points, subset)} if len(stream) == 1 else {}
+    return Experiment(learner, stream, trainer, epochs=epochs, instruments=curves)
 
 
 def _train(experiment: Experiment) -> Reference:

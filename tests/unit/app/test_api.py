@@ -114,6 +114,28 @@ def test_python_and_the_command_give_the_same_bits(name, cl_run, tmp_path: Path)
     assert found[0].tasks_learned == 2
 
 
+@pytest.mark.slow
+def test_references_of_python_are_those_of_the_command(cl_run, tmp_path: Path):
+    few = ["stream.num_tasks=2", "stream.classes=[0,1,2,3]", "epochs=1", "report=quiet", "trainer.accelerator=cpu"]
+    command = [
+        "strategy=er",
+        "references=[experts,joint]",
+        f"reference_dir={tmp_path}/c",
+        f"hydra.run.dir={tmp_path}/r",
+    ]
+    assert cl_run(*command, *few, cwd=tmp_path).returncode == 0
+    stream = cl.streams.split(digits(), num_tasks=2, classes=[0, 1, 2, 3])
+    options = {"references": ["experts", "joint"], "reference_dir": tmp_path / "p", "epochs": 1}
+    run, again = (quick(stream, cl.strategies.ER(), **options) for _ in range(2))
+    theirs = cl.load(tmp_path / "r").references
+    for kind in ("experts", "joint"):
+        for ours, other, kept in zip(run.references[kind], theirs[kind], again.references[kind], strict=True):
+            assert ours["row"] == other["row"] and ours["value"] == other["value"] and kept == ours
+    assert len(list((tmp_path / "p").glob("*.json"))) == 4
+    with pytest.raises(cl.InputError, match="no reference called 'expert': did you mean 'experts'"):
+        quick(stream, [], references=["expert"])
+
+
 def test_the_defaults_are_those_of_the_command():
     with initialize_config_module("cl.conf", version_base="1.3"):
         cfg = compose("config", overrides=["strategy=er"])

@@ -67,8 +67,8 @@ class AdamNSCL(Strategy):
         InputError: If batch norm keeps running statistics, which drift anyway.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(AdamNSCL)
+        >>> AdamNSCL(ratio=20.0)
+        AdamNSCL(ratio=20.0)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -56,8 +56,8 @@ class AGEM(Strategy):
         InputError: If the memory is smaller than one exemplar a class.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(AGEM, memory_size=40)
+        >>> AGEM(memory_size=40)
+        AGEM(memory_size=40)
     """
 
     needs = ("memory", "boundaries")

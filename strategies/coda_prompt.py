@@ -85,8 +85,8 @@ class CODAPrompt(Strategy):
             dimensions, the backbone takes no prefixes, or it lacks a block.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(CODAPrompt, num_components=6, blocks=(0,), backbone="vit", scenarios=("class",))
+        >>> CODAPrompt(num_components=6, blocks=(0,))
+        CODAPrompt(num_components=6, blocks=(0,))
     """
 
     needs = ("boundaries", "transformer")

@@ -102,8 +102,8 @@ class CUBER(ScaledByTask):
             trainable, all classes compete in the loss (`train_mask`), or batch norm keeps statistics, which drift.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(CUBER)
+        >>> CUBER(threshold=0.95)
+        CUBER(threshold=0.95)
     """
 
     def __init__(

@@ -24,8 +24,8 @@ class Cumulative(Strategy):
         restart: Start each task from the initial weights instead of the last ones.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(Cumulative)
+        >>> Cumulative(restart=True)
+        Cumulative(restart=True)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -43,8 +43,8 @@ class DER(Strategy):
         storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(DER, memory_size=20)
+        >>> DER(memory_size=20)
+        DER(memory_size=20)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -52,8 +52,8 @@ class DERpp(Strategy):
         storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(DERpp, memory_size=20)
+        >>> DERpp(memory_size=20)
+        DERpp(memory_size=20)
     """
 
     targets = ("label", "multilabel", "regression")

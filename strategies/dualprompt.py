@@ -57,8 +57,8 @@ class DualPrompt(Strategy):
         InputError: If a length is odd, the backbone takes no prefixes, or it lacks a block.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(DualPrompt, general_blocks=(0,), expert_blocks=(0,), backbone="vit", scenarios=("class",))
+        >>> DualPrompt(general_blocks=(0,), expert_blocks=(0,))
+        DualPrompt(general_blocks=(0,), expert_blocks=(0,))
     """
 
     needs = ("boundaries", "transformer")

@@ -37,8 +37,8 @@ class ER(Strategy):
         storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(ER, memory_size=20)
+        >>> ER(memory_size=20)
+        ER(memory_size=20)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -60,8 +60,8 @@ class ERACE(Strategy):
         storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(ERACE, memory_size=20)
+        >>> ERACE(memory_size=20)
+        ERACE(memory_size=20)
     """
 
     needs = ("memory",)

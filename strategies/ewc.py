@@ -58,8 +58,8 @@ class EWC(Strategy):
             another strategy owns `encode`, which F would not see, or single examples are to pass batch norm of batches.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(EWC)
+        >>> EWC(weight=50.0)
+        EWC(weight=50.0)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -12,8 +12,8 @@ class Finetune(Strategy):
     """Plain training: overrides no hook.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(Finetune)
+        >>> Finetune()
+        Finetune()
     """
 
     targets = ("label", "multilabel", "regression")

@@ -83,8 +83,8 @@ class GDumb(Strategy):
         InputError: If inputs that are no images are to be mixed.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(GDumb, memory_size=20)
+        >>> GDumb(memory_size=20)
+        GDumb(memory_size=20)
     """
 
     needs = ("memory", "boundaries")

@@ -110,8 +110,8 @@ class GEM(Strategy):
         InputError: If there is less than one exemplar a task.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(GEM, memory_size=30)
+        >>> GEM(memory_size=30)
+        GEM(memory_size=30)
     """
 
     targets = ("label", "multilabel", "regression")

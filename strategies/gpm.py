@@ -58,8 +58,8 @@ class GPM(Strategy):
             momentum from before it was protected), or batch norm keeps running statistics, which drift anyway.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(GPM)
+        >>> GPM(threshold=0.95)
+        GPM(threshold=0.95)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -102,8 +102,8 @@ class HAT(Strategy):
         InputError: If the scenario is not task-incremental, or old answers could not be kept; see above.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(HAT)
+        >>> HAT(weight=1.5)
+        HAT(weight=1.5)
     """
 
     scenarios = ("task",)

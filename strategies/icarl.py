@@ -63,8 +63,8 @@ class ICaRL(Strategy):
             `encode`.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(ICaRL, memory_size=20)
+        >>> ICaRL(memory_size=20)
+        ICaRL(memory_size=20)
     """
 
     scenarios = ("class", "task")

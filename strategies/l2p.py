@@ -45,8 +45,8 @@ class L2P(Strategy):
         InputError: If the backbone has no `embed` and `encode`, or k exceeds N.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(L2P, backbone="vit")
+        >>> L2P(pool_size=20)
+        L2P(pool_size=20)
     """
 
     needs = ("transformer",)

@@ -70,8 +70,8 @@ class LwF(Strategy):
         InputError: If another strategy owns `encode`, which the teacher would not have.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(LwF)
+        >>> LwF(alpha=0.5)
+        LwF(alpha=0.5)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -79,8 +79,8 @@ class MAS(Strategy):
             which single examples cannot pass.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(MAS)
+        >>> MAS(weight=1.0)
+        MAS(weight=1.0)
     """
 
     targets = ("label", "multilabel", "regression")

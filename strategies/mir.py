@@ -66,8 +66,8 @@ class MIR(Strategy):
         InputError: If fewer candidates are drawn than chosen.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(MIR, memory_size=20)
+        >>> MIR(memory_size=20)
+        MIR(memory_size=20)
     """
 
     needs = ("memory",)

@@ -38,8 +38,8 @@ class NCM(Strategy):
         InputError: If another strategy owns `encode`, whose features the means would not be of.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(NCM)
+        >>> NCM(freeze=False)
+        NCM(freeze=False)
     """
 
     needs = ("boundaries",)

@@ -84,8 +84,8 @@ class OGD(Strategy):
             not be of.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(OGD, num_samples=20)
+        >>> OGD(num_samples=20)
+        OGD(num_samples=20)
     """
 
     needs = ("boundaries", "sgd")

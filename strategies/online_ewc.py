@@ -50,8 +50,8 @@ class OnlineEWC(Strategy):
             examples are to pass batch norm of batches.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(OnlineEWC)
+        >>> OnlineEWC(weight=50.0)
+        OnlineEWC(weight=50.0)
     """
 
     targets = ("label", "multilabel", "regression")

@@ -67,8 +67,8 @@ class PackNet(Strategy):
         InputError: If the scenario is not task-incremental, or old answers could not be kept; see above.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(PackNet)
+        >>> PackNet(share=0.75)
+        PackNet(share=0.75)
     """
 
     scenarios = ("task",)

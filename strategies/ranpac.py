@@ -65,8 +65,8 @@ class RanPAC(Strategy):
         InputError: If another strategy owns `encode`, whose features the sums would not be of.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(RanPAC, num_projections=20)
+        >>> RanPAC(num_projections=20)
+        RanPAC(num_projections=20)
     """
 
     needs = ("boundaries",)

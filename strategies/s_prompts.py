@@ -71,8 +71,8 @@ class SPrompts(Strategy):
         InputError: If the backbone has no `embed` and `encode`.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(SPrompts, backbone="vit", scenarios=("domain",))
+        >>> SPrompts(length=5)
+        SPrompts(length=5)
     """
 
     needs = ("boundaries", "transformer")

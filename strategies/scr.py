@@ -77,8 +77,8 @@ class SCR(Strategy):
         InputError: If inputs are no images.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(SCR, memory_size=20)
+        >>> SCR(memory_size=20)
+        SCR(memory_size=20)
     """
 
     needs = ("memory", "boundaries")

@@ -72,8 +72,8 @@ class SGP(Strategy):
         InputError: If the optimizer is not plain SGD, or batch norm keeps running statistics, which drift anyway.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(SGP)
+        >>> SGP(threshold=0.95)
+        SGP(threshold=0.95)
     """
 
     targets = ("label", "multilabel", "regression")

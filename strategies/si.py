@@ -49,8 +49,8 @@ class SI(Strategy):
         InputError: If another strategy owns `encode`, or nothing is trainable.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(SI)
+        >>> SI(weight=1.0)
+        SI(weight=1.0)
     """
 
     targets = ("label", "multilabel", "regression")

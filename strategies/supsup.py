@@ -90,8 +90,8 @@ class SupSup(Strategy):
         InputError: If tasks have no boundaries, or batch norm keeps running statistics.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(SupSup)
+        >>> SupSup(density=0.5)
+        SupSup(density=0.5)
     """
 
     needs = ("boundaries",)

@@ -99,8 +99,8 @@ class TAG(Strategy):
             would heed, or another strategy trains weights of its own.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(TAG)
+        >>> TAG(form="adam")
+        TAG(form='adam', beta2=0.999)
     """
 
     targets = ("label", "multilabel", "regression")

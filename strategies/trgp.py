@@ -76,8 +76,8 @@ class TRGP(ScaledByTask):
             trainable, all classes compete in the loss (`train_mask`), or batch norm keeps statistics, which drift.
 
     Example:
-        >>> from cl.testing import check_strategy
-        >>> check_strategy(TRGP)
+        >>> TRGP(threshold=0.95)
+        TRGP(threshold=0.95)
     """
 
     def __init__(

@@ -239,6 +239,14 @@ class Strategy(nn.Module):
         if "__init__" in vars(cls):
             checked(cls)
 
+    def __repr__(self) -> str:
+        """Return the call that makes the strategy, with the arguments that differ from their defaults."""
+        plain = (bool, int, float, str, tuple, list, type(None))
+        known = inspect.signature(type(self)).parameters.items()
+        found = {name: getattr(self, name) for name, p in known if getattr(self, name, p.default) != p.default}
+        given = [f"{name}={value!r}" for name, value in found.items() if isinstance(value, plain)]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def check_scenario(self, stream: Stream) -> None:
         """Refuse a scenario that the method does not work in.
 

@@ -229,6 +229,15 @@ CASES = [
 ROWS = [pytest.param(row, marks=slow_unless(row in FIRST), id=name_of(row)) for row in METHODS]
 
 
+def test_a_strategy_prints_as_the_call_that_makes_it():
+    for row in METHODS:
+        made = row.make(**row.options)
+        again = eval(repr(made), {row.make.__name__: row.make})
+        plain = {k: v for k, v in vars(made).items() if isinstance(v, bool | int | float | str | tuple)}
+        assert plain == {k: v for k, v in vars(again).items() if k in plain}, made
+        assert repr(again) == repr(made) and "\n" not in repr(made)
+
+
 @pytest.mark.parametrize(("row", "scenario"), CASES)
 def test_strategy_keeps_the_contract(row, scenario):
     check_strategy(

@@ -66,10 +66,10 @@ def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str
     Raises:
         InputError: If the stream cannot be made any more.
     """
-    from cl.data.provenance import changes, provenance, recall
+    from cl.data.provenance import changes, provenance, stored
     from cl.engine.branch import Branch
 
-    kept = recall(directory)
+    kept = stored(directory)
     if kept is None:  # of an earlier version
         return []
     starts = {"from": Branch.parse(cfg["from"]).checkpoint} if cfg["from"] else {}

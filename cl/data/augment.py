@@ -17,17 +17,17 @@ from cl.ranges import checked
 
 @checked
 class RandomCropFlip(nn.Module):
-    """Pad images with zeros, crop each at a random place to its old size and flip half of them (He et al. 2016, 4.2).
+    """Pad images with zeros, crop each at a random position to its old size, flip half of them (He et al. 2016, 4.2).
 
     One gather for the whole batch: out[b, c, i, j] = padded[b, c, i + dy_b, k + dx_b], where dy_b and dx_b are uniform
     on 0..2*padding and k is j, or W - 1 - j with probability 1/2.
 
     Args:
-        padding: Pixels on every side; 0 leaves the place as it is.
+        padding: Pixels of zeros added on every side; 0 does not shift images.
         flip: Whether to flip left and right.
 
     Raises:
-        InputError: If `padding` is negative, or later the inputs are no images.
+        InputError: If `padding` is negative; in `forward`, if the inputs are not images (B, C, H, W).
 
     Example:
         >>> x = torch.arange(2, dtype=torch.uint8).expand(4, 1, 2, 2)
@@ -44,7 +44,7 @@ class RandomCropFlip(nn.Module):
         return f"padding={self.padding}, flip={self.flip}"
 
     def forward(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """Augment (B, C, H, W) of any type with three draws a row, whatever the settings; shape and type stay."""
+        """Return images (B, C, H, W) of the same shape and type; every image takes three draws from `rng`."""
         if x.ndim != 4:
             raise InputError(f"RandomCropFlip needs images (B, C, H, W), not {tuple(x.shape)}: set augment=null.")
         batch, channels, height, width = x.shape
@@ -62,18 +62,18 @@ class RandomCropFlip(nn.Module):
 
 @checked
 class ContrastiveView(nn.Module):
-    r"""Crop images to a random part of their area, resized, mirror half of them, and change their colours.
+    r"""Crop a random part of each image and resize it, mirror half of the images, and jitter their colours.
 
-    As in SimCLR (Chen et al. 2020, appendix A): the part is uniform between `scale` and 1 and its aspect log-uniform
-    between 3/4 and 4/3, with sides cut at the image's; four images in five are jittered, with factors for brightness,
-    contrast and saturation uniform on 1 - jitter to 1 + jitter and a turn of the hue by up to jitter / 4; one in five
-    becomes grey. The hue is turned in YIQ, and the order of the four is fixed. Saturation, hue and grey need the three
-    channels of a coloured image.
+    As in SimCLR (Chen et al. 2020, appendix A). The crop's share of the area is uniform on [scale, 1] and its aspect
+    ratio is log-uniform on [3/4, 4/3]; a side longer than the image's is cut to it. Four images in five are jittered:
+    brightness, contrast and saturation are multiplied by factors uniform on [1 - jitter, 1 + jitter], and the hue is
+    turned by up to jitter / 4 of the colour circle, in the YIQ space. These four changes come in this fixed order. One
+    image in five becomes grey. Only images of three channels change in saturation and hue or become grey.
 
     Args:
-        scale: Least part of the area.
+        scale: Smallest share of the area that a crop covers, in (0, 1].
         flip: Whether to flip left and right.
-        jitter: Strength of the changes in colour; 0 leaves colours, grey included, as they are.
+        jitter: Strength of the changes in colour, in [0, 1]; 0 changes no colour and makes no image grey.
 
     Raises:
         InputError: If an argument is out of range.
@@ -94,7 +94,7 @@ class ContrastiveView(nn.Module):
         self.scale, self.flip, self.jitter = scale, flip, jitter
 
     def forward(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """Map images (B, C, H, W) to new floats of the same shape, of bytes in [0, 1]; eleven draws a row."""
+        """Return images (B, C, H, W) as new floats, bytes scaled to [0, 1]; every image takes eleven draws."""
         draw = rng.random((11, len(x)))
         images = x.float() / 255 if x.dtype == torch.uint8 else x
         crop = torch.from_numpy(self._crop(draw[:5])).to(images, non_blocking=True)
@@ -105,7 +105,7 @@ class ContrastiveView(nn.Module):
         return images.clamp(0, 1) if x.dtype == torch.uint8 else images
 
     def _crop(self, draw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return maps (B, 2, 3) from places in the crop to places in the image, both in [-1, 1]."""
+        """Return affine maps (B, 2, 3) from positions in the crop to positions in the image, both in [-1, 1]."""
         area, ratio = self.scale + (1 - self.scale) * draw[0], (4 / 3) ** (2 * draw[1] - 1)
         width, height = (np.minimum(np.sqrt(area * r), 1) for r in (ratio, 1 / ratio))
         mirror = np.where(draw[4] < 0.5, -1.0, 1.0) if self.flip else 1.0
@@ -113,7 +113,7 @@ class ContrastiveView(nn.Module):
         return np.stack([np.stack([mirror * width, zero, across], 1), np.stack([zero, height, down], 1)], 1)
 
     def _colours(self, images: Tensor, draw: Tensor) -> Tensor:
-        """Jitter colours, each image by its own draws (6, B)."""
+        """Jitter the colours of images (B, C, H, W), each by its own column of draws (6, B)."""
         factor = (1 + self.jitter * (2 * draw[:3] - 1))[..., None, None, None]
         some, grey = (draw[4] < 0.8).view(-1, 1, 1, 1), (draw[5] < 0.2).view(-1, 1, 1, 1)
         coloured = images.shape[1] == 3
@@ -136,7 +136,7 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of each coloured image by a part of the circle, (B,), at the same brightness."""
+    """Turn the hue of each image (B, 3, H, W) by a share of the colour circle (B,); the brightness stays."""
     yiq, angle = images.new_tensor(_YIQ), 2 * torch.pi * turn
     rotation = torch.eye(3, dtype=images.dtype, device=images.device).repeat(len(images), 1, 1)
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
@@ -145,7 +145,7 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def to_floats(x: Tensor) -> Tensor:
-    """Return bytes, which are pixels, as floats in [0, 1]; other whole numbers (tokens, counts, 0 and 1) as they are.
+    """Return floats: uint8 pixels divided by 255; other integers (tokens, counts) cast; floats as they are.
 
     Example:
         >>> to_floats(torch.tensor([51], dtype=torch.uint8)).item(), to_floats(torch.tensor([42])).item()
@@ -160,11 +160,11 @@ class Normalize(nn.Module):
     """Subtract the mean and divide by the standard deviation of each channel; uint8 is divided by 255 first.
 
     Args:
-        mean: One number for all channels or one a channel (axis 1); images in units of [0, 1].
-        std: As `mean`; above 0.
+        mean: One number for all channels, or one for each channel (axis 1); for images in units of [0, 1].
+        std: One number for all channels, or one for each channel; above 0.
 
     Raises:
-        InputError: If the two differ in length or `std` is not above 0.
+        InputError: If both have several numbers and not equally many, or an entry of `std` is not above 0.
 
     Example:
         >>> Normalize(mean=[0.5], std=[0.25])(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).tolist()
@@ -186,7 +186,7 @@ class Normalize(nn.Module):
         self.register_buffer("byte_scale", (scale / 255).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map raw (B, C, ...) of bytes, other numbers or floats to new floats of the same shape: x * scale + shift."""
+        """Return raw inputs (B, C, ...) of any type as new floats of the same shape: (x - mean) / std."""
         scale, shift = self.byte_scale if x.dtype == torch.uint8 else self.scale, self.shift
         if len(shift) > 1:
             shape = (-1, *[1] * (x.ndim - 2))

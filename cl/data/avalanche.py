@@ -1,4 +1,4 @@
-"""Avalanche beside us: a stream as one of its benchmarks, and the parts that its strategies train on."""
+"""Convert a stream, examples and a network to what Avalanche's strategies train on and evaluate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Augment = Callable[[Tensor, np.random.Generator], Tensor]
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep to itself what Avalanche warns of (a missing solver at import, loggers, deprecations), whatever it switches.
+    """Hide the warnings of Avalanche (a missing solver at import, loggers, deprecations) inside the block.
 
     Example:
         >>> with quietly():
@@ -38,7 +38,7 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python for a while, and leave them as they were.
+    """Seed the global generators of torch, numpy and Python inside the block, and restore their states after it.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -60,20 +60,20 @@ def drawing(seed: int) -> Iterator[None]:
 
 
 def to_avalanche(stream: Stream, prepared: bool = True) -> Any:
-    """Make an Avalanche benchmark of a stream: one experience a task, with its rows, labels and task labels.
+    """Return an Avalanche benchmark of a stream: one experience for each task, with its examples and labels.
 
-    Experiences carry task labels (those of the rows in the task-incremental scenario, else 0) and the classes of this,
-    earlier and later experiences. Augmentation is not carried over.
+    Experiences carry task labels (those of the examples in the task-incremental scenario, else 0) and the classes of
+    this, earlier and later experiences. Augmentation is not carried over.
 
     Args:
-        stream: Its targets are labels.
-        prepared: Give inputs as a backbone receives them, normalised, float32; else as stored.
+        stream: A stream whose targets are labels.
+        prepared: Whether inputs are as a backbone receives them, normalised and float32; else they are as stored.
 
     Returns:
         A `CLScenario` with the streams "train" and "test", and "valid" where every task has validation examples.
 
     Raises:
-        InputError: If the stream's targets are no labels.
+        InputError: If the stream's targets are not labels.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -112,16 +112,17 @@ def to_experience(
     augment: Augment | None = None,
     draws: Random | None = None,
 ) -> Any:
-    """Make an Avalanche experience of examples.
+    """Return examples as an Avalanche experience.
 
     Args:
-        data: Labelled examples; held in memory where `TaskData.resident`, else read row by row.
+        data: Labelled examples; held in memory where `TaskData.resident` is true, else read one by one.
         index: Position of the task.
-        classes: Those of every task of the stream.
-        task_labels: Tell Avalanche the rows' task labels; else it is told 0.
-        prepare: Raw inputs to what a network receives; done once, or where there is augmentation after it, row by row.
+        classes: The classes of every task of the stream.
+        task_labels: Whether Avalanche receives the task labels of the examples; else it receives 0.
+        prepare: Maps raw inputs to what a network receives. It is applied once in advance; where there is augmentation,
+            after it and to each example as it is read.
         augment: Train-time augmentation, in the dataset's transform group "train".
-        draws: What it draws from.
+        draws: The generator that the augmentation draws from; None means a new one.
 
     Example:
         >>> data = TaskData(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
@@ -166,7 +167,7 @@ def to_experience(
 
 
 def preparation(normalize: nn.Module | None) -> Callable[[Tensor], Tensor]:
-    """Return the map of raw inputs on the CPU to what a network receives, float32: a copy of a stream's `normalize`.
+    """Return a function from raw inputs on the CPU to what a network receives, float32, by a copy of `normalize`.
 
     Example:
         >>> preparation(None)(torch.tensor([[0, 51]], dtype=torch.uint8)).tolist()
@@ -176,7 +177,7 @@ def preparation(normalize: nn.Module | None) -> Callable[[Tensor], Tensor]:
 
 
 class _Examples(Dataset[tuple[Tensor, int]]):
-    """Rows as items (input, label)."""
+    """Examples as items (input, label) of a map-style dataset."""
 
     def __init__(self, data: TaskData) -> None:
         self.data, self.held = data.on(torch.device("cpu")), data.resident
@@ -207,13 +208,13 @@ def _row(
 
 
 def to_network(backbone: nn.Module, head: nn.Module, competing: Tensor | None = None) -> Any:
-    """Make one module of backbone and head, from prepared inputs to logits (B, C), that shares their parameters.
+    """Return backbone and head as one module, which maps prepared inputs to logits (B, C) and shares their parameters.
 
     Args:
-        backbone: Prepared inputs to features.
-        head: Features to logits.
-        competing: Classes of each task, bool (T, C): then it is a `MultiTaskModule`, which sends the logits of other
-            tasks' classes to -1000, as Avalanche's own multi-head classifier does. None leaves logits as they are.
+        backbone: Maps prepared inputs to features.
+        head: Maps features to logits.
+        competing: Classes of each task, bool (T, C). The module is then a `MultiTaskModule`, which sets the logits of
+            other tasks' classes to -1000, as Avalanche's own multi-head classifier does. None changes no logits.
 
     Example:
         >>> network = to_network(nn.Flatten(), nn.Linear(4, 2), torch.eye(2) > 0)
@@ -258,15 +259,15 @@ def to_network(backbone: nn.Module, head: nn.Module, competing: Tensor | None = 
 
 
 def take_back(network: Any, backbone: nn.Module, head: nn.Module) -> None:
-    """Copy the weights of a network back, where a strategy went on with a copy of it, as GDumb does.
+    """Copy the weights of a trained network into backbone and head, for a strategy that trains a copy, as GDumb does.
 
     Args:
-        network: What the strategy trained.
-        backbone: Gets the weights of its `feature_extractor`.
-        head: Gets those of its `classifier`.
+        network: The network that the strategy trained.
+        backbone: Receives the weights of its `feature_extractor`.
+        head: Receives the weights of its `classifier`.
 
     Raises:
-        InputError: If the strategy went on with a network of another kind.
+        InputError: If the strategy trained a network of another architecture.
 
     Example:
         >>> from copy import deepcopy
@@ -284,6 +285,6 @@ def take_back(network: Any, backbone: nn.Module, head: nn.Module) -> None:
                 own.load_state_dict(trained.state_dict())  # type: ignore[union-attr]
         except (AttributeError, RuntimeError) as error:
             raise InputError(
-                "The strategy of Avalanche goes on with a network of another kind, which R would not be of: choose one "
-                "that trains the network it is given."
+                "The strategy of Avalanche trained a network of another architecture, which cannot be evaluated here: "
+                "choose a strategy that trains the network it is given."
             ) from error

@@ -1,4 +1,4 @@
-"""What streams of the user's own data share: arrays to a `Dataset`, and rows that name their task to a `Stream`."""
+"""Streams from a user's own data: a `Dataset` whose examples each name their task becomes a `Stream`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cl.ranges import checked
 
 @dataclass(frozen=True)
 class Float32:
-    """Rows of other floats, cast when they are read.
+    """Inputs of another float type, cast to float32 when they are read.
 
     Args:
-        rows: Where they lie.
+        rows: The inputs as stored, (N, *input).
 
     Example:
         >>> Float32(torch.zeros(3, 2, dtype=torch.float64))[torch.tensor([1])].dtype
@@ -58,21 +58,21 @@ def by_task(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Make a stream of a dataset whose rows say to which task they belong.
+    """Return a stream of a dataset in which the task of every example is known.
 
     Args:
-        dataset: Its labels stay as they are.
-        train_task: The task of each training row, 0..T-1, int64 (N,).
-        test_task: Of each test row.
-        names: One a task.
-        val: Which training rows are validation, bool (N,); None draws `val_fraction` of each task.
-        scenario: None means "class" where every class has one task, else "domain".
-        val_fraction: Share of each task's training rows that becomes validation.
+        dataset: The examples; labels stay as they are.
+        train_task: The task of each training example, 0..T-1, int64 (N,).
+        test_task: The task of each test example.
+        names: The names of the T tasks.
+        val: Which training examples are for validation, bool (N,); None draws `val_fraction` of each task.
+        scenario: "class", "task" or "domain"; None means "class" where no class is in two tasks, else "domain".
+        val_fraction: Share of each task's training examples that becomes the validation set, in [0, 1).
         order: See `Stream`.
         seed: Seed of the validation sets and of a shuffled order.
 
     Raises:
-        InputError: If a task has no training or no test row.
+        InputError: If a task has no training or no test example.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -93,7 +93,7 @@ def by_task(
             rows, held = rows[kept], rows[drawn]
         for part, own in (("training", rows), ("test", test_rows[t])):
             if len(own) == 0:
-                raise InputError(f"Task {name!r} of {dataset.name!r} has no {part} row: give it one or leave it out.")
+                raise InputError(f"Task {name!r} of {dataset.name!r} has no {part} row: add one or leave the task out.")
         train = TaskData(dataset.train_x, dataset.train_y, t, rows)
         test = TaskData(dataset.test_x, dataset.test_y, t, test_rows[t])
         tasks.append(Task(t, train, test, replace(train, index=held) if len(held) else None, name))

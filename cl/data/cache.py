@@ -1,4 +1,4 @@
-"""Decoded files, kept as memory-mapped arrays under what they were decoded from, and looked at before they are used."""
+"""A cache of decoded files: memory-mapped arrays, named by a digest of the files and verified before they are used."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from cl.files import place, read_sealed, sync, write_sealed
 Allocate = Callable[[str, tuple[int, ...]], npt.NDArray[np.uint8]]
 Build = Callable[[Allocate], Mapping[str, Array]]
 
-FORMAT = 2  # raise it when what a cached array means changes
+FORMAT = 2  # increase it when the meaning of a cached array changes
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _CHUNK = 2**24  # bytes that a thread digests at a time
-_SETTLED = 2.0  # seconds after which a change would show in a file's time of change, on any file system
-_looked_at: set[object] = set()  # arrays whose digest was found right in this process
+_RESOLUTION = 2.0  # seconds: the coarsest resolution of a file system's times of change
+_verified: set[object] = set()  # arrays whose digest was found right in this process
 
 
 def decoded(
@@ -41,10 +41,23 @@ def decoded(
     cache: bool,
     cache_dir: str | Path | None,
 ) -> dict[str, Array]:
-    """Return what `build` makes and the mean and std of its training images, from the cache where there is one.
+    """Return the arrays of `build` and the mean and std of the training images, from the cache where they are stored.
 
-    An entry belongs to the content of the files. They are read whole to know it, unless a note in the cache says what
-    they held when they were the same files (by device, inode, size and times, of which nobody sets the last).
+    A cache entry is named by a digest of the files' content. The files are read whole to compute it, unless the cache
+    holds a note of the digest of the same files. They are the same if device, inode, size and the times of
+    modification and of change are equal; a program can set the first of these times, but not the second.
+
+    Args:
+        key: Kind of dataset, which begins the entry's name.
+        files: The files that the arrays are decoded from.
+        root: The directory that the files are in.
+        settings: Whatever else the arrays depend on; its `repr` enters the digest.
+        build: Decodes the arrays, "train_x" among them.
+        cache: Whether to use the cache.
+        cache_dir: The directory of the cache; None means `<root>/.clsim-cache`.
+
+    Raises:
+        InputError: If a file cannot be read, or the cache cannot be written.
     """
 
     def complete(allocate: Allocate) -> dict[str, Array]:
@@ -64,14 +77,14 @@ def decoded(
     seen = read_sealed(note)
     content = seen["content"] if seen else fingerprint(files, root, settings)
     arrays = cached(f"{key}-{content}", folder, complete)
-    if seen is None and max((stat.st_ctime for stat in stats), default=now) < now - _SETTLED:
-        with suppress(OSError):  # a cache that is only read
+    if seen is None and max((stat.st_ctime for stat in stats), default=now) < now - _RESOLUTION:
+        with suppress(OSError):  # a read-only cache
             write_sealed(note, {"content": content})
     return arrays
 
 
 def fingerprint(files: Sequence[Path], root: Path, *settings: object) -> str:
-    """Return a digest of files (path below root and content), of settings and of the cache's format.
+    """Return a digest of files (their content and path below `root`), of settings and of the cache's format.
 
     Raises:
         InputError: If a file cannot be read.
@@ -113,7 +126,7 @@ def _digest(file: Path, start: int = 0, length: int | None = None) -> str:
 
 
 def _digest_array(file: Path) -> str:
-    """Return the digest of a large file, by all cores."""
+    """Return the digest of a large file, computed on all cores."""
     starts = range(0, file.stat().st_size, _CHUNK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(partial(_digest, file, length=_CHUNK), starts))
@@ -123,15 +136,15 @@ def _digest_array(file: Path) -> str:
 def cached(key: str, folder: Path, build: Build) -> dict[str, Array]:
     """Return the arrays of a cache entry, memory-mapped; build and store them the first time.
 
-    The entry is written beside its place and renamed, so that it is whole or absent. Its arrays are read once in a
-    process and compared with their digests; where they are damaged, a warning says so and they are built again. Pages
-    are mapped copy-on-write: processes share them and no write reaches the disk. What builders left that were killed is
-    removed; one that is at work holds a lock.
+    An entry is written to a temporary directory and renamed, so that it is whole or absent. Each process verifies the
+    digests of its arrays once; damaged arrays are reported by a warning and built again. Arrays are mapped
+    copy-on-write: processes share the pages, and no write reaches the disk. Temporary directories of killed processes
+    are removed; a process that is building holds a lock on its own.
 
     Args:
-        key: Name of the entry; holds the `fingerprint` of all that the arrays depend on.
-        folder: Where entries live.
-        build: Makes the arrays; `allocate(name, shape)` gives it a uint8 array on the disk to fill.
+        key: Name of the entry; contains the `fingerprint` of all that the arrays depend on.
+        folder: The directory of the cache.
+        build: Returns the arrays by name; it may fill uint8 arrays on disk, which `allocate(name, shape)` gives it.
 
     Raises:
         InputError: If the folder cannot be written or has too little space.
@@ -167,7 +180,7 @@ def cached(key: str, folder: Path, build: Build) -> dict[str, Array]:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[Path]:
-    """Give a new folder beside the entries, whose lock this process holds until it is renamed or removed."""
+    """Yield a new temporary directory in the cache, whose lock this process holds until it is renamed or removed."""
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +188,7 @@ def _building(folder: Path) -> Iterator[Path]:
     lock = FileLock(temporary.with_suffix(".lock"))
     with suppress(NotImplementedError):  # a file system without locks
         lock.acquire()
-        while not temporary.with_suffix(".lock").exists():  # somebody took it for a leftover first
+        while not temporary.with_suffix(".lock").exists():  # another process took it for a leftover and removed it
             lock.release()
             lock.acquire()
     try:
@@ -188,7 +201,7 @@ def _building(folder: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what builders left who were killed: that whose lock nobody holds."""
+    """Remove the temporary directories of killed processes: those whose lock no process holds."""
     from filelock import FileLock, Timeout
 
     for name in {path.with_suffix("") for path in folder.glob(".partial-*")}:
@@ -203,7 +216,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _write(folder: Path, build: Build) -> None:
-    placed = set()
+    allocated = set()
 
     def allocate(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         free = shutil.disk_usage(folder).free
@@ -212,35 +225,35 @@ def _write(folder: Path, build: Build) -> None:
                 f"The cache needs {np.prod(shape) / 1e9:.1f} GB for {name} where {folder.parent} has {free / 1e9:.1f} "
                 "GB left: set cache_dir to another folder, or cache=false."
             )
-        placed.add(name)
+        allocated.add(name)
         mapped: npt.NDArray[np.uint8] = np.lib.format.open_memmap(
             folder / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape
         )
         return mapped
 
     for name, array in build(allocate).items():
-        if name not in placed:
+        if name not in allocated:
             np.save(folder / f"{name}.npy", np.ascontiguousarray(array))
     found = {}
     for file in sorted(folder.glob("*.npy")):
-        sync(file)  # the bytes before the name
+        sync(file)  # the content is on disk before the entry gets its name
         found[file.name] = _digest_array(file)
     write_sealed(folder / _MANIFEST, found)
-    _looked_at.update(_identity(folder / name) for name in found)
+    _verified.update(_identity(folder / name) for name in found)
 
 
 def _whole(entry: Path) -> bool:
-    """Return whether an entry's arrays are those that were written, by their digests, read once in a process."""
+    """Return whether an entry's arrays have the digests that were written; each is read once in a process."""
     manifest = read_sealed(entry / _MANIFEST)
     if not manifest:
         return False
     try:
         for name, digest in manifest.items():
             identity = _identity(entry / name)
-            if identity not in _looked_at:
+            if identity not in _verified:
                 if _digest_array(entry / name) != digest:
                     return False
-                _looked_at.add(identity)
+                _verified.add(identity)
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""What the cells of a table say: labels, numbers, columns of 0 and 1, and times."""
+"""Read the cells of a table as labels, numbers, columns of 0 and 1, or times."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}  # in lower
 
 
 def read_targets(table: Table, target: str, columns: str | Sequence[str] | None) -> tuple[Tensor, list[str]]:
-    """Return labels (N,), or targets (N, C), and what labels or columns are called.
+    """Return labels (N,) or targets (N, C) from a table, and the names of the classes or of the columns.
 
     Args:
-        table: Has the column, or columns.
-        target: See `cl.data.target`.
-        columns: Where labels stand; None means the column "label". Columns that hold 0 and 1 (or true and false) alone
-            say which labels a row has, and give them their names.
+        table: A table that has the column, or columns.
+        target: The kind of target, see `cl.data.target`.
+        columns: The column, or columns, of the labels; None means the column "label". Where columns hold only 0 and 1
+            (or true and false), each stands for the class of its name, and 1 means that a row has it.
 
     Raises:
-        InputError: Naming the row, if a cell is no such label.
+        InputError: If a cell cannot be read as a label of this kind; names its row.
 
     Example:
         >>> from pathlib import Path
@@ -50,7 +50,11 @@ def read_targets(table: Table, target: str, columns: str | Sequence[str] | None)
 
 
 def _flags(table: Table, columns: Sequence[str]) -> list[list[int]] | None:
-    """Return columns of 0 and 1, (C, N), or None where no column is one."""
+    """Return the columns as 0 and 1, (C, N), or None if none of them holds only 0 and 1.
+
+    Raises:
+        InputError: If some of the columns hold only 0 and 1, and others do not.
+    """
     read = {name: [_FLAGS.get(cell.lower()) for cell in table.column(name)] for name in columns}
     if not any(None not in cells for cells in read.values()):
         return None
@@ -119,10 +123,10 @@ def _numbers(table: Table, cells: Sequence[str]) -> tuple[Tensor, list[str]]:
 
 
 def read_times(table: Table, column: str = "timestamp") -> list[float]:
-    """Return the numbers that stand in a column; or the seconds since 1970 of its dates and times.
+    """Return the numbers of a column; dates and times become seconds since 1970, in UTC where they name no zone.
 
     Raises:
-        InputError: If a cell is neither, or some are numbers and some are dates, naming the row.
+        InputError: If a cell is neither a number nor a date, or the column mixes both; names the row.
 
     Example:
         >>> from pathlib import Path

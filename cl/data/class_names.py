@@ -1,4 +1,4 @@
-"""Labels and what they are called: classes that have rows, and the same class in several places by its name."""
+"""Class names and labels: drop classes without examples, match the classes of several datasets, sort names."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ _log = logging.getLogger(__name__)
 
 
 def with_rows(name: str, train_y: Tensor, test_y: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Leave out classes without a training row: labels are numbered anew in their order, and names are kept.
+    """Leave out classes without a training example, and number the others from 0 in their order.
 
-    A data set of 1,000 names that was filtered to 100 of them has 100 classes. Labels out of range are left as they
-    are, for `Dataset` to refuse.
+    A dataset of 1,000 names that was filtered to 100 of them then has 100 classes. Labels out of range are left as
+    they are, for `Dataset` to refuse.
 
     Args:
         name: What an error calls the dataset.
         train_y: Training labels, int64 (N,).
         test_y: Test labels.
-        names: One a class.
+        names: The name of each class.
+
+    Returns:
+        The new training labels, the new test labels and the names of the classes that are left.
 
     Raises:
-        InputError: If a test row has a class that no training row has.
+        InputError: If a test example has a class that no training example has.
 
     Example:
         >>> with_rows("pets", torch.tensor([2, 0]), torch.tensor([2]), ["ant", "bee", "cat"])
@@ -45,36 +48,40 @@ def with_rows(name: str, train_y: Tensor, test_y: Tensor, names: Sequence[str]) 
     table = torch.full((len(names),), -1, dtype=torch.int64)
     table[present] = torch.arange(len(present))
     train, test = table[train_y], table[test_y]
-    stranger = (test < 0).nonzero().flatten()
-    if len(stranger):
-        row = int(stranger[0])
+    untrained = (test < 0).nonzero().flatten()
+    if len(untrained):
+        row = int(untrained[0])
         raise InputError(
             f"Row {row} of the test set of {name!r} has the class {names[int(test_y[row])]!r}, which no training row "
             "has: leave the row out or give training rows."
         )
-    _log.info("%d of the %d classes of %s have no row and are left out.", len(names) - len(present), len(names), name)
+    missing = len(names) - len(present)
+    _log.info("%d of the %d classes of %s have no example and are left out.", missing, len(names), name)
     return train, test, [names[c] for c in present.tolist()]
 
 
 def join(names: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str]]:
-    """Return the place of each list's names among all of them, and all of them as they first appear.
+    """Merge several lists of names into one of distinct names, in the order in which they first appear.
+
+    Returns:
+        For each list the positions of its names in the merged list; and the merged list.
 
     Example:
         >>> join([["ant", "bee"], ["bee", "cow"]])
         ([[0, 1], [1, 2]], ['ant', 'bee', 'cow'])
     """
     together = list(dict.fromkeys(name for own in names for name in own))
-    place = {name: c for c, name in enumerate(together)}
-    return [[place[name] for name in own] for own in names], together
+    position = {name: c for c, name in enumerate(together)}
+    return [[position[name] for name in own] for own in names], together
 
 
 def move(y: Tensor, places: Sequence[int], width: int) -> Tensor:
-    """Give classes, or columns of targets, other places among `width`; a withheld label (-1) stays.
+    """Renumber classes, or move columns of targets; a withheld label (-1) stays, and new columns are 0.
 
     Args:
         y: Labels (N,), or targets (N, C).
-        places: The new place of each of the C classes.
-        width: How many classes or columns there are then.
+        places: The new position of each of the C classes.
+        width: The new number of classes or columns.
 
     Example:
         >>> move(torch.tensor([0, 1, -1]), [2, 0], 3).tolist(), move(torch.tensor([[5.0, 7.0]]), [2, 0], 3).tolist()
@@ -89,7 +96,7 @@ def move(y: Tensor, places: Sequence[int], width: int) -> Tensor:
 
 
 def number_classes(labels: Iterable[str]) -> list[str]:
-    """Return the distinct labels in ascending order: as numbers where all are numbers, else as text.
+    """Return the distinct labels in ascending order, compared as numbers if all are numbers, else as text.
 
     Example:
         >>> number_classes(["10", "9", "10"]), number_classes(["b", "10", "a"])
@@ -100,9 +107,13 @@ def number_classes(labels: Iterable[str]) -> list[str]:
 
 
 def in_natural_order(what: str, names: Iterable[str]) -> list[str]:
-    """Return distinct names as a person sorts them: digits within them count as numbers, as in s1, s2, s10.
+    """Return distinct names in natural order: digits within a name compare as a number, so s2 comes before s10.
 
-    Names that are numbers are sorted as numbers. Where the order is not that of the text, a line of the log tells it.
+    If all names are numbers, they are sorted as numbers. Where the order differs from that of plain text, it is logged.
+
+    Args:
+        what: What the names are of, for the log.
+        names: Any names.
 
     Example:
         >>> in_natural_order("Tasks", ["s10", "s2", "s1"]), in_natural_order("Tasks", ["1.5", "-2", "1.25"])
@@ -117,7 +128,7 @@ def in_natural_order(what: str, names: Iterable[str]) -> list[str]:
 
 
 def is_number(text: str) -> bool:
-    """Return whether text is a finite number.
+    """Return whether text is a finite number, without underscores.
 
     Example:
         >>> [is_number(text) for text in ("1e3", "nan", "a", "1_0")]
@@ -130,6 +141,6 @@ def is_number(text: str) -> bool:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Return a key under which digits come before letters, and as numbers."""
+    """Return a sort key in which digits compare as numbers and come before letters."""
     pieces = re.findall(r"[0-9]+|[^0-9]+", name)
     return [(not p[0].isdecimal(), int(p) if p[0].isdecimal() else 0, p) for p in pieces]

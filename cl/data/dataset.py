@@ -1,4 +1,4 @@
-"""A dataset as arrays: `Dataset`, its normalisation and its validation split."""
+"""A labelled dataset as arrays: `Dataset`, the mean and std of its channels, and the draw of a validation set."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ Numbers = Sequence[float] | None
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled training and test examples as stored, and how to show them to a network.
+    """Labelled training and test examples as stored, and how they are augmented and normalised for a network.
 
     Args:
-        name: What reports call it.
+        name: Its name in reports and errors.
         train_x: Inputs, uint8 images (N, C, H, W) or float32 arrays (N, *shape); possibly memory-mapped.
         train_y: Labels 0..C-1, int64 (N,).
         test_x: Test inputs, of the same type and shape.
         test_y: Test labels.
-        class_names: One name a class.
-        mean: Per channel (axis 1), or one for all; images in units of [0, 1].
-        std: As `mean`; above 0.
-        augment: Train-time augmentation `(x, numpy generator) -> x` on raw batches on the device, or None.
-        target: What the labels are, see `cl.data.target`; all but "label" take float32 (N, C), one name a column.
+        class_names: The name of each class.
+        mean: Mean of each channel (axis 1), or one number for all; for images in units of [0, 1].
+        std: Standard deviation of each channel, or one number for all; above 0.
+        augment: Train-time augmentation `(x, numpy generator) -> x` of raw batches on the device, or None.
+        target: The kind of target, see `cl.data.target`. For all kinds but "label", `train_y` and `test_y` are float32
+            (N, C), and `class_names` has a name for each column.
 
     Raises:
         InputError: If a part is empty, types or shapes disagree, a label is out of range, or a value is not finite.
@@ -114,11 +115,11 @@ class Dataset:
         return tuple(self.train_x.shape[1:])
 
     def stream(self, tasks: Sequence[Task] | Callable[[int], Task], **options: Any) -> Stream:
-        """Return a stream of tasks made of the dataset's rows, shown to a network as the dataset is.
+        """Return a stream of tasks, with the classes, augmentation, normalisation, name and target of this dataset.
 
         Args:
-            tasks: See `Stream`.
-            options: Arguments of `Stream` that differ from what the dataset says.
+            tasks: Tasks whose examples come from the dataset, see `Stream`.
+            options: Arguments of `Stream`; they replace those of the dataset.
 
         Example:
             >>> from cl.data.sources import synthetic
@@ -128,36 +129,45 @@ class Dataset:
             >>> data.stream([Task(0, part, part)], name="mine").num_classes
             3
         """
-        alike = {name: getattr(self, name) for name in ("num_classes", "augment", "class_names", "name", "target")}
-        return Stream(tasks, **{**alike, "normalize": Normalize(self.mean, self.std), **options})
+        shared = {name: getattr(self, name) for name in ("num_classes", "augment", "class_names", "name", "target")}
+        return Stream(tasks, **{**shared, "normalize": Normalize(self.mean, self.std), **options})
 
 
 def rows_of_each(y: Tensor, num_groups: int, index: Tensor | None = None) -> list[Tensor]:
-    """Return the rows of each class (or task) among all rows or those of an index, from one sort.
+    """Return the positions of the examples of each class (or task), ascending.
+
+    Args:
+        y: Labels 0..`num_groups` - 1, int64 (N,).
+        num_groups: Number of classes, or tasks.
+        index: The examples to group, int64 (n,); None means all of them.
 
     Example:
         >>> [rows.tolist() for rows in rows_of_each(torch.tensor([1, 0, 1]), 2)]
         [[1], [0, 2]]
     """
     index = torch.arange(len(y)) if index is None else index
-    labels, place = y[index].sort(stable=True)
-    return list(index[place].split(torch.bincount(labels, minlength=num_groups).tolist()))
+    labels, order = y[index].sort(stable=True)
+    return list(index[order].split(torch.bincount(labels, minlength=num_groups).tolist()))
 
 
 def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw a validation set from the training set, the same share of every class.
+    """Draw a validation set from the training set, with the same share of every class.
+
+    The size of the validation set is `fraction` * N, rounded. Each class gives its share rounded down, and the classes
+    with the largest remainders give one example more, until that size is reached. Targets that are not labels are
+    drawn from as one class.
 
     Args:
-        y: Training labels, int64 (N,).
-        fraction: Share of the examples, rounded once to a whole number, in [0, 1); each class gives its share rounded
-            down, and those with the largest remainders one example more, until the number is reached.
-        seed: The split is a function of it and of `y` alone.
+        y: Training labels, int64 (N,), or targets (N, C).
+        fraction: Share of the examples, in [0, 1).
+        seed: Seed of the draw; the split depends on it and on `y` alone.
 
     Returns:
-        The rows that stay for training and those for validation, both ascending; no rows for fraction 0.
+        The positions of the examples that stay for training and of those for validation, both ascending; fraction 0
+        gives none for validation.
 
     Raises:
-        InputError: If a class would keep no training example, or no class gives one for validation.
+        InputError: If a class would have no training example left, or the validation set would be empty.
 
     Example:
         >>> train, val = split_validation(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 0.25, seed=0)
@@ -166,7 +176,7 @@ def split_validation(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Ten
     """
     if not 0 <= fraction < 1:
         raise InputError(f"A validation share of {fraction} is not in [0, 1): give, say, 0.1.")
-    labels = y.cpu().numpy() if y.ndim == 1 else np.zeros(len(y), dtype=np.int64)  # others are drawn from as a whole
+    labels = y.cpu().numpy() if y.ndim == 1 else np.zeros(len(y), dtype=np.int64)
     chosen = np.zeros(len(labels), dtype=bool)
     names, sizes = np.unique(labels, return_counts=True)
     counts = np.floor(fraction * sizes).astype(int)
@@ -196,17 +206,18 @@ def make_dataset(
     augment: nn.Module | None,
     target: str = "label",
 ) -> Dataset:
-    """Return the dataset with the mean and std that were asked for, or else its own; float inputs have none.
+    """Return a dataset of arrays, normalised by the mean and std that are given or by those of its training images.
 
-    Classes without a training row are left out, see `cl.data.class_names.with_rows`.
+    Float inputs are not normalised unless `mean` or `std` is given. Classes without a training example are left out,
+    see `cl.data.class_names.with_rows`.
 
     Args:
-        name: What reports call it.
-        arrays: `train_x`, `train_y`, `test_x`, `test_y`; and `mean` and `std` where they are known.
-        class_names: One a class, or a column of targets.
-        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
-        mean: Per channel in [0, 1]; None computes it from the training images.
-        std: As `mean`.
+        name: Its name in reports and errors.
+        arrays: `train_x`, `train_y`, `test_x`, `test_y`; and `mean` and `std` of the images where they are known.
+        class_names: The name of each class, or of each column of targets.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels are only divided by 255.
+        mean: Mean of each channel, in [0, 1]; None computes it from the training images.
+        std: Standard deviation of each channel, as `mean`.
         augment: Train-time augmentation.
         target: See `cl.data.target`.
     """
@@ -228,7 +239,7 @@ def channel_moments(x: Any) -> tuple[Array, Array]:
     """Return mean and standard deviation of each channel of uint8 images (N, C, H, W), in units of [0, 1], exactly.
 
     Args:
-        x: An array, a tensor, or rows of a file, which are read part by part.
+        x: An array, a tensor, or a mapped file, which is read part by part.
 
     Example:
         >>> mean, std = channel_moments(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face library, from the folder that `save_to_disk` wrote."""
+"""Load a dataset of the Hugging Face library from the folder that `save_to_disk` wrote."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cl.errors import InputError
 from cl.files import place
 from cl.ranges import checked
 
-_BATCH = 1000  # rows that are read at a time
+_BATCH = 1000  # examples that are read at a time
 
 
 @checked
@@ -44,33 +44,34 @@ def huggingface(
 ) -> Dataset:
     """Load a Hugging Face dataset that `save_to_disk` wrote; needs `pip install 'clsim[huggingface]'`.
 
-    Inputs are pictures (the feature `Image`, turned by their EXIF orientation as the library shows them), arrays of
-    bytes (C, H, W) or (H, W), or arrays of floats. Labels are a `ClassLabel`, integers or text; the last two are
-    numbered in ascending order. Test labels are read by the names that the test split gives them. Classes without a
-    training row are left out.
+    Inputs are pictures (the feature `Image`, turned by their EXIF orientation as the library does), arrays of bytes
+    (C, H, W) or (H, W), or arrays of floats. Labels are a `ClassLabel`, integers or text; integers and text are
+    numbered in ascending order. Classes of the training and of the test split are matched by name. Classes without a
+    training example are left out.
 
     Args:
-        path: The folder: of a `DatasetDict`, or of one `Dataset`, which is then the training split.
-        image: The inputs' column.
-        label: The labels' column.
-        train: The training split.
-        test: The test split; None draws the test set from the training split.
-        image_size: Height and width that every picture is cropped (centred, to shape) and resized to, or one number;
-            None means that all have one size already.
-        channels: Of pictures, 3 for colour, 1 for grey.
-        test_fraction: Share of each class that becomes the test set where `test` is None.
+        path: The folder of a `DatasetDict`, or of one `Dataset`, which is then the training split.
+        image: The column of the inputs.
+        label: The column of the labels.
+        train: Name of the training split.
+        test: Name of the test split; None draws the test set from the training split.
+        image_size: Height and width, or one number for both: every picture is cropped at its centre to this aspect
+            ratio and resized. None requires that all pictures have one size.
+        channels: Channels of pictures: 3 for colour, 1 for grey.
+        test_fraction: Share of each class that becomes the test set, in (0, 1), if `test` is None.
         seed: Seed of that split.
-        name: What reports call it; None means the folder's name.
-        cache: Whether to keep decoded pictures as memory-mapped files.
-        cache_dir: Where; None means `<path>/.clsim-cache`.
+        name: Its name in reports; None means the folder's name.
+        cache: Whether to store decoded pictures as memory-mapped files.
+        cache_dir: The directory of these files; None means `<path>/.clsim-cache`.
         normalize: See `cl.data.sources.digits`.
-        mean: See `cl.data.sources.digits`; float inputs are left as they are where it is None.
-        std: As `mean`.
-        augment: Train-time augmentation.
+        mean: See `cl.data.sources.digits`; None does not change the mean of float inputs.
+        std: See `cl.data.sources.digits`; None does not change the scale of float inputs.
+        augment: Train-time augmentation of raw batches, or None.
 
     Raises:
         InputError: If the library, folder, split or column is missing, a picture cannot be read, sizes differ without
-            `image_size`, a label is missing or never trained, or one split names its labels and the other does not.
+            `image_size`, a label is missing or of no training example, or one split names its labels and the other does
+            not.
     """
     path = place(path)
     splits = _splits(path, train, test)
@@ -95,7 +96,7 @@ def huggingface(
 class _Split:
     data: Any
     name: str
-    rows: Array  # what the rows were before any were drawn
+    rows: Array  # the row numbers in the stored split, for errors
 
     def where(self, i: int) -> str:
         return f"Row {self.rows[i]} of {self.name}"
@@ -109,13 +110,13 @@ def _splits(path: Path, train: str, test: str | None) -> dict[str, _Split]:
         import datasets
     except ImportError as error:
         raise InputError(
-            "Hugging Face datasets need a library that is not here: run `pip install 'clsim[huggingface]'`."
+            "The Hugging Face library is not installed: run `pip install 'clsim[huggingface]'`."
         ) from error
     try:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"{path} is no saved dataset ({reason}): write one there with save_to_disk.") from error
+        raise InputError(f"{path} is not a saved dataset ({reason}): write one there with save_to_disk.") from error
     if not isinstance(found, dict):
         if test is not None:
             raise InputError(f"{path} holds one split: set test to null, to draw the test set from it.")
@@ -136,18 +137,18 @@ def _split(data: Any, name: str) -> _Split:
 def _labels(splits: Mapping[str, _Split], column: str) -> tuple[dict[str, Array], list[str]]:
     """Return labels 0..C-1 of each split, and the names of the classes."""
     named = {part: getattr(split.data.features[column], "names", None) for part, split in splits.items()}
-    cells = {part: _called(list(split.data[column]), named[part]) for part, split in splits.items()}
+    cells = {part: _named(list(split.data[column]), named[part]) for part, split in splits.items()}
     for part, split in splits.items():
         numbers = all(isinstance(cell, int) for cell in cells[part])
         if numbers and named["train"] is not None and named[part] is None:
             raise InputError(
-                f"{split.name} has numbers as labels, of which {splits['train'].name} alone says the names: give both "
+                f"{split.name} has numbers as labels, and only {splits['train'].name} has their names: give both "
                 f"the same ClassLabel, by cast_column({column!r}, ...)."
             )
     known = set(named["train"] or (cell for cell in cells["train"] if isinstance(cell, int | str)))
     names = number_classes(map(str, known)) if named["train"] is None else list(named["train"])
-    place = {name: c for c, name in enumerate(names)}
-    number = {cell: place[str(cell)] for cell in known}
+    index = {name: c for c, name in enumerate(names)}
+    number = {cell: index[str(cell)] for cell in known}
     for part, labels in cells.items():
         for i, cell in enumerate(labels):
             if not isinstance(cell, int | str) or cell not in number:
@@ -158,8 +159,8 @@ def _labels(splits: Mapping[str, _Split], column: str) -> tuple[dict[str, Array]
     return {part: np.array([number[cell] for cell in labels]) for part, labels in cells.items()}, names
 
 
-def _called(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
-    """Return labels by their names, where they have such."""
+def _named(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
+    """Return labels with numbers replaced by names, where there are names."""
     if names is None:
         return labels
     return [names[c] if isinstance(c, int) and 0 <= c < len(names) else c for c in labels]
@@ -171,7 +172,7 @@ def _draw(split: _Split, y: Array, fraction: float, seed: int) -> tuple[dict[str
 
 
 class _Pictures(Sequence[Path | IO[bytes]]):
-    """The encoded pictures of a split, read when they are asked for."""
+    """The encoded pictures of a split, each read when it is indexed."""
 
     def __init__(self, split: _Split, column: str) -> None:
         import datasets
@@ -230,10 +231,10 @@ def _arrays(split: _Split, column: str) -> Tensor:
         rows += [np.asarray(row) for row in data[start : start + _BATCH][column]]
     for i, row in enumerate(rows):
         if row.dtype != kind:
-            raise InputError(f"{split.where(i)} is ragged: bring its lists to one length.")
+            raise InputError(f"{split.where(i)} is ragged: give it lists of one length.")
         if row.shape != rows[0].shape:
             raise InputError(
-                f"{split.where(i)} has shape {row.shape}, row {split.rows[0]} {rows[0].shape}: bring all to one."
+                f"{split.where(i)} has shape {row.shape}, row {split.rows[0]} {rows[0].shape}: give all rows one shape."
             )
     x = torch.from_numpy(np.stack(rows))
     return x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x

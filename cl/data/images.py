@@ -1,4 +1,4 @@
-"""A tree of image files as a dataset: which files there are, and their decoding."""
+"""A directory tree of image files as a dataset: list the files, decode them, split them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import nn
 from cl.data.cache import Allocate, decoded
 from cl.data.dataset import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.data.pictures import eight_bits
-from cl.data.rows import let_go
+from cl.data.rows import release_pages
 from cl.errors import InputError
 from cl.files import place
 from cl.ranges import checked
@@ -31,30 +31,31 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 Pixels = npt.NDArray[np.uint8]
 _BLOCK = 256  # images that a thread decodes at a time
 _OPENING = threading.Lock()
-# Folders that a system or a program puts beside a person's own; hidden ones begin with a dot.
+# Folders that a system or a program puts among the user's own; hidden ones begin with a dot.
 _SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"}
 _SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
-def of_a_person(name: str) -> bool:
-    """Return whether a file or folder is one that a person made: not hidden, and none of a system's.
+def is_users_own(name: str) -> bool:
+    """Return whether a file or folder is the user's own: neither hidden nor put there by a system.
 
     Example:
-        >>> [of_a_person(name) for name in ("cat", ".ipynb_checkpoints", "@eaDir", "__MACOSX")]
+        >>> [is_users_own(name) for name in ("cat", ".ipynb_checkpoints", "@eaDir", "__MACOSX")]
         [True, False, False, False]
     """
     return name[0] != "." and name not in _SYSTEMS
 
 
 def list_images(folder: Path) -> list[tuple[Path, str]]:
-    """Return (file, class) of every image below a folder, in the order of class and path.
+    """Return (file, class) of every image in a folder, sorted by class and path.
 
-    The class is the folder's direct child, however deep the file lies below it; what is hidden or a system's
-    (`.ipynb_checkpoints`, `@eaDir`, `__MACOSX`) is left out at every level. Or, where the folder holds
-    `<folder>_annotations.txt` (Tiny-ImageNet), what a line `file<TAB>class<TAB>...` there says of `images/file`.
+    Each direct child of the folder is a class, and contains its images at any depth. Hidden files and folders and those
+    of a system (`.ipynb_checkpoints`, `@eaDir`, `__MACOSX`) are skipped at every level. If the folder contains a file
+    `<folder>_annotations.txt` (the layout of Tiny-ImageNet), its lines `file<TAB>class<TAB>...` give the class of
+    `images/<file>` instead.
 
     Raises:
-        InputError: If the folder or its images are missing, a link leads nowhere, or a class has no image.
+        InputError: If the folder or an image is missing, a link is broken, or a class has no image.
     """
     notes = folder / f"{folder.name}_annotations.txt"
     if notes.is_file():
@@ -67,7 +68,7 @@ def list_images(folder: Path) -> list[tuple[Path, str]]:
             raise InputError(f"{notes} names {missing or 'no image'}, which is not there: restore the images.")
         return listed
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: put one folder of images a class into it, or name another.")
+        raise InputError(f"{folder} is not a folder: put one folder of images for each class into it, or name another.")
     found: list[tuple[Path, str]] = []
     for label in sorted(folders_in(folder)):
         files = _below(folder / label)
@@ -75,7 +76,7 @@ def list_images(folder: Path) -> list[tuple[Path, str]]:
             raise InputError(f"{folder / label} holds no image ({', '.join(SUFFIXES)}): add some or remove the folder.")
         found += [(Path(file), label) for file in sorted(files)]
     if not found:
-        raise InputError(f"{folder} holds no class: put one folder of images a class into it.")
+        raise InputError(f"{folder} holds no class: put one folder of images for each class into it.")
     within = sorted({parts[1] for f, _ in found if len(parts := f.relative_to(folder).parts) > 2})
     if len(within) > 1:
         classes = sorted({label for _, label in found})
@@ -91,15 +92,15 @@ def _some(names: Sequence[str]) -> str:
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Return the names of a person's folders in a folder, in no order.
+    """Return the names of the user's own folders in a folder, in no particular order.
 
     Raises:
-        InputError: If one is a link that leads nowhere, or its name is no UTF-8.
+        InputError: If a link is broken, or the name of a folder is not UTF-8.
     """
-    entries = [entry for entry in os.scandir(folder) if of_a_person(entry.name)]
+    entries = [entry for entry in os.scandir(folder) if is_users_own(entry.name)]
     odd = next((e.name for e in entries if e.is_dir() and e.name != e.name.encode(errors="replace").decode()), None)
     if odd is not None:
-        raise InputError(f"{folder} holds a folder called {odd!r}, which is no UTF-8: rename it.")
+        raise InputError(f"{folder} holds a folder called {odd!r}, which is not UTF-8: rename it.")
     for entry in entries:
         if entry.is_symlink() and not entry.name.lower().endswith(SUFFIXES):
             _check_link(entry.path)
@@ -107,7 +108,7 @@ def folders_in(folder: Path) -> list[str]:
 
 
 def _below(folder: Path) -> list[str]:
-    """Return every image below a folder, each place once, however links lead there."""
+    """Return the images in a folder at any depth; a directory that several links lead to is read once."""
     files, known = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(parent)
@@ -115,8 +116,8 @@ def _below(folder: Path) -> list[str]:
             folders.clear()
             continue
         known.add(here)
-        folders[:] = filter(of_a_person, folders)  # the others are not walked into
-        files += [os.path.join(parent, n) for n in names if of_a_person(n) and n.lower().endswith(SUFFIXES)]
+        folders[:] = filter(is_users_own, folders)  # os.walk does not enter the others
+        files += [os.path.join(parent, n) for n in names if is_users_own(n) and n.lower().endswith(SUFFIXES)]
     for file in files:
         _check_link(file)
     return files
@@ -125,7 +126,7 @@ def _below(folder: Path) -> list[str]:
 def _check_link(path: str) -> None:
     if not os.path.exists(path):
         to = os.readlink(path) if os.path.islink(path) else "nothing"
-        raise InputError(f"{path} is a link to {to}, which is not there: restore it or remove the link.")
+        raise InputError(f"{path} is a link to {to}, which does not exist: restore it or remove the link.")
 
 
 def read_image(
@@ -138,15 +139,15 @@ def read_image(
     """Return an image as uint8 (C, H, W).
 
     Args:
-        file: Any format that Pillow reads, with 8 bits a channel.
+        file: An image in any format that Pillow reads, with 8 bits a channel.
         channels: 3 for colour, 1 for grey.
-        size: (H, W) to crop to shape, centred, and resize to; None keeps the image's own.
-        name: What an error calls it; None means the file.
-        exif_orientation: Whether to turn and mirror it as its EXIF data say, which viewers do; else pixels stay as
-            they are stored. TIFF's own orientation always acts.
+        size: (H, W): the image is cropped at its centre to this aspect ratio and resized; None keeps its own size.
+        name: The name of the image in errors; None means the file.
+        exif_orientation: Whether to turn and mirror the image as its EXIF data say, as viewers do; else pixels stay as
+            they are stored. The orientation of the TIFF format is always applied.
 
     Raises:
-        InputError: If it cannot be read, has more than 8 bits a channel, or Pillow warns of its pixels.
+        InputError: If the image cannot be read, has more than 8 bits a channel, or Pillow warns about its pixels.
     """
     from PIL import Image, ImageOps
 
@@ -154,7 +155,7 @@ def read_image(
         with _open(file) as image:
             picture = eight_bits(image, channels)
         if exif_orientation:
-            with _OPENING, warnings.catch_warnings():  # EXIF holds no pixels
+            with _OPENING, warnings.catch_warnings():  # damaged EXIF data do not concern the pixels
                 warnings.simplefilter("ignore")
                 picture = ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -166,15 +167,16 @@ def read_image(
 
 
 def _open(file: Path | IO[bytes]) -> Any:
-    """Open an image; what Pillow warns of is an error, unless it concerns metadata alone."""
+    """Open an image; a warning of Pillow is raised as a ValueError, unless it concerns metadata alone."""
     from PIL import Image
 
-    # What happens to warnings is a setting of the process, so one thread at a time changes it.
+    # The filters of warnings belong to the process, so one thread at a time may change them.
     with _OPENING, warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
         image = Image.open(file)
     for warning in noted:
-        # Outside TIFF itself, tags are EXIF; and in TIFF a tag with too many values is read by its first.
+        # In other formats than TIFF, the TIFF reader reads EXIF data. In TIFF, a tag of too many values gives a
+        # "Metadata Warning", and its first value is used.
         exif = image.format != "TIFF" and Path(warning.filename).name == "TiffImagePlugin.py"
         if not exif and not str(warning.message).startswith("Metadata Warning"):
             image.close()
@@ -190,18 +192,18 @@ def decode(
     name: Callable[[int], str] | None = None,
     exif_orientation: bool = False,
 ) -> Pixels:
-    """Return images as uint8 (N, C, H, W), decoded by all cores into what `allocate` gives for that shape.
+    """Return images as uint8 (N, C, H, W), decoded on all cores.
 
     Args:
         files: The images.
         channels: 3 for colour, 1 for grey.
-        size: (H, W) to crop and resize to; None asks that all have the size of the first.
-        allocate: Gives the array to fill.
-        name: What errors call the image of a position; None means its file.
+        size: (H, W) to crop and resize to; None requires that all images have the size of the first.
+        allocate: Returns an array of the shape it is given, which is filled and returned.
+        name: Returns the name of the i-th image in errors; None means its file.
         exif_orientation: See `read_image`.
 
     Raises:
-        InputError: If one cannot be read, or has another size than the first where `size` is None.
+        InputError: If an image cannot be read, or `size` is None and an image has another size than the first.
     """
     called = name or (lambda row: str(files[row]))
     shape = read_image(files[0], channels, size, called(0), exif_orientation).shape
@@ -213,10 +215,10 @@ def decode(
             if pixels.shape != shape:
                 here, there = ("x".join(map(str, s[1:])) for s in (pixels.shape, shape))
                 raise InputError(
-                    f"{called(row)} is {here} where {called(0)} is {there}: set image_size to bring all to one size."
+                    f"{called(row)} is {here} where {called(0)} is {there}: set image_size to resize all of them."
                 )
             out[row] = pixels
-        let_go(out)
+        release_pages(out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(fill, range(0, len(files), _BLOCK)):  # an error cancels the blocks still waiting
@@ -240,20 +242,20 @@ def decoded_images(
     """Return `<part>_x` of every part, uint8 (N, C, H, W), and the mean and std of the training images.
 
     Args:
-        key: Kind of dataset, in the name of the cache's entry.
-        parts: Images of "train" and "test".
-        root: The folder that holds them.
+        key: Kind of dataset, with which the name of the cache entry begins.
+        parts: The images of "train" and "test".
+        root: The folder that they are in.
         image_size: See `image_folder`.
         channels: See `image_folder`.
         cache: See `image_folder`.
         cache_dir: See `image_folder`.
-        files: The files that the images are read from; None means the images.
-        chosen: How images are chosen among those of the files.
-        name: What errors call the image of a part and position; None means its file.
+        files: The files that contain the images; None means that each image is a file.
+        chosen: Whatever decides which images of the files are used, for the digest of the cache entry.
+        name: Returns the name of the i-th image of a part in errors; None means its file.
         exif_orientation: See `read_image`.
 
     Raises:
-        InputError: As `decode` and `cl.data.cache.cached` do, or if `channels` or `image_size` cannot be.
+        InputError: If `channels` or `image_size` is out of range; or from `decode` and `cl.data.cache.cached`.
     """
     if channels not in (1, 3):
         raise InputError(f"channels={channels}: images are read as 3 (colour) or 1 (grey).")
@@ -296,27 +298,28 @@ def image_folder(
     std: Numbers = None,
     augment: nn.Module | None = None,
 ) -> Dataset:
-    """Load a tree of images with one folder a class, `<root>/<train>/<class>/**/*.png`, as uint8 (C, H, W).
+    """Load a tree of images with one folder for each class, `<root>/<train>/<class>/**/*.png`, as uint8 (C, H, W).
 
-    Tiny-ImageNet's own layout is read with `test="val"`: a folder with `val_annotations.txt` is a list of labels.
+    Tiny-ImageNet in its own layout is read with `test="val"`: the file `val_annotations.txt` in that folder lists the
+    labels.
 
     Args:
-        root: The folder that holds both.
-        train: Its training folder.
-        test: Its test folder; None draws the test set from the training folder.
-        image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
-            None means that all have one size already.
+        root: The folder that contains the training and the test folder.
+        train: Name of the training folder.
+        test: Name of the test folder; None draws the test set from the training folder.
+        image_size: Height and width, or one number for both: every image is cropped at its centre to this aspect ratio
+            and resized. None requires that all images have one size.
         channels: 3 for colour, 1 for grey.
-        exif_orientation: Whether to turn pictures as their EXIF data say, as viewers do; else they stay as stored.
-        test_fraction: Share of each class that becomes the test set where `test` is None.
+        exif_orientation: Whether to turn images as their EXIF data say, as viewers do; else they stay as stored.
+        test_fraction: Share of each class that becomes the test set, in (0, 1), if `test` is None.
         seed: Seed of that split.
-        name: What reports call it; None means the name of the root.
-        cache: Whether to keep the decoded arrays as memory-mapped files.
-        cache_dir: Where; None means `<root>/.clsim-cache`.
+        name: Its name in reports; None means the name of the root.
+        cache: Whether to store the decoded arrays as memory-mapped files.
+        cache_dir: The directory of these files; None means `<root>/.clsim-cache`.
         normalize: See `digits`.
         mean: See `digits`.
-        std: As `mean`.
-        augment: Train-time augmentation.
+        std: See `digits`.
+        augment: Train-time augmentation of raw batches, or None.
 
     Raises:
         InputError: If a folder is missing, an image cannot be read, sizes differ without `image_size`, the classes of
@@ -341,10 +344,10 @@ def list_parts(
     """Return (file, class) of every image of "train" and "test".
 
     Args:
-        root: The folder that holds both.
-        train: Its training folder.
-        test: Its test folder; None draws the test set from the training folder.
-        fraction: Share of each class that is drawn.
+        root: The folder that contains the training and the test folder.
+        train: Name of the training folder.
+        test: Name of the test folder; None draws the test set from the training folder.
+        fraction: Share of each class that is drawn for the test set.
         seed: Seed of the draw.
 
     Raises:
@@ -373,7 +376,7 @@ def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_disjoint(name: str, train_files: Sequence[Path], test_files: Sequence[Path]) -> None:
-    """Refuse a test set that shares a file with the training set, by whichever path or link.
+    """Refuse a test set that shares a file with the training set, even under another path or link.
 
     Raises:
         InputError: Naming the first shared file.

@@ -1,4 +1,4 @@
-"""Map-style datasets of (input, label) items: what they hold, read once, or refused by item."""
+"""Read map-style datasets of (input, label) items into inputs, labels and class names; errors name the item."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def read_items(dataset: Any, lazy: bool = False, what: str = "the dataset") -> t
     """Return the inputs (N, *input) and the labels (N,), or targets (N, C), of a dataset.
 
     Args:
-        dataset: Its items begin with an input and a label.
-        lazy: Whether inputs are read anew each time; labels are read once all the same.
-        what: What an error calls it.
+        dataset: A map-style dataset of (input, label, ...) items.
+        lazy: Whether inputs are read anew whenever they are needed; labels are read once in any case.
+        what: The name of the dataset in errors.
 
     Raises:
-        InputError: Naming the item, if it is no pair, or its input or label is no such thing, or of another shape or
-            type than the first.
+        InputError: If the dataset is empty or cannot be indexed, an item is not a pair, its input or label is not
+            numbers, or differs from the first in shape or type; names the item.
 
     Example:
         >>> read_items([(torch.zeros(2), 0), (torch.ones(2), 1)])[1].tolist()
@@ -64,8 +64,7 @@ def _length(dataset: Any, what: str) -> int:
     kind = type(dataset).__name__
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise InputError(
-            f"{kind} can only be gone through, where items are asked for by number: give a map-style dataset, with "
-            "len() and [i], such as the list of its items."
+            f"{kind} cannot be indexed: give a map-style dataset, with len() and [i], such as the list of its items."
         )
     if len(dataset) == 0:
         raise InputError(f"{what[0].upper()}{what[1:]} is empty: every task needs at least one example.")
@@ -110,19 +109,25 @@ def _targets(values: Any, what: str) -> Tensor:
 def read_sides(
     train: Sequence[Any], test: Sequence[Any], class_names: Sequence[str] | None = None, all_classes: bool = False
 ) -> tuple[list[Rows], list[Tensor], tuple[str, ...]]:
-    """Return inputs and labels of several training sets and then of as many test sets, and what classes are called.
+    """Read several training sets and as many test sets, and find the names of their classes.
 
-    Where all datasets say what theirs are called, one name is one class. Classes without a training row are left out.
+    Where all datasets name their classes (`class_to_idx`), classes of one name are one class. Classes without a
+    training example are left out.
 
     Args:
-        train: One a task.
-        test: One a task.
-        class_names: One a class: of those that have rows, or of the labels from 0 on; None means what the datasets
-            say, or the labels, where some are left out.
-        all_classes: Whether classes without rows count, too.
+        train: The training set of each task.
+        test: The test set of each task.
+        class_names: A name for each class that has examples, or for each label from 0 on. None takes the names from the
+            datasets; if they have none and classes are left out, the old labels are the names.
+        all_classes: Whether classes without examples count, too.
+
+    Returns:
+        The inputs of the training sets and then of the test sets, their labels in the same order, and the class names,
+        or an empty tuple where there are none.
 
     Raises:
-        InputError: From `read_items`; or if there are no datasets, or their targets differ in shape.
+        InputError: If there are no datasets, their targets differ in shape or type, or `class_names` has another number
+            of names; or from `read_items`.
 
     Example:
         >>> pets = [(torch.zeros(2), 1), (torch.ones(2), 3)]
@@ -151,13 +156,13 @@ def read_sides(
         raise InputError(
             f"class_names has {len(known)} names where the training rows have {count} classes: give one each."
         )
-    if len(known) == count:  # one a class that has rows
+    if len(known) == count:  # one name for each class that has examples
         return inputs, moved, known
     return inputs, moved, tuple(kept) if known or len(kept) < highest else ()
 
 
 def names_of(dataset: Any) -> list[str] | None:
-    """Return what a dataset calls its labels 0..C-1, as torchvision's do, or None.
+    """Return the names of a dataset's labels 0..C-1 from its `class_to_idx`, as torchvision's have it, or None.
 
     Example:
         >>> class Pets(list):
@@ -177,13 +182,14 @@ def names_of(dataset: Any) -> list[str] | None:
 
 
 def by_name(datasets: Sequence[Any], labels: Sequence[Tensor]) -> tuple[list[Tensor], list[str] | None]:
-    """Return labels under which one name is one class in all datasets, where all say names; else as they are.
+    """Return labels of several datasets in which classes of one name have one number, and the names in that order.
 
-    Two folders of images that lack a class each number theirs from 0.
+    This is for folders of images: two folders with different classes each number theirs from 0. If a dataset does not
+    name its classes, labels stay as they are and the names are None.
 
     Args:
-        datasets: Several.
-        labels: Of each, (N,).
+        datasets: The datasets.
+        labels: The labels of each dataset, (N,).
 
     Example:
         >>> class Pets(list):

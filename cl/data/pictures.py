@@ -1,25 +1,25 @@
-"""Pictures of Pillow's many modes as grey or colour of 8 bits a channel, or not at all."""
+"""Convert Pillow's images of any mode to grey or colour of 8 bits a channel; refuse images of more bits."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_GREY = ("1", "L")  # modes that one channel holds
+_GREY = ("1", "L")  # modes of one channel
 
 
 def eight_bits(image: Any, channels: int | None = None) -> Any:
     """Return a picture of Pillow as grey ("L") or colour ("RGB").
 
-    Palettes become their colours, CMYK and YCbCr are converted, and black and white is 0 and 255. Transparency is
-    left out where a number of channels is asked for, and kept (modes LA and RGBA) where it is not.
+    Palettes become their colours, CMYK and YCbCr are converted, and black and white become 0 and 255. Transparency is
+    dropped if `channels` is given, and kept (modes LA and RGBA) if not.
 
     Args:
         image: The picture.
-        channels: 3 for colour, 1 for grey; None means what the picture itself is.
+        channels: 3 for colour, 1 for grey; None means as the picture itself.
 
     Raises:
-        ValueError: If it has more than 8 bits a channel, of which Pillow would keep the highest and show dark
-            pictures of 10 or 12 bits as black; or a mode that has no such colours.
+        ValueError: If the picture has more than 8 bits a channel (Pillow would keep the highest 8, and turn dark
+            pictures of 10 or 12 bits black), or its mode cannot be converted.
 
     Example:
         >>> from PIL import Image
@@ -38,10 +38,10 @@ def eight_bits(image: Any, channels: int | None = None) -> Any:
 
 
 def bits_of(image: Any) -> int:
-    """Return the bits of a channel that the file of an opened picture holds; 8 where it does not say.
+    """Return the bits of a channel in the file of an opened picture, before it is loaded; 8 if the file does not say.
 
-    Pillow opens colour of 16 bits in modes of 8, so this looks at how it would read the file: only before the picture
-    is loaded.
+    Pillow opens colour of 16 bits in a mode of 8 bits, so the mode does not tell. The file's header and the way in
+    which Pillow is about to read it (`tile`, which loading removes) do.
 
     Example:
         >>> from PIL import Image
@@ -62,9 +62,9 @@ def bits_of(image: Any) -> int:
 
 
 def _bits_of_jpeg2000(image: Any) -> int:
-    place = image.fp.tell()
+    position = image.fp.tell()
     image.fp.seek(0)
     head = image.fp.read(2**16)
-    image.fp.seek(place)
-    start = head.find(b"\xff\x4f\xff\x51")  # where the code stream begins; depths follow 38 bytes later
+    image.fp.seek(position)
+    start = head.find(b"\xff\x4f\xff\x51")  # the markers SOC and SIZ; the first channel's depth is 42 bytes later
     return (head[start + 42] & 127) + 1 if 0 <= start < len(head) - 42 else 8

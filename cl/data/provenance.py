@@ -1,7 +1,7 @@
-"""What a run is made from, its data and the user's own code, and what of it has changed since the last sitting.
+"""The provenance of a run, which is its data and the user's own code, and what of it has changed between two sessions.
 
-A run that goes on with other pixels, other labels or another loss would mix two experiments in one R. So the first
-sitting keeps digests in `provenance.json`, and later ones compare.
+A session is one process's part of a run. A run that were resumed with other pixels, other labels or another loss would
+mix two experiments in one R. So the first session stores digests in `provenance.json`, and later ones compare theirs.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from cl.files import digest_of, read_sealed, write_sealed
 from cl.rundir import PROVENANCE
 from cl.settings import setting
 
-_SAMPLE = 64  # rows that are looked at as a transform leaves them; the arrays below it are read whole
+_SAMPLE = 64  # examples that are digested after a transform; the arrays before it are read whole
 _STANDARD = str(Path(sysconfig.get_path("stdlib")).resolve())
-_INSTALLED = {"site-packages", "dist-packages"}  # folders whose packages have versions, which the manifest tells
-_LIBRARIES = {"cl", "torch", "torchvision", "pytorch_lightning", "timm", "avalanche"}  # even where they lie elsewhere
+_INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, whose versions the manifest records
+_LIBRARIES = {"cl", "torch", "torchvision", "pytorch_lightning", "timm", "avalanche"}  # wherever they are installed
 _PARTS = ("train", "val", "test", "unlabelled")
 
-Stamp = list[Any]  # size and time of change of a file, and the digest of its content then
-_files: dict[str, Stamp] = {}  # of arrays that are read by rows, by path
+Stamp = list[Any]  # size and time of modification of a file, and the digest of its content at that time
+_files: dict[str, Stamp] = {}  # by path, the stamp of each mapped file that has been digested
 
 
 def provenance(
     stream: Stream, config: Mapping[str, Any], objects: Iterable[Any] = (), starts: Mapping[str, Path] | None = None
 ) -> dict[str, Any]:
-    """Return digests of a stream's data and of the source code outside the package that decides what is learned.
+    """Return digests of a stream's data and of the user's own source code.
 
     Args:
-        stream: Every task is looked at; arrays that tasks share are read once.
+        stream: The stream, of which every task is digested; arrays that tasks share are read once.
         config: The resolved configuration, whose `_target_`s name code.
-        objects: Strategies and networks, for a run made from Python.
-        starts: Files that learning begins from, by setting; `weights` is found in the configuration.
+        objects: Strategies and networks, for a run that was started from Python.
+        starts: By setting, the files of initial weights; that of `weights` is found in the configuration.
 
     Returns:
-        "data": by task and part, the number of rows and digests of labels and inputs; "code": by module, a digest of
-        its file; "start": by setting, a digest of the file that learning begins from; "files": of arrays that are read
-        by rows, what tells without reading that they are as they were.
+        "data": by task and part, the number of examples and digests of labels and inputs; "code": by module, a digest
+        of its file; "start": by setting, a digest of the file of initial weights; "files": by path, size, time of
+        modification and digest of every mapped file, so that an unchanged file is not read again.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -75,14 +75,16 @@ def provenance(
 
 
 def digest(data: TaskData, seen: dict[Any, str] | None = None) -> tuple[str, str]:
-    """Return digests of the labels and of the inputs of a set of examples.
+    """Return a digest of the labels and one of the inputs of a set of examples.
 
-    Inputs are those of the arrays below the view, read whole, with the rows that belong and the first rows as a
-    transform leaves them. What a map-style dataset draws anew each time has no digest but its shape.
+    The inputs' digest covers the base arrays, read whole; the index of the examples in them; and, if there is a
+    transform, the first examples after it. Inputs that a map-style dataset draws anew at each reading are represented
+    by their shape alone.
 
     Args:
-        data: Examples.
-        seen: Digests of arrays by `id`, for sets that share them, and of files by path; filled.
+        data: The examples.
+        seen: Digests of arrays by `id`, and of files by path, so that sets that share them digest them once; new ones
+            are added to it.
 
     Example:
         >>> one, other = (TaskData(torch.full((3, 2), v), torch.tensor([0, 1, 2])) for v in (0.0, 1.0))
@@ -105,7 +107,7 @@ def digest(data: TaskData, seen: dict[Any, str] | None = None) -> tuple[str, str
 
 
 def _base(rows: Any, seen: dict[Any, str]) -> str:
-    """Return the digest of an array; of one that lies in a file, that of before where the file has not been touched."""
+    """Return the digest of an array; for a mapped file whose size and time are unchanged, the digest found before."""
     path = getattr(rows, "path", None)
     if path is None:
         return _content(rows)
@@ -121,7 +123,7 @@ def _content(rows: Any) -> str:
     found = hashlib.sha256(f"{rows.dtype}{tuple(rows.shape)}".encode())
     if isinstance(rows, Tensor) or row_bytes(rows) == 0:
         _add(found, rows)
-    elif not hasattr(rows, "dataset"):  # one that draws anew has no content
+    elif not hasattr(rows, "dataset"):  # a map-style dataset may draw other inputs each time
         for part in parts(rows):
             found.update(part.tobytes())
     return found.hexdigest()
@@ -133,7 +135,7 @@ def _add(found: Any, tensor: Tensor) -> None:
 
 
 def _start(files: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of those files that are still there; what they held is in the checkpoints, too."""
+    """Return, by setting, the digests of the files of initial weights that still exist."""
     return {key: digest_of(Path(file))[:20] for key, file in files.items() if file and Path(file).is_file()}
 
 
@@ -141,7 +143,7 @@ def _start(files: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _code(config: Mapping[str, Any], objects: Iterable[Any]) -> dict[str, str]:
-    """Return a digest of each of the user's source files that the run's classes and functions stand in or use."""
+    """Return, by module, a digest of the user's source files that define or use the run's classes and functions."""
     learning = {k: v for k, v in config.items() if k not in ("callbacks", "hydra") and setting(k).kind != "shown"}
     names = {_module_of(target) for target in _targets(learning)} | {type(thing).__module__ for thing in objects}
     found: dict[str, str] = {}
@@ -162,7 +164,7 @@ def _targets(tree: Any) -> set[str]:
 
 
 def _module_of(target: str) -> str:
-    """Return the module that a dotted name stands in; it is imported, since a resumed run may not have built it yet."""
+    """Return the module of a dotted name, or ""; it is imported, since a resumed run may not have imported it yet."""
     name = target.rpartition(".")[0]
     while name:
         try:
@@ -174,7 +176,7 @@ def _module_of(target: str) -> str:
 
 
 def _used(modules: list[ModuleType]) -> list[ModuleType]:
-    """Return those of the modules that are the user's own, and what they import that is, too."""
+    """Return the user's own modules among the given ones, and those that they import in turn."""
     found: dict[str, ModuleType] = {}
     waiting = list(modules)
     while waiting:
@@ -187,7 +189,7 @@ def _used(modules: list[ModuleType]) -> list[ModuleType]:
 
 
 def _imports(module: ModuleType) -> set[str]:
-    """Return the names of the modules that a module's source imports, and of what could be one."""
+    """Return the names of the modules that a module's source imports, and of imported members that may be modules."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(Path(str(module.__file__)).read_bytes())):
         if isinstance(node, ast.Import):
@@ -204,61 +206,63 @@ def _is_own(module: ModuleType) -> bool:
     file = str(getattr(module, "__file__", None))
     if module.__name__.partition(".")[0] in _LIBRARIES or not (file.endswith(".py") and Path(file).is_file()):
         return False
-    place = Path(file).resolve()
-    return not (_INSTALLED & set(place.parts) or str(place).startswith(_STANDARD))
+    path = Path(file).resolve()
+    return not (_INSTALLED & set(path.parts) or str(path).startswith(_STANDARD))
 
 
-# ---- two sittings ---------------------------------------------------------------------------------------------------
+# ---- compare two sessions -------------------------------------------------------------------------------------------
 
 
-def settle(directory: Path, found: dict[str, Any], allowed: bool, begun: bool, told: Iterable[str] = ()) -> list[str]:
-    """Keep what a run is made from, and compare it with what it was made from before.
+def check_and_store(
+    directory: Path, found: dict[str, Any], allowed: bool, begun: bool, remarks: Iterable[str] = ()
+) -> list[str]:
+    """Compare the provenance of a run with that of its earlier sessions, and write it to the run's directory.
 
     Args:
-        directory: Of the run.
-        found: What `provenance` returned.
+        directory: The run's directory.
+        found: The provenance of this session, from `provenance`.
         allowed: Whether a change is recorded instead of refused.
-        begun: Whether anything has been learned or measured there.
-        told: Sentences of this sitting that later ones are to repeat.
+        begun: Whether an earlier session has learned or measured anything.
+        remarks: Sentences of this session that later sessions repeat.
 
     Returns:
-        A sentence on each change that was allowed, in this sitting or before, and what was told.
+        A sentence on each change that was allowed, in this session or before, and the remarks of all sessions.
 
     Raises:
-        InputError: If something has changed and that is not allowed.
+        InputError: If data or code have changed and that is not allowed.
     """
-    kept = read_sealed(directory / PROVENANCE) if begun else None
-    history: list[str] = list(dict.fromkeys([*(kept["history"] if kept is not None else []), *told]))
-    if kept is not None:
-        changed = changes(kept, found)
+    before = read_sealed(directory / PROVENANCE) if begun else None
+    history: list[str] = list(dict.fromkeys([*(before["history"] if before is not None else []), *remarks]))
+    if before is not None:
+        changed = changes(before, found)
         if changed and not allowed:
             raise InputError(
-                f"{directory} was begun with other data or code: {listed(changed)}. Bring back what was there, or go "
-                "on with allow_changed=true, which is told beside the numbers; another directory "
-                "(hydra.run.dir) begins anew."
+                f"{directory} was begun with other data or code: {listed(changed)}. Restore what was there, continue "
+                "with allow_changed=true, which is reported beside the numbers, or start a new run in another "
+                "directory (hydra.run.dir)."
             )
-        history += [f"Changed between two sittings: {listed(changed)}."] * bool(changed)
-    start = {**(kept or {}).get("start", {}), **found["start"]}  # a file of before may be gone
+        history += [f"Changed between two sessions: {listed(changed)}."] * bool(changed)
+    start = {**(before or {}).get("start", {}), **found["start"]}  # an earlier session's file may be gone
     content = {**{key: found[key] for key in ("data", "code", "files")}, "start": start, "history": history}
-    if content != kept:
+    if content != before:
         write_sealed(directory / PROVENANCE, content)
     return history
 
 
-def recall(directory: Path) -> dict[str, Any] | None:
-    """Return what a run was made from as its directory has it, None where it does not say."""
-    kept = read_sealed(directory / PROVENANCE)
-    _files.update({key: stamp for key, stamp in (kept or {}).get("files", {}).items() if key not in _files})
-    return kept
+def stored(directory: Path) -> dict[str, Any] | None:
+    """Return the provenance that a run's directory holds, or None; mapped files that it knows are not read again."""
+    found = read_sealed(directory / PROVENANCE)
+    _files.update({key: stamp for key, stamp in (found or {}).get("files", {}).items() if key not in _files})
+    return found
 
 
 def changes(there: Mapping[str, Any], here: Mapping[str, Any], code: bool = True) -> list[str]:
-    """Return what is different between two provenances, a few words each.
+    """Return the differences between two provenances, a few words each.
 
     Args:
-        there: Of before.
-        here: Of now.
-        code: Whether code and the files that learning begins from count as well as data.
+        there: The earlier provenance.
+        here: The present provenance.
+        code: Whether to compare code and files of initial weights as well as data.
 
     Example:
         >>> old, new = ({"data": {"task 1 train": [3, "a", v]}, "code": {"mine": v}} for v in ("x", "y"))
@@ -286,7 +290,7 @@ def changes(there: Mapping[str, Any], here: Mapping[str, Any], code: bool = True
 
 
 def listed(changed: list[str]) -> str:
-    """Return what has changed as words of a sentence, the first few of many."""
+    """Join changes to a part of a sentence; of more than four, the first four and the number of the others."""
     return ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 

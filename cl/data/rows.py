@@ -1,4 +1,4 @@
-"""Where the inputs of a dataset lie: in memory, in a file that is read by rows, or behind a map-style dataset."""
+"""The inputs of a dataset as rows: a tensor in memory, a mapped `.npy` file, or the items of a map-style dataset."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from cl.data.pictures import eight_bits
 from cl.errors import InputError
 from cl.files import place
 
-RESIDENT = 2**30  # bytes; what takes more stays in its file
+RESIDENT = 2**30  # bytes; larger arrays stay in their files
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 PART = 2**26  # bytes that are read at a time
 
 
 class Rows(Protocol):
-    """Inputs (N, *input) that can be indexed by rows; a tensor is one."""
+    """Inputs (N, *input), one row for each example, that can be indexed by a tensor of row numbers; tensors can."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """(N, *input)."""
+        """Number of rows and shape of an input, (N, *input)."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the inputs."""
 
     def __len__(self) -> int:
-        """N."""
+        """Number of rows, N."""
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Rows (n, *input), int64 (n,) to a tensor of its own."""
+        """Return the rows of an index, int64 (n,), as a new tensor (n, *input)."""
 
 
 def kind_of(x: Rows) -> str:
@@ -50,16 +50,16 @@ def kind_of(x: Rows) -> str:
 
 
 class Mapped:
-    """A `.npy` file read by rows through a mapping that lasts as long as the reading.
+    """A `.npy` file that is mapped anew for each reading of rows.
 
-    So the resident memory holds what is being read, whatever the size of the file; the operating system's cache of the
-    file is not counted as the process's and goes when memory is short.
+    So the process's memory holds only the rows that are being read, whatever the size of the file. The operating
+    system's cache of the file does not count as the process's memory, and is freed when memory is short.
 
     Args:
-        path: An array (N, *input) in C order.
+        path: A `.npy` file of an array (N, *input) in C order.
 
     Raises:
-        InputError: If it is in another order.
+        InputError: If the array is in Fortran order.
 
     Example:
         >>> import tempfile
@@ -84,18 +84,19 @@ class Mapped:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        # "c": torch wants memory that may be written, and no write reaches the file
+        # "c", copy-on-write: torch needs writable memory, and no write reaches the file
         array: Any = np.memmap(self.path, self._type, "c", self._offset, tuple(self.shape))
         return torch.from_numpy(array).index_select(0, index.cpu())
 
 
 class Items:
-    """The inputs of a map-style dataset of (input, ...) items, read when they are asked for, one by one.
+    """The inputs of a map-style dataset, read one by one whenever they are needed.
 
-    For what cannot be read once: a transform that draws anew each time. It is as slow as the dataset.
+    This is for datasets that cannot be read once, because a transform draws anew each time. It is as slow as the
+    dataset.
 
     Args:
-        dataset: Its items begin with the input, a tensor, an array or a picture.
+        dataset: A map-style dataset of (input, ...) items; an input is a tensor, an array or a picture.
 
     Example:
         >>> Items([(torch.tensor([1.0]), 0), (torch.tensor([2.0]), 1)])[torch.tensor([1])].tolist()
@@ -116,18 +117,18 @@ class Items:
 
 
 def open_array(path: str | Path) -> Rows:
-    """Open a `.npy` file: mapped as a tensor where it is small, by rows where it takes more than a gibibyte.
+    """Open a `.npy` file: as a tensor of mapped memory, or as `Mapped` if it takes more than 1 GiB.
 
     Raises:
-        InputError: If it is missing, or no array of numbers.
+        InputError: If the file is missing, or is not one array of numbers with at least one dimension.
     """
     try:
         found = np.load(place(path), mmap_mode="c")
         if not isinstance(found, np.ndarray):
             found.close()
-            raise InputError(f"{path} holds several arrays: write the one that is meant with numpy.save.")
+            raise InputError(f"{path} holds several arrays: write one of them with numpy.save.")
         if found.ndim == 0:
-            raise InputError(f"{path} holds a single number: write an array with one row an example.")
+            raise InputError(f"{path} holds a single number: write an array with one row for each example.")
         return as_rows(found)
     except InputError:
         raise
@@ -136,7 +137,7 @@ def open_array(path: str | Path) -> Rows:
 
 
 def as_rows(array: Any) -> Rows:
-    """Return an array as a tensor; as rows of its file where it is mapped and takes more than a gibibyte.
+    """Return an array as a tensor, or as `Mapped` if it is mapped from a file and takes more than 1 GiB.
 
     Example:
         >>> as_rows(np.arange(3)).tolist()
@@ -148,7 +149,7 @@ def as_rows(array: Any) -> Rows:
 
 
 def parts(x: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """Read an array, a tensor or rows of a file part by part, in order, no more than 64 MiB at a time.
+    """Iterate over an array, a tensor or a mapped file in parts of consecutive rows, each at most 64 MiB or one row.
 
     Example:
         >>> [part.tolist() for part in parts(torch.tensor([[1], [2]]))]
@@ -158,29 +159,31 @@ def parts(x: Any) -> Iterator[np.ndarray[Any, Any]]:
     for start in range(0, len(x), step):
         if isinstance(x, np.ndarray):
             yield x[start : start + step]
-            let_go(x)
+            release_pages(x)
         else:
             yield x[torch.arange(start, min(start + step, len(x)))].numpy()
 
 
-def let_go(array: Any) -> None:
-    """Take the pages of a mapped file out of the process's memory; the file keeps what was written to them."""
+def release_pages(array: Any) -> None:
+    """Release the pages of a mapped file from the process's memory; what was written to them stays in the file."""
     shared = isinstance(array, np.memmap) and array.mode != "c"  # a private page would be lost
     if shared and hasattr(mmap, "MADV_DONTNEED"):
         array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def to_tensor(x: Any, what: str = "An input") -> Tensor:
-    """Return an input as a tensor; a picture as uint8 (C, H, W), grey or in its colours.
+    """Return an input as a tensor on the CPU; a picture as uint8 (C, H, W), with the channels that it has.
 
-    Numbers stay as they are; of whole ones, unsigned of more than 8 bits become int64, in which torch can index.
+    Numbers keep their type, with two exceptions: unsigned integers of more than 8 bits become int64, since torch cannot
+    index with them, and floats of more than 64 bits become float64.
 
     Args:
         x: A tensor, an array, a number, a list of numbers, or a picture of Pillow.
-        what: What an error calls it.
+        what: The name of the input in errors.
 
     Raises:
-        InputError: If it is nothing of this, a picture has more than 8 bits a channel, or a tensor is sparse.
+        InputError: If `x` is none of these, a picture has more than 8 bits a channel, or a tensor is sparse, nested,
+            complex or quantized.
 
     Example:
         >>> from PIL import Image
@@ -192,7 +195,7 @@ def to_tensor(x: Any, what: str = "An input") -> Tensor:
             pixels = np.asarray(eight_bits(x))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{what} is a picture of mode {x.mode} that cannot be taken ({error}): bring it to 8 bits a channel, "
+                f"{what} is a picture of mode {x.mode} that cannot be read ({error}): convert it to 8 bits a channel, "
                 "or give an array of floats."
             ) from error
         return torch.from_numpy(pixels[None].copy() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
@@ -207,14 +210,21 @@ def to_tensor(x: Any, what: str = "An input") -> Tensor:
         raise InputError(f"{what} is of type {type(x).__name__}: give one array or tensor of numbers, or a picture.")
     if array.dtype.kind == "u" and array.dtype != np.uint8:
         if array.size and int(array.max()) >= 2**63:
-            raise InputError(f"{what} holds {int(array.max())}, more than 64 bits with a sign can say: give floats.")
+            raise InputError(f"{what} holds {int(array.max())}, too much for a signed 64-bit integer: give floats.")
         return torch.from_numpy(array.astype(np.int64))
     native = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     return torch.from_numpy(np.array(array, dtype=native))
 
 
 def check_plain(x: Any, what: str) -> None:
-    """Refuse tensors that are not dense or not of real numbers, and arrays with a mask.
+    """Refuse masked arrays, and tensors that are not dense or do not hold real numbers of 16 bits or more.
+
+    Args:
+        x: Anything; only arrays and tensors are checked.
+        what: The name of the input in errors.
+
+    Raises:
+        InputError: If `x` is such an array or tensor.
 
     Example:
         >>> check_plain(torch.eye(2).to_sparse(), "train_x")
@@ -237,7 +247,7 @@ def row_bytes(x: Rows) -> int:
 
 
 def first_not_finite(x: Rows) -> int | None:
-    """Return the first row that holds NaN or infinity, reading a part at a time, or None.
+    """Return the number of the first row that holds NaN or infinity, or None; a mapped file is read part by part.
 
     Example:
         >>> first_not_finite(torch.tensor([[1.0], [float("nan")]]))

@@ -1,4 +1,4 @@
-"""Where datasets come from: scikit-learn, torchvision, folders of images, and Gaussian blobs."""
+"""Load datasets from scikit-learn, torchvision, folders of images or map-style datasets; or draw Gaussian classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TORCHVISION = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
-_PATIENCE = 10.0  # seconds that a silent server is waited for
+_PATIENCE = 10.0  # seconds to wait for a server that does not answer
 
 
 @checked
@@ -44,15 +44,15 @@ def digits(
     std: Numbers = None,
     augment: nn.Module | None = None,
 ) -> Dataset:
-    """Load scikit-learn's 1,797 scans of handwritten digits, uint8 (1, 8, 8): the dataset that needs no download.
+    """Load scikit-learn's 1,797 scans of handwritten digits, uint8 (1, 8, 8), which need no download.
 
     Args:
-        test_fraction: Share of each class that becomes the test set.
+        test_fraction: Share of each class that becomes the test set, in [0, 1).
         seed: Seed of that split.
-        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
-        mean: Per channel in [0, 1]; None computes it from the training set.
-        std: As `mean`.
-        augment: Train-time augmentation.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels are only divided by 255.
+        mean: Mean of each channel, in [0, 1], or one number for all; None computes it from the training set.
+        std: Standard deviation of each channel, in the same form.
+        augment: Train-time augmentation of raw batches, or None.
 
     Example:
         >>> data = digits()
@@ -85,24 +85,24 @@ def synthetic(
 ) -> Dataset:
     """Draw balanced classes from Gaussians of unit covariance.
 
-    Class c is N(mu_c, I) with |mu_c| = separation / sqrt(2), in orthogonal directions where there are enough
-    dimensions, so that any two classes lie `separation` apart and the best accuracy on two is Phi(separation / 2).
+    Class c is N(mu_c, I) with |mu_c| = separation / sqrt(2). With at least as many dimensions as classes, the means are
+    orthogonal, so that any two are `separation` apart and the best accuracy on two classes is Phi(separation / 2).
 
     Args:
-        num_classes: C.
-        num_train: Training examples in all.
-        num_test: Test examples in all.
+        num_classes: Number of classes, C.
+        num_train: Number of training examples of all classes together.
+        num_test: Number of test examples of all classes together.
         input_shape: Shape of one input.
         separation: Distance of two class means in standard deviations.
-        image: Whether to store uint8 images, 128 + 32 z rounded and clipped, in place of float32.
-        seed: Seed of everything.
+        image: Whether to store inputs z as uint8 images, 128 + 32 z rounded and clipped, instead of float32.
+        seed: Seed of the means and of the examples.
         normalize: See `digits`.
-        mean: See `digits`; float inputs are left as they are where it is None.
-        std: As `mean`.
-        augment: Train-time augmentation.
+        mean: See `digits`; None does not change the mean of float inputs.
+        std: See `digits`; None does not change the scale of float inputs.
+        augment: Train-time augmentation of raw batches, or None.
 
     Raises:
-        InputError: If a class would stay empty, or images are asked for in a shape that is not (C, H, W).
+        InputError: If a class would have no example, or `image` is true and `input_shape` is not (C, H, W).
 
     Example:
         >>> synthetic(num_classes=3, input_shape=(1, 8, 8), image=True).train_x.dtype
@@ -140,22 +140,24 @@ def map_style(
     std: Numbers = None,
     augment: nn.Module | None = None,
 ) -> Dataset:
-    """Read any two map-style datasets of (input, label) items into arrays, once.
+    """Read a training and a test set, map-style datasets of (input, label) items, into arrays, once.
 
     Args:
-        train: Training items; pictures become uint8 (C, H, W), grey or in their colours; arrays and tensors stay as
-            they are.
+        train: Training items. Pictures become uint8 (C, H, W) with the channels that they have; floats of 16 and 64
+            bits become float32; other arrays and tensors keep their type.
         test: Test items.
-        name: What reports call it.
-        class_names: One name a class that has rows, or a label from 0 on; None means what both datasets say
-            (`class_to_idx`), by which their labels are matched, or the labels.
+        name: Its name in reports.
+        class_names: A name for each class that has examples, or for each label from 0 on. None takes the names from the
+            datasets' `class_to_idx`, where both have one, and matches labels by name; else labels are the names.
         normalize: See `digits`.
-        mean: See `digits`; float inputs are left as they are where it is None.
-        std: As `mean`.
-        augment: Train-time augmentation, in place of what the items' own transforms would draw.
+        mean: See `digits`; None does not change the mean of float inputs.
+        std: See `digits`; None does not change the scale of float inputs.
+        augment: Train-time augmentation of raw batches, or None. Transforms of the items are applied once, when they
+            are read.
 
     Raises:
-        InputError: If there are no items, or one is no pair of an input and a label, or of another shape or type.
+        InputError: If there are no items, an item is not a pair of an input and a label, or two inputs or labels differ
+            in shape or type.
 
     Example:
         >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
@@ -183,22 +185,23 @@ def torchvision_dataset(
 ) -> Dataset:
     """Load mnist, fashion_mnist, kmnist, emnist, svhn, cifar10 or cifar100 through torchvision.
 
-    EMNIST is stored transposed and its "letters" count from 1; here images stand upright and labels start at 0.
+    EMNIST's files hold transposed images, and the labels of its split "letters" begin at 1; here images are upright and
+    labels begin at 0.
 
     Args:
-        name: Which one.
-        root: Where the files are, in torchvision's layout, or are downloaded to.
-        split: Of EMNIST only: byclass, bymerge, balanced (the default), letters, digits or mnist.
-        download: Whether to download what is missing.
-        cache: Whether to keep the decoded arrays as memory-mapped files.
-        cache_dir: Where; None means `<root>/.clsim-cache`.
+        name: The name of the dataset.
+        root: The folder that contains the files in torchvision's layout, or that they are downloaded to.
+        split: The split of EMNIST: byclass, bymerge, balanced (the default), letters, digits or mnist; else None.
+        download: Whether to download missing files.
+        cache: Whether to store the decoded arrays as memory-mapped files.
+        cache_dir: The directory of these files; None means `<root>/.clsim-cache`.
         normalize: See `digits`.
         mean: See `digits`.
-        std: As `mean`.
-        augment: Train-time augmentation.
+        std: See `digits`.
+        augment: Train-time augmentation of raw batches, or None.
 
     Raises:
-        InputError: If the files are missing and cannot be downloaded, naming files and folder.
+        InputError: If the name is unknown, or the files are missing and cannot be downloaded.
     """
     from torchvision import datasets
 
@@ -238,7 +241,7 @@ def torchvision_dataset(
         return arrays | {"class_names": np.array(names)}
 
     if cache and not all(file.is_file() for file in files):
-        load(True), load(False)  # what is downloaded first can be fingerprinted
+        load(True), load(False)  # download the files first, so that they can be fingerprinted
     arrays = decoded(name, files, root, (name, split), build, cache, cache_dir)
     return make_dataset(name, arrays, arrays["class_names"].tolist(), normalize, mean, std, augment)
 
@@ -254,7 +257,7 @@ def _timeout(seconds: float) -> Iterator[None]:
 
 
 def _files(source: Any, root: Path, split: str | None) -> tuple[list[Path], str]:
-    """Return the files that torchvision reads, and which archive would do in their place."""
+    """Return the files that torchvision reads, and a remark on the archive that can replace them, or ""."""
     if split:
         folder, kinds = root / "EMNIST" / "raw", ("images-idx3-ubyte", "labels-idx1-ubyte")
         names = [f"emnist-{split}-{part}-{kind}" for part in ("train", "test") for kind in kinds]
@@ -274,7 +277,7 @@ def _files(source: Any, root: Path, split: str | None) -> tuple[list[Path], str]
 
 def _pixels(data: Any, name: str) -> Array:
     x: Array = np.asarray(data.data)
-    if x.ndim == 4 and name != "svhn":  # which is (N, C, H, W)
+    if x.ndim == 4 and name != "svhn":  # SVHN is (N, C, H, W) already
         x = x.transpose(0, 3, 1, 2)  # from (N, H, W, C)
     if name == "emnist":
         x = x.swapaxes(1, 2)

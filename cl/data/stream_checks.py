@@ -1,4 +1,4 @@
-"""What a stream must keep to, checked; `cl.testing` offers it to authors outside the project."""
+"""Check that a stream fulfils its contract; `cl.testing` offers `check_stream` to authors of streams."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cl.data.task import Stream, Task, TaskData
 
 
 def check_stream(stream: Stream | Callable[[], Stream]) -> None:
-    """Check that a stream keeps the contract; raise an error that says where it does not.
+    """Check that a stream fulfils the contract of streams.
 
-    It can be iterated twice and nested; reads the same every time, and when built anew; has every label, task label and
-    number in range; keeps test examples out of every training and validation set, and validation examples out of their
-    task's training set; and its augmentation and normalisation leave their input alone.
+    The stream can be iterated twice and nested. Its examples are the same at each reading and whenever the stream is
+    built. Labels, task labels and inputs are in range. No test example is in a training or validation set, and no
+    validation example in its task's training set. Augmentation and normalisation do not change their input in place.
 
     Args:
         stream: A stream, or the function that builds it, which is then called twice.
 
     Raises:
         InputError: From `Stream.check`.
-        AssertionError: One sentence.
+        AssertionError: If a condition fails; one sentence says which, and how to mend it.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -49,8 +49,8 @@ def check_stream(stream: Stream | Callable[[], Stream]) -> None:
         augment = stream.augment
         views = [_apply("augment", lambda rows: augment(rows, np.random.default_rng(0)), x) for _ in range(2)]
         assert torch.equal(*views), "augment differs for one generator state: draw from the generator it is given."
-        alike = views[0].shape == x.shape and views[0].dtype == x.dtype
-        assert alike, (
+        unchanged = views[0].shape == x.shape and views[0].dtype == x.dtype
+        assert unchanged, (
             f"augment gives {views[0].dtype} {tuple(views[0].shape)} for {x.dtype} {tuple(x.shape)}: keep both."
         )
     if stream.normalize is not None:
@@ -82,10 +82,10 @@ def _check_part(what: str, stream: Stream, task: Task, part: str) -> None:
     labels = first[2].unique().tolist()
     if part != "train" or not stream.repeats:
         assert labels == [task.index], f"{what} carries the task labels {labels}: give its rows the task's index."
-    for label in labels:  # rows that come in another task keep the label of their own
-        strange = set(classes_of(first[1][first[2] == label])) - set(stream[label].classes)
-        assert not strange, (
-            f"{what} has rows of classes {sorted(strange)} labelled as task {label}, which has none such."
+    for label in labels:  # an example that appears in another task carries the label of its own task
+        foreign = set(classes_of(first[1][first[2] == label])) - set(stream[label].classes)
+        assert not foreign, (
+            f"{what} has rows of classes {sorted(foreign)} labelled as task {label}, which does not have them."
         )
     if first[0].is_floating_point():
         assert bool(torch.isfinite(first[0]).all()), f"{what} has NaN or infinity: clean the data."
@@ -96,14 +96,17 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _apply(what: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    kept = x.clone()
+    before = x.clone()
     out = function(x)
-    assert torch.equal(x, kept), f"{what} changes its input in place, which memories store raw: work on a copy."
+    assert torch.equal(x, before), f"{what} changes its input in place, which memories store raw: work on a copy."
     return out
 
 
 def _check_leaks(stream: Stream) -> None:
-    """Look for shared rows of one storage, exactly, and for copies, of which real data hold some by chance."""
+    """Refuse sets that share examples: the same rows of one array, or, in more than half of a test set, equal inputs.
+
+    Fewer equal inputs are allowed, since real datasets contain some duplicates.
+    """
     trained = torch.cat([_addresses(task.train) for task in stream])
     for task in stream:
         test = _addresses(task.test)
@@ -120,7 +123,7 @@ def _check_leaks(stream: Stream) -> None:
 
 
 def _addresses(data: TaskData) -> Tensor:
-    """Return where each row begins in memory, (n,)."""
+    """Return for each example the address of its row in memory, (n,), or a hash of its file or dataset plus its row."""
     index = torch.arange(len(data.y)) if data.index is None else data.index.cpu()
     if isinstance(data.x, Tensor):
         return data.x.data_ptr() + index * data.x.stride(0) * data.x.element_size()
@@ -134,7 +137,7 @@ def _copies(a: TaskData, b: TaskData) -> int:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Return whether two states are the same to the bit; NaN is NaN."""
+    """Return whether two states, nested dicts of tensors and plain values, are equal; NaN equals NaN."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, Tensor):

@@ -1,4 +1,4 @@
-"""Tables of text that know their rows' numbers: a CSV or Parquet file, for errors that name the row."""
+"""Read a CSV or Parquet file as a table of text that knows the number of each row in the file, for errors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Table:
 
     Args:
         path: The file.
-        columns: The cells of each column, as text without blanks around it; "" where a cell is empty.
-        rows: The number of each row, as a person counts: in CSV the header is row 1; in Parquet the first row is.
+        columns: The cells of each column, as text without blanks around it; an empty cell is "".
+        rows: The number of each row in the file, from 1. In CSV the header is row 1; Parquet's header has no number.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class Table:
         return len(self.rows)
 
     def where(self, i: int) -> str:
-        """Say where the i-th row stands.
+        """Return the number of the i-th row and the file, to begin an error.
 
         Example:
             >>> Table(Path("a.csv"), {}, [2, 3]).where(1)
@@ -47,30 +47,31 @@ class Table:
         """Return the cells of a column.
 
         Raises:
-            InputError: If it is not there.
+            InputError: If there is no such column.
         """
         if name not in self.columns:
             raise InputError(
                 f"{self.path} has no column {name!r} among {', '.join(self.columns)}: add it, or say in columns which "
-                "one it is."
+                "one to use."
             )
         return self.columns[name]
 
     def take(self, order: Sequence[int]) -> Table:
-        """Return some rows, in another order."""
+        """Return the table with the rows at these positions, in this order."""
         cells = {name: [column[i] for i in order] for name, column in self.columns.items()}
         return Table(self.path, cells, [self.rows[i] for i in order])
 
 
 def read_table(path: str | Path) -> Table:
-    r"""Read a CSV file with a header (UTF-8), or a Parquet file where its name ends in .parquet.
+    r"""Read a CSV file with a header (UTF-8), or a Parquet file, whose name ends in .parquet.
 
-    Between cells stands what stands in the header: commas; where it has none, tabs; then semicolons; then blanks, of
-    which several count as one. Another than the comma is told. In Parquet a list becomes its items with ";" between,
-    and a time of a zone becomes UTC.
+    The separator of a CSV file is the first of comma, tab, semicolon and blank that its header contains; several blanks
+    count as one. Another separator than the comma is logged. In Parquet, a list becomes its items joined by ";", and a
+    time with a time zone becomes UTC.
 
     Raises:
-        InputError: If it cannot be read, has no rows, or a row has another number of cells than the header.
+        InputError: If the file cannot be read, has no rows, has two columns of one name, or a row has another number of
+            cells than the header.
 
     Example:
         >>> import tempfile
@@ -85,7 +86,7 @@ def read_table(path: str | Path) -> Table:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({error}): give a CSV file in UTF-8, or a .parquet file.") from error
     if not len(table):
-        raise InputError(f"{path} has no rows: give one an image.")
+        raise InputError(f"{path} has no rows: give one for each image.")
     return table
 
 
@@ -106,7 +107,7 @@ def _read_csv(path: Path) -> Table:
     if odd is not None:
         raise InputError(
             f"Row {odd} of {path} has {len(lines[odd - 1])} cells where the header has {len(header)}: "
-            f"bring it to one a column, in quotes where a cell holds {_SEPARATORS[separator]}."
+            f"give one for each column, in quotes where a cell holds {_SEPARATORS[separator]}."
         )
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
@@ -115,7 +116,7 @@ def _read_csv(path: Path) -> Table:
 
 
 def _separator(header: str) -> str:
-    """Return what stands between the names of a header: the first of comma, tab, semicolon and blank that does."""
+    """Return the first of comma, tab, semicolon and blank that a header contains, or a comma."""
     return next((separator for separator in _SEPARATORS if separator in header.strip()), ",")
 
 
@@ -134,7 +135,7 @@ def _read_parquet(path: Path) -> Table:
         raise InputError(f"{path} cannot be read ({reason}): write it as Parquet again, or as CSV.") from error
     columns = {}
     for name, column in zip(read.column_names, read.columns, strict=True):
-        # Python's times count microseconds, and a zone is not needed: the instant is kept, in UTC.
+        # Python's datetime has a resolution of microseconds. Without its zone, a time is an instant in UTC.
         cells = column.cast(pa.timestamp("us"), safe=False) if pa.types.is_timestamp(column.type) else column
         columns[name] = [_text(cell) for cell in cells.to_pylist()]
     return Table(path, columns, list(range(1, read.num_rows + 1)))
@@ -149,11 +150,11 @@ def _text(cell: Any) -> str:
 
 
 def rename(table: Table, names: Mapping[str, str | Sequence[str]]) -> Table:
-    """Return the table with columns under other names; several under one are joined with ";".
+    """Return the table with additional columns: copies under new names, or several columns joined by ";".
 
     Args:
         table: The table.
-        names: The column, or columns, of each new name.
+        names: For each new name, the column to copy, or the columns to join.
 
     Example:
         >>> table = Table(Path("a.csv"), {"file": ["a.png"], "x": ["1"], "y": ["2"]}, [2])

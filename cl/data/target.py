@@ -1,4 +1,4 @@
-r"""What a network's outputs are trained towards and scored by: one label a row, several, or numbers.
+r"""The kinds of targets of a network's outputs: one label for each example, several labels, or numbers.
 
 =============  ========================  ==========================================  ======================
 target         y                         loss, over the outputs that compete         entries of R
@@ -21,7 +21,7 @@ from cl.errors import InputError
 
 
 def classes_of(y: Tensor) -> tuple[int, ...]:
-    """Return the classes that occur among targets, ascending: labels, or columns that are not 0 throughout.
+    """Return the classes that occur in targets, ascending: the labels of (N,), or the columns of (N, C) that are not 0.
 
     Example:
         >>> classes_of(torch.tensor([3, 1, 3])), classes_of(torch.tensor([[0.0, 1.0, 1.0]]))
@@ -32,30 +32,35 @@ def classes_of(y: Tensor) -> tuple[int, ...]:
 
 
 class Target(ABC):
-    """A kind of target: its loss, its scores, and what may stand in y."""
+    """A kind of target: its loss, its metrics, and the values that it allows.
+
+    Attributes:
+        name: "label", "multilabel" or "regression".
+        metrics: The names of its metrics; R holds the first.
+    """
 
     name: str
     metrics: tuple[str, ...]
 
     def row(self, num_outputs: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and type of one row's target."""
+        """Return the shape and the type of one example's target."""
         return (num_outputs,), torch.float32
 
     @abstractmethod
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss; logits (B, C) of outputs that do not compete are minus infinity."""
+        """Return the mean loss of logits (B, C), in which outputs that do not compete are minus infinity."""
 
     @abstractmethod
     def scores(self, logits: Tensor, y: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """Return each metric on the rows of one task, whose classes are given, (K,)."""
+        """Return each metric on the examples of one task: logits (N, C), targets y, and the task's classes (K,)."""
 
     @abstractmethod
     def check(self, what: str, y: Tensor, num_outputs: int) -> None:
-        """Refuse targets that are not of this kind, naming the value."""
+        """Raise an InputError if targets y are not of this kind; `what` is their name in the error."""
 
 
 class Label(Target):
-    """One class a row.
+    """One class for each example.
 
     Example:
         >>> Label().loss(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([1])).exp().item()
@@ -65,7 +70,7 @@ class Label(Target):
     name, metrics = "label", ("accuracy",)
 
     def row(self, num_outputs: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and type of a label."""
+        """Return the shape and the type of a label."""
         return (), torch.int64
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -73,11 +78,11 @@ class Label(Target):
         return F.cross_entropy(logits, y)
 
     def scores(self, logits: Tensor, y: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """Return the share of right answers."""
+        """Return the accuracy."""
         return {"accuracy": (logits.argmax(1) == y).double().mean()}
 
     def check(self, what: str, y: Tensor, num_outputs: int) -> None:
-        """Refuse labels out of range."""
+        """Raise an InputError if labels are not int64 (N,) or not in 0..`num_outputs` - 1."""
         if y.ndim != 1 or y.dtype != torch.int64:
             raise InputError(
                 f"{what} has labels of {y.dtype} and shape {tuple(y.shape)}: give int64 (N,), or say "
@@ -90,7 +95,7 @@ class Label(Target):
 
 
 class _Vector(Target):
-    """Targets with one column an output."""
+    """Targets with one column for each output."""
 
     def check(self, what: str, y: Tensor, num_outputs: int) -> None:
         if y.ndim != 2 or y.dtype != torch.float32 or y.shape[1] != num_outputs:
@@ -110,12 +115,12 @@ class _Vector(Target):
 
 
 class MultiLabel(_Vector):
-    """Any number of classes a row.
+    """Any number of classes for each example.
 
-    mAP is the mean over the task's classes of average precision (the step-wise area under precision over recall); CF1
-    and OF1 are 2PR/(P+R) of the precision and recall of sigmoid(logit) > 1/2, averaged over classes, and over all
-    decisions (Wang et al. 2016, "CNN-RNN", section 4). A class without a positive test row is left out of means over
-    classes.
+    mAP is the mean over the task's classes of the average precision, the step-wise area under the curve of precision
+    over recall. CF1 and OF1 are 2PR/(P+R), where a class is predicted if sigmoid(logit) > 1/2: CF1 takes the means over
+    classes of precision P and recall R, OF1 takes P and R of all decisions together (Wang et al. 2016, "CNN-RNN",
+    section 4). A class without a positive test example is left out of means over classes.
 
     Example:
         >>> y = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -127,7 +132,7 @@ class MultiLabel(_Vector):
     _rule = "give 0 or 1"
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the mean over rows and competing classes of the binary cross-entropy."""
+        """Return the mean over examples and competing classes of the binary cross-entropy."""
         competes = logits != -torch.inf
         terms = F.binary_cross_entropy_with_logits(logits.where(competes, 0.0), y, reduction="none")
         return (terms * competes).sum() / competes.sum().clamp_min(1)
@@ -137,10 +142,10 @@ class MultiLabel(_Vector):
         z, truth = logits[:, classes].double(), y[:, classes] > 0
         some = truth.any(0)
         precise = torch.stack([_average_precision(*column) for column in zip(z.T, truth.T, strict=True)])
-        said = z > 0
-        hits, asked, given = ((a.double().sum(0)) for a in (said & truth, truth, said))
-        per_class = _f1((hits / given.clamp_min(1))[some].mean(), (hits / asked.clamp_min(1))[some].mean())
-        overall = _f1(hits.sum() / given.sum().clamp_min(1), hits.sum() / asked.sum())
+        predicted = z > 0
+        hits, positives, given = ((a.double().sum(0)) for a in (predicted & truth, truth, predicted))
+        per_class = _f1((hits / given.clamp_min(1))[some].mean(), (hits / positives.clamp_min(1))[some].mean())
+        overall = _f1(hits.sum() / given.sum().clamp_min(1), hits.sum() / positives.sum())
         return {"mAP": precise.nanmean(), "CF1": per_class, "OF1": overall}
 
     def _valid(self, y: Tensor) -> Tensor:
@@ -148,9 +153,9 @@ class MultiLabel(_Vector):
 
 
 def _average_precision(z: Tensor, truth: Tensor) -> Tensor:
-    """Return the area under precision over recall, in steps where scores differ; NaN without a positive row."""
-    place = torch.unique(-z, return_inverse=True)[1]  # not of the sigmoid, which ties what is large
-    hits, rows = torch.bincount(place, truth.double()), torch.bincount(place)
+    """Return the step-wise area under precision over recall, one step a distinct score; NaN without a positive."""
+    rank = torch.unique(-z, return_inverse=True)[1]  # ranks of logits, since the sigmoid of large ones is equal
+    hits, rows = torch.bincount(rank, truth.double()), torch.bincount(rank)
     return (hits * hits.cumsum(0) / rows.cumsum(0)).sum() / hits.sum()
 
 
@@ -159,10 +164,10 @@ def _f1(precision: Tensor, recall: Tensor) -> Tensor:
 
 
 class Regression(_Vector):
-    """Numbers, one an output.
+    """One number for each output.
 
-    R2 = 1 - sum (y - f)^2 / sum (y - mean y)^2, the mean over outputs whose test targets vary; at most 1, 0 for the
-    mean of the test rows.
+    R2 = 1 - sum (y - f)^2 / sum (y - mean y)^2 for predictions f, averaged over the outputs whose test targets vary. It
+    is at most 1, and 0 for a prediction that is the mean of the test targets.
 
     Example:
         >>> y = torch.tensor([[0.0], [2.0]])

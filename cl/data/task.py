@@ -1,4 +1,4 @@
-"""What is learned, in which order: `TaskData`, `Task` and `Stream`.
+"""What is learned, and in which order: `TaskData`, `Task` and `Stream`.
 
 A stream needs no base class. A function that returns a `Stream` is enough:
 
@@ -38,20 +38,21 @@ from cl.ranges import check_range
 
 Scenario = Literal["class", "task", "domain"]
 SCENARIOS: tuple[Scenario, ...] = ("class", "task", "domain")
-MOST_TASKS = 10_000  # R has a row and a column for each
+MOST_TASKS = 10_000  # R has a row and a column for each task
 Order = Sequence[int] | Literal["shuffled"] | None
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Labelled examples: a view of base arrays until `tensors` gathers them.
+    """Labelled examples, as a view of base arrays; `tensors` gathers them.
 
     Args:
-        x: Base inputs as stored, (N, *input): uint8 images or float32 arrays; a tensor, or what reads by rows.
+        x: Base inputs as stored, (N, *input): uint8 images or float32 arrays; a tensor or other `Rows`.
         y: Stream-wide labels of the N base rows, int64 (N,); or targets, float32 (N, C), see `cl.data.target`.
         task: Task label, one for all rows or int64 (N,).
-        index: The rows of the base arrays that belong, in order; None means all of them.
-        transform: A deterministic map of gathered inputs (a permutation of pixels, a rotation), row by row.
+        index: The n rows of the base arrays that are in the view, in order; None means all of them.
+        transform: A deterministic map of gathered inputs (a permutation of pixels, a rotation), which acts on each
+            example independently.
     """
 
     x: Rows
@@ -84,7 +85,7 @@ class TaskData:
         return x, self.labels, self.tasks
 
     def take(self, rows: Tensor) -> TaskData:
-        """Return the view of some of this view's rows.
+        """Return a view of the examples at these positions of this view, int64 (n,).
 
         Example:
             >>> len(TaskData(torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)).take(torch.tensor([1, 3])))
@@ -95,18 +96,18 @@ class TaskData:
 
     @cached_property
     def labels(self) -> Tensor:
-        """The labels of the rows that belong, (n,)."""
+        """The labels of the view's examples, (n,)."""
         return self.y if self.index is None else self.y[self.index]
 
     @property
     def tasks(self) -> Tensor:
-        """The task labels of the rows that belong, (n,)."""
+        """The task labels of the view's examples, (n,)."""
         if isinstance(self.task, int):
             return torch.full((len(self),), self.task, dtype=torch.int64, device=self.y.device)
         return self.task if self.index is None else self.task[self.index]
 
     def of_tasks(self, labels: Sequence[int]) -> TaskData:
-        """Return the examples with some task labels; the same object where all have them.
+        """Return the examples that have one of these task labels; the same object if all have.
 
         Example:
             >>> data = TaskData(torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
@@ -120,36 +121,38 @@ class TaskData:
         """Return the same examples with another task label.
 
         Args:
-            task: The label, where all rows have one.
-            moved: The new label of each old one, for rows that belong to several tasks.
+            task: The new label, if all examples have one label now.
+            moved: The new label of each old one, for examples of several tasks.
 
         Raises:
-            InputError: If rows belong to several tasks and nothing says where those went.
+            InputError: If the examples are of several tasks and `moved` is None.
         """
         if isinstance(self.task, int) or len(torch.unique(self.tasks)) < 2:
             return replace(self, task=task)
         if moved is None:
-            raise InputError("Rows of several tasks cannot be given to one: change the stream before it blends.")
+            raise InputError(
+                "Rows of several tasks cannot get one task label: change the stream before it blends tasks."
+            )
         return replace(self, task=moved[self.task])
 
     def then(self, transform: Callable[[Tensor], Tensor]) -> TaskData:
-        """Return the same examples, transformed once more."""
+        """Return the same examples with another transform after the present one."""
         return replace(self, transform=transform if self.transform is None else _Chain(self.transform, transform))
 
     @property
     def resident(self) -> bool:
-        """Whether the examples are held on the training device as a whole, below a gibibyte or in memory anyway."""
+        """Whether the examples are held on the training device as a whole; see `fit`."""
         return TaskData.fit([self])
 
     @staticmethod
     def fit(parts: Sequence[TaskData]) -> bool:
-        """Say whether what several read from files is less than a gibibyte, and none is read anew each time."""
+        """Return whether sets are held as a whole: those from files take at most 1 GiB together, none is `Items`."""
         read = [part for part in parts if not isinstance(part.x, Tensor)]
         small = sum(len(part) * row_bytes(part.x) for part in read) <= RESIDENT
         return small and not any(isinstance(part.x, Items) for part in read)
 
     def on(self, device: torch.device) -> TaskData:
-        """Return the examples gathered on a device; or as they are, where they are read part by part."""
+        """Return the examples gathered on a device if they are `resident`; else the same object."""
         if not self.resident:
             return self
         x, y, task = (column.to(device) for column in self.tensors())
@@ -157,7 +160,7 @@ class TaskData:
 
     @staticmethod
     def concat(parts: Sequence[TaskData]) -> TaskData:
-        """Return the union of several, one after the other: a view where they share their arrays, else gathered.
+        """Return several sets one after the other: as a view where they share their base arrays, else gathered.
 
         Example:
             >>> one = TaskData(torch.zeros(2, 3), torch.tensor([0, 1]), task=4)
@@ -178,12 +181,13 @@ class TaskData:
 
     @staticmethod
     def from_dataset(dataset: Any, task: int = 0, lazy: bool = False) -> TaskData:
-        """Take any map-style dataset of (input, label, ...) items.
+        """Return the examples of a map-style dataset of (input, label, ...) items.
 
         Args:
-            dataset: Its items are read once, into arrays.
+            dataset: The dataset; its items are read once, into arrays.
             task: Task label.
-            lazy: Read inputs anew each time instead, where they are drawn anew; labels are read once all the same.
+            lazy: Whether inputs are read anew whenever they are needed instead, for transforms that draw anew; labels
+                are read once in any case.
 
         Raises:
             InputError: See `cl.data.items.read_items`.
@@ -197,9 +201,10 @@ class TaskData:
 
 
 def shard(data: TaskData) -> TaskData:
-    """Return this process's part of some examples, for counts that are summed; see `cl.distributed.own`.
+    """Return this process's part of some examples, for quantities that are summed over processes.
 
-    Where there are fewer examples than processes, each counts all of them: a share of W times as many is the same.
+    See `cl.distributed.own`. If there are fewer examples than the W processes, each process takes all of them: sums are
+    then W times as large, and shares of sums are the same.
 
     Example:
         >>> len(shard(TaskData(torch.zeros(3, 2), torch.arange(3))))
@@ -226,8 +231,8 @@ class Task:
         train: Training examples.
         test: Test examples, never trained on.
         val: Validation examples, drawn from the training set only and never augmented, or None.
-        name: What tables and pictures call it.
-        unlabelled: Inputs whose label is withheld (y = -1), for strategies that use such, or None.
+        name: Its name in tables and figures.
+        unlabelled: Inputs whose label is withheld (y = -1), for semi-supervised strategies, or None.
     """
 
     index: int
@@ -244,15 +249,15 @@ class Task:
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
-        """The stream-wide classes of the task, ascending: those of the rows that carry its label, trained or tested."""
+        """The task's classes, stream-wide and ascending: those of training and test examples with its task label."""
         parts = [part.labels[part.tasks == self.index] for part in (self.train, self.test)]
         return classes_of(torch.cat(parts))
 
     def each(self, change: Callable[[TaskData], TaskData], **fields: Any) -> Task:
-        """Return the task with a change made to its training, validation, test and unlabelled examples.
+        """Return the task with its training, validation, test and unlabelled examples changed.
 
         Args:
-            change: Examples to examples.
+            change: Maps a set of examples to another.
             fields: Other fields to replace, such as the name.
 
         Example:
@@ -269,27 +274,27 @@ class Stream(Sequence[Task]):
     """An ordered, finite sequence of tasks that can be iterated twice and nested.
 
     Args:
-        tasks: The tasks, or a function from the position to the task, called when it is first needed.
-        scenario: What is known at test: "class" (all seen classes compete), "task" (those of the given
-            task), "domain" (the same labels in every task).
-        num_classes: Width of the label space over the whole stream; of other targets, their number.
-        num_tasks: Length; needed where `tasks` is a function.
-        augment: Train-time augmentation, `(x, numpy generator) -> x`, on raw batches.
+        tasks: The tasks; or a function from a position to the task there, called when the task is first needed.
+        scenario: What is known at test. "class": all classes seen so far compete; "task": those of the given task
+            compete; "domain": every task has the same classes.
+        num_classes: Number of classes in the whole stream; for other targets, the number of their columns.
+        num_tasks: Number of tasks; needed if `tasks` is a function.
+        augment: Train-time augmentation of raw batches, `(x, numpy generator) -> x`.
         normalize: Maps a raw batch to what the backbone receives; the default only divides uint8 by 255.
         class_names: Names of the classes.
-        name: What reports call the stream.
-        target: What a row's target is: "label", "multilabel" or "regression", see `cl.data.target`.
+        name: Its name in reports.
+        target: The kind of target: "label", "multilabel" or "regression", see `cl.data.target`.
         repeats: Whether classes may come again in later tasks of a class- or task-incremental stream.
-        boundaries: Whether a task begins and ends for the learner. Without, tasks are evaluation points of a stream
-            that drifts: their rows are trained on in the order in which they stand.
-        order: The order in which the tasks are learned: their positions, or "shuffled"; None leaves it as it is.
+        boundaries: Whether the learner sees where a task begins and ends. If not, the stream drifts, tasks are only
+            points of evaluation, and their examples are trained on in the order in which they are stored.
+        order: The order in which the tasks are learned: their positions, or "shuffled"; None keeps the given order.
         seed: Seed of a shuffled order.
 
     Attributes:
         order: The positions in the order of learning, stored beside the results.
 
     Raises:
-        InputError: If scenario, target or order is unknown, or there are no tasks.
+        InputError: If scenario, target or order is unknown, or the number of tasks is not in 1..10,000.
     """
 
     def __init__(
@@ -320,7 +325,7 @@ class Stream(Sequence[Task]):
         check_range("stream.num_tasks", length, Annotated[int, Interval(ge=1, le=MOST_TASKS)])
         self._tasks: list[Task | None] = [None] * length
         self.order = self._places = _resolve(order, length, seed, name)
-        self._moved = None if order is None else torch.tensor(self._places).argsort()  # where each task went
+        self._moved = None if order is None else torch.tensor(self._places).argsort()  # the new position of each task
         self.scenario: Scenario = scenario
         self.num_classes = num_classes
         self.augment = augment
@@ -332,16 +337,17 @@ class Stream(Sequence[Task]):
 
     @staticmethod
     def from_datasets(train: Sequence[Any], test: Sequence[Any], **options: Any) -> Stream:
-        """Make a task of each pair of map-style datasets of (input, label) items.
+        """Return a stream with a task for each pair of map-style datasets of (input, label) items.
 
-        Labels are stream-wide. Where all datasets say what theirs are called (`class_to_idx`, as torchvision's folders
-        do), one name is one class. Labels that no row has are left out, unless `num_classes` says how many there are.
+        Labels are stream-wide. If all datasets name their classes (`class_to_idx`, as torchvision's folders do),
+        classes of one name are one class. Labels without a training example are left out, unless `num_classes` is
+        given.
 
         Args:
-            train: One a task.
-            test: One a task.
-            options: Of `Stream`; `num_classes` defaults to the number of labels that rows have, the scenario to
-                "domain" where tasks share classes.
+            train: The training set of each task.
+            test: The test set of each task.
+            options: Arguments of `Stream`. `num_classes` defaults to the number of classes that have examples, and the
+                scenario to "domain" if tasks share classes, else to "class".
 
         Example:
             >>> cats, dogs = [(torch.zeros(2), 0), (torch.ones(2), 1)], [(torch.zeros(2), 2), (torch.ones(2), 3)]
@@ -350,7 +356,7 @@ class Stream(Sequence[Task]):
             (4, 'class')
         """
         if len(train) != len(test):
-            raise InputError(f"{len(train)} training sets but {len(test)} test sets: give one of each a task.")
+            raise InputError(f"{len(train)} training sets but {len(test)} test sets: give each task one of both.")
         inputs, labels, names = read_sides(train, test, options.get("class_names"), "num_classes" in options)
         parts = [TaskData(x, y, k % len(train)) for k, (x, y) in enumerate(zip(inputs, labels, strict=True))]
         tasks = [Task(t, parts[t], parts[len(train) + t]) for t in range(len(train))]
@@ -361,19 +367,19 @@ class Stream(Sequence[Task]):
         return Stream(tasks, **{**defaults, **options, "class_names": names})
 
     def derive(self, build: Callable[[int], Task], num_tasks: int | None = None, **changes: Any) -> Stream:
-        """Return a stream of other tasks that is alike in all but the changes.
+        """Return a stream of other tasks with the other arguments of this stream, except for the changes.
 
         Args:
-            build: Position to task.
-            num_tasks: Its length; None means as many tasks as here.
-            changes: Arguments of `Stream`.
+            build: Maps a position to the task there.
+            num_tasks: Number of tasks; None means as many as here.
+            changes: Arguments of `Stream` that differ.
         """
-        alike = ("scenario", "num_classes", "augment", "normalize", "class_names", "name", "repeats", "boundaries")
-        same = {key: getattr(self, key) for key in alike} | {"target": self.target.name}
-        made = Stream(build, num_tasks=num_tasks or len(self), **{**same, **changes})
+        shared = ("scenario", "num_classes", "augment", "normalize", "class_names", "name", "repeats", "boundaries")
+        same = {key: getattr(self, key) for key in shared} | {"target": self.target.name}
+        stream = Stream(build, num_tasks=num_tasks or len(self), **{**same, **changes})
         if num_tasks is None and changes.get("order") is None:
-            made.order = self.order  # its tasks stand in it already
-        return made
+            stream.order = self.order  # its tasks are in this order already
+        return stream
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -414,22 +420,23 @@ class Stream(Sequence[Task]):
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """Type of a raw input as stored, and so as a memory keeps it."""
+        """Type of a raw input as stored, and so in a memory."""
         return self._example.dtype
 
     @property
     def task_names(self) -> list[str]:
-        """One name a task."""
+        """The names of the tasks; a task without one is called by its number, from 1."""
         return [task.name or f"task {task.index + 1}" for task in self]
 
     def check(self) -> None:
-        """Refuse a stream that cannot be learned as it stands; `cl.engine.experiment` calls it before any training.
+        """Refuse a stream that cannot be learned; `cl.engine.experiment` calls this before any training.
 
         Raises:
-            InputError: One sentence naming the task, the value and the remedy.
+            InputError: If tasks are not numbered from 0, a set is empty or its lengths, types or labels are wrong, a
+                task tests classes that it does not train, or tasks share classes that the scenario keeps apart.
         """
         if self.target.name == "regression" and self.scenario != "domain":
-            raise InputError(f"{self.name!r} has numbers as targets, which no class owns: set scenario=domain.")
+            raise InputError(f"{self.name!r} has numbers as targets, which have no classes: set scenario=domain.")
         owner: dict[int, int] = {}
         for position, task in enumerate(self):
             if task.index != position:
@@ -437,18 +444,18 @@ class Stream(Sequence[Task]):
             for part, data in (("train", task.train), ("val", task.val), ("test", task.test)):
                 if data is not None:
                     self._check_part(f"The {part} set of task {position} of {self.name!r}", data)
-            strangers = set(classes_of(task.test.labels)) - set(classes_of(task.train.labels))
-            if strangers and self.boundaries and self.target.name != "regression":
+            untrained = set(classes_of(task.test.labels)) - set(classes_of(task.train.labels))
+            if untrained and self.boundaries and self.target.name != "regression":
                 raise InputError(
-                    f"Task {position} of {self.name!r} tests classes {sorted(strangers)} that it never trains: "
+                    f"Task {position} of {self.name!r} tests classes {sorted(untrained)} that it never trains: "
                     "remove them from its test set or add training examples."
                 )
             for label in task.classes if self.scenario != "domain" and not self.repeats else ():
                 if label in owner:
                     raise InputError(
-                        f"Class {label} stands in tasks {owner[label]} and {position} of {self.name!r}, which "
+                        f"Class {label} is in tasks {owner[label]} and {position} of {self.name!r}, which "
                         f"scenario={self.scenario} does not allow: give each class one task, use scenario=domain, or "
-                        "say repeats=True where classes come again."
+                        "set repeats=True if classes come again."
                     )
                 owner[label] = position
 
@@ -464,12 +471,12 @@ class Stream(Sequence[Task]):
         if first.dtype != self.input_dtype or tuple(first.shape[1:]) != self.input_shape:
             raise InputError(
                 f"{what} holds {first.dtype} inputs of shape {tuple(first.shape[1:])} where task 0 has "
-                f"{self.input_dtype} of {self.input_shape}: bring them to one shape and type."
+                f"{self.input_dtype} of {self.input_shape}: give all sets one shape and type."
             )
 
 
 def _resolve(order: Order, length: int, seed: int, name: str) -> tuple[int, ...]:
-    """Return an order as positions, each once."""
+    """Return an order as a permutation of the positions 0..`length` - 1."""
     if isinstance(order, str) and order != "shuffled":
         raise InputError(
             f"order={order!r} of {name!r} is unknown: give null, shuffled, or the positions 0..{length - 1}."

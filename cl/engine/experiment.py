@@ -191,7 +191,7 @@ class Experiment:
         distributed.align(self.learner)
         found = distributed.from_first(self._find)
         if self.checkpoints is not None:
-            self.run_view.notes += distributed.from_first(lambda: self._settle_provenance(found))
+            self.run_view.notes += distributed.from_first(lambda: self._check_provenance(found))
         if found is not None:
             self._foresee(found)
             checkpoint.load(self.learner, found, self.instruments, self._config)
@@ -214,15 +214,15 @@ class Experiment:
         if found is None:
             self._save()
 
-    def _settle_provenance(self, found: Path | None) -> list[str]:
+    def _check_provenance(self, found: Path | None) -> list[str]:
         """Refuse other data or code than those of before; return sentences on what has changed otherwise."""
         assert self.checkpoints is not None
         begun = found is not None
         directory = self.checkpoints.parent
         if self._described:
             refuse_other(self.run_view.config, directory)
-        provenance.recall(directory)
-        before = provenance.recall(self.branch.directory) if self.branch is not None and not begun else None
+        provenance.stored(directory)
+        before = provenance.stored(self.branch.directory) if self.branch is not None and not begun else None
         objects = [
             *self.learner.strategies.values(),
             self.learner.backbone,
@@ -241,7 +241,7 @@ class Experiment:
         told += checkpoint.rounding(found, self._config) if found is not None else []
         if version := rundir.earlier_version(directory):
             told.append(f"Begun by {version}.")
-        history = provenance.settle(directory, made_from, self.allow_changed, begun, told)
+        history = provenance.check_and_store(directory, made_from, self.allow_changed, begun, told)
         if self._described:
             write_config(self.run_view.config, directory)
         for place in (directory, self.checkpoints):  # only now: a run that is refused stays as it is

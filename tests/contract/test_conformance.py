@@ -832,7 +832,7 @@ BROKEN_STREAMS = {
         lambda: changed(0, "test", lambda t: rows(t["test"], y=t["test"].y - 1)),
         "has label -1, outside",
     ),
-    "class twice": (lambda: twice(), "Class 0 stands in tasks 0 and 1"),
+    "class twice": (lambda: twice(), "Class 0 is in tasks 0 and 1"),
     "empty task": (
         lambda: changed(1, "train", lambda t: t["train"].take(torch.tensor([], dtype=torch.int64))),
         "The train set of task 1 of 'stream' is empty",

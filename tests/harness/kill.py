@@ -214,7 +214,7 @@ class FromPython(Case):
 
 
 class Own(Case):
-    """Data and code of the user's, which change between two sittings."""
+    """Data and code of the user's, which change between two sessions."""
 
     def make_command(self, common: list[str]) -> Command:
         """Return a command without the data set of the others."""
@@ -255,7 +255,7 @@ class Own(Case):
             return [f"own: not killed:\n{attempt.log.read_text()}"]
         CHANGES[name](place)
         self._said(place, [*self.command, "allow_changed=true"], 0)
-        told = "Changed between two sittings" in (place / "out" / "transfer.json").read_text()
+        told = "Changed between two sessions" in (place / "out" / "transfer.json").read_text()
         return [] if told else [f"own: other {name} is allowed, and not told beside the numbers"]
 
     def _said(self, place: Path, command: Command, status: int) -> str:

@@ -275,7 +275,7 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ({"train_task": TASK, "test_task": TASK * 0 + 4}, "Task '9' of 'arrays' has no test row"),
     ({"train_task": TASK * 0 + 4, "test_task": TASK}, "Task '9' of 'arrays' has no training row"),
     ({"train_task": TASK, "test_task": TASK, "num_tasks": 3}, "num_tasks=3, but train_task names 2 tasks"),
-    ({"train_task": TASK, "test_task": TASK, "scenario": "class"}, "Class 0 stands in tasks 0 and 1"),
+    ({"train_task": TASK, "test_task": TASK, "scenario": "class"}, "Class 0 is in tasks 0 and 1"),
     ({"num_tasks": 7}, "num_tasks=7 for 6 classes"),
     ({"num_tasks": 0}, "num_tasks=0 for 6 classes"),
     ({"target": "regression"}, "target=regression cannot be split by class"),
@@ -450,7 +450,7 @@ def test_bad_folders_are_refused_and_nothing_is_left(tmp_path):
     refuses("dusk.train is not a folder", image_folders, root, folders=["day", "dusk"])
     refuses(r"test_fraction=1\.5 must be above 0 and below 1", image_folders, root, test=None, test_fraction=1.5)
     refuses("channels=2", image_folders, root, channels=2)
-    refuses("Class 0 stands in|Class 1 stands in tasks 0 and 1", image_folders, root, scenario="class")
+    refuses("Class 0 stands in|Class 1 is in tasks 0 and 1", image_folders, root, scenario="class")
     shutil.rmtree(root / ".clsim-cache")
 
     odd = save(root / "night" / "train" / "dog" / "5.png", picture(0, 6, 7))
@@ -719,7 +719,7 @@ BAD_TABLES: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         "Task '0' of .*, that of row 2, has too few rows of a class",
     ),
     ("fraction", without("split"), {"test_fraction": 0.0}, "test_fraction=0.0 must be above 0 and below 1"),
-    ("scenario", GOOD, {"scenario": "class"}, "Class 0 stands in tasks 0 and 1"),
+    ("scenario", GOOD, {"scenario": "class"}, "Class 0 is in tasks 0 and 1"),
 ]
 
 
@@ -839,7 +839,7 @@ def test_pictures_of_a_hugging_face_dataset(hub, tmp_path, decodes):
     refuses("pets has no split 'valid', only train, test", huggingface, path, test="valid")
     refuses("holds one split: set test to null", huggingface, path / "train")
     refuses("There is no column 'img' in the train split of .*, only image, label", huggingface, path, image="img")
-    refuses("nowhere is no saved dataset", huggingface, tmp_path / "nowhere")
+    refuses("nowhere is not a saved dataset", huggingface, tmp_path / "nowhere")
     refuses(r"test_fraction=2 must be above 0 and below 1", huggingface, path, test=None, test_fraction=2)
 
     def mixed(shift: int) -> list[Any]:
@@ -879,7 +879,7 @@ def test_arrays_of_a_hugging_face_dataset(hub, tmp_path):
         assert data.class_names == ("9", "10") and data.train_y.tolist() == [1, 0, 1, 0]
     kinds = {"image": hub.List(hub.Value("float32")), "label": hub.Value("int64")}
     ragged = saved(hub, tmp_path / "ragged", lambda _: [[1.0], [2.0], [3.0, 4.0]], [5, 7, 5], kinds)
-    refuses(r"Row 2 of the train split of .* has shape \(2,\), row 0 \(1,\): bring", huggingface, ragged)
+    refuses(r"Row 2 of the train split of .* has shape \(2,\), row 0 \(1,\): give", huggingface, ragged)
     nested = {**kinds, "image": hub.List(hub.List(hub.Value("float32")))}
     uneven = saved(hub, tmp_path / "uneven", lambda _: [[[1.0], [2.0, 3.0]]] * 2, [5, 7], nested)
     refuses("Row 0 of the train split of .*uneven is ragged", huggingface, uneven)

@@ -193,7 +193,7 @@ def test_arrays_are_looked_at_once_in_a_process(tmp_path: Path, monkeypatch: pyt
     for _ in range(3):
         cached("key", tmp_path, Counter())
     assert len(read) == 3, "as they were written"
-    cl.data.cache._looked_at.clear()  # another process
+    cl.data.cache._verified.clear()  # another process
     for _ in range(3):
         cached("key", tmp_path, Counter())
     assert len(read) == 6
@@ -261,7 +261,7 @@ def test_files_of_one_name_size_and_time_do_not_share_an_entry(tmp_path: Path, m
     os.utime(files[0], ns=(5, 5))
     assert read(0, 12) == 12.0, "another content at the old time"
     reads.clear()
-    monkeypatch.setattr(cl.data.cache, "_SETTLED", -100.0)  # as if the files had been there for long
+    monkeypatch.setattr(cl.data.cache, "_RESOLUTION", -100.0)  # as if the files had been there for long
     read(0, 96), read(1, 96)
     assert len(reads) == 2
     assert [read(0, 95), read(1, 95)] == [12.0, 11.0] and len(reads) == 2, "the same files are not read again"

@@ -105,7 +105,7 @@ def test_test_set_drawn_from_the_training_folder(tmp_path: Path) -> None:
     assert rows == {tuple(picture(10 * c + i).transpose(2, 0, 1).ravel().tolist()) for c in range(2) for i in range(10)}
     other = image_folder(tmp_path, test=None, test_fraction=0.3, seed=2)
     assert not torch.equal(other.test_x, data.test_x)
-    refuses("test_fraction=0 is not between", tmp_path, test=None, test_fraction=0)
+    refuses("test_fraction=0 must be above 0", tmp_path, test=None, test_fraction=0)
 
 
 def test_formats_grey_and_palette_images(tmp_path: Path) -> None:

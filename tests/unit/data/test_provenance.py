@@ -1,4 +1,4 @@
-"""Data or code that change between two sittings of a run are told; what stays the same goes on."""
+"""Data or code that change between two sessions of a run are told; what stays the same goes on."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_change_that_is_allowed_stands_beside_the_numbers_for_good(half, cl_ru
     for options in (["allow_changed=true"], []):  # the second goes on from what the first recorded
         done = cl_run(*COMMAND, *options, cwd=place)
         assert done.returncode == 0, done.stderr
-        assert "Changed between two sittings: inputs of task 1 train" in (place / "out/transfer.json").read_text()
+        assert "Changed between two sessions: inputs of task 1 train" in (place / "out/transfer.json").read_text()
         for name in ("checkpoints/after_task_003.ckpt", "result.json"):
             (place / "out" / name).unlink()
 
@@ -199,20 +199,20 @@ def test_every_part_of_every_task_counts():
 
 def test_a_torn_record_is_no_reason_to_stop(tmp_path):
     found = provenance.provenance(toy_stream(2), {})
-    assert provenance.settle(tmp_path, found, allowed=False, begun=False) == []
+    assert provenance.check_and_store(tmp_path, found, allowed=False, begun=False) == []
     (tmp_path / "provenance.json").write_text("{")
-    assert provenance.settle(tmp_path, found, allowed=False, begun=True) == []
+    assert provenance.check_and_store(tmp_path, found, allowed=False, begun=True) == []
     with pytest.raises(InputError, match="inputs of task 1 train"):
         other = {**found, "data": {**found["data"], "task 1 train": [found["data"]["task 1 train"][0], "", ""]}}
-        provenance.settle(tmp_path, other, allowed=False, begun=True)
+        provenance.check_and_store(tmp_path, other, allowed=False, begun=True)
 
 
 def test_what_was_told_of_a_change_is_told_in_later_sittings(tmp_path):
     found = provenance.provenance(toy_stream(2), {})
-    assert provenance.settle(tmp_path, found, allowed=True, begun=False, told=["Other data before."]) == [
+    assert provenance.check_and_store(tmp_path, found, allowed=True, begun=False, remarks=["Other data before."]) == [
         "Other data before."
     ]
-    assert provenance.settle(tmp_path, found, allowed=False, begun=True) == ["Other data before."]
+    assert provenance.check_and_store(tmp_path, found, allowed=False, begun=True) == ["Other data before."]
 
 
 def test_a_run_made_from_python_keeps_its_configuration_and_can_be_compared(tmp_path):

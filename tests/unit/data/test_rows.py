@@ -17,7 +17,7 @@ from torch import nn
 from cl.compose import copies, permute
 from cl.data import rows, task
 from cl.data.dataset import Dataset
-from cl.data.rows import Items, Mapped, first_not_finite, let_go, open_array, row_bytes
+from cl.data.rows import Items, Mapped, first_not_finite, open_array, release_pages, row_bytes
 from cl.data.task import Stream, TaskData
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
@@ -181,12 +181,12 @@ def test_a_union_of_views_of_one_array_is_a_view():
 def test_letting_go_keeps_what_was_written(tmp_path: Path):
     x = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.uint8, shape=(3, 10_000))
     x[1] = 5
-    let_go(x)
+    release_pages(x)
     x[2] = 6
     private = np.load(tmp_path / "x.npy", mmap_mode="c")
     private[0] = 9
-    let_go(private)
-    let_go(np.zeros(3))
+    release_pages(private)
+    release_pages(np.zeros(3))
     assert x.sum(1).tolist() == [0, 50_000, 60_000] and private[0, 0] == 9
 
 

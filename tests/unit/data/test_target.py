@@ -276,7 +276,7 @@ def test_targets_of_another_kind_are_refused(target, y, sentence):
 
 
 def test_numbers_belong_to_no_class():
-    with pytest.raises(InputError, match="numbers as targets, which no class owns: set scenario=domain"):
+    with pytest.raises(InputError, match="numbers as targets, which have no classes: set scenario=domain"):
         toy("regression").derive(lambda t: toy("regression")[t], scenario="class").check()
     with pytest.raises(InputError, match="no target called 'multi_label': did you mean 'multilabel'"):
         Stream([Task(0, TaskData(torch.zeros(1, 1), torch.zeros(1)), None)], num_classes=1, target="multi_label")

@@ -531,7 +531,7 @@ def test_labels_out_of_range_and_classes_in_two_tasks_are_refused():
         stream.check()
     first = toy_stream(2)[0]
     second = Task(1, TaskData(first.train.x, first.train.y, 1), TaskData(first.test.x, first.test.y, 1))
-    with pytest.raises(InputError, match="Class 0 stands in tasks 0 and 1"):
+    with pytest.raises(InputError, match="Class 0 is in tasks 0 and 1"):
         Stream([first, second], num_classes=2).check()
     Stream([first, second], num_classes=2, scenario="domain").check()
 

@@ -40,7 +40,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def place() -> tuple[int, ...]:
+def rank_position() -> tuple[int, ...]:
     """Return what a seed that differs by process is derived from beside the rest; nothing where there is one."""
     return (rank(),) if world_size() > 1 else ()
 

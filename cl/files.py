@@ -15,11 +15,11 @@ from cl.errors import InputError
 from cl.rundir import LOCK
 
 
-def place(path: str | Path) -> Path:
+def expand_path(path: str | Path) -> Path:
     """Return a path in which a leading ~ is the user's own folder, as in a shell.
 
     Example:
-        >>> place("~/data") == Path.home() / "data", place("data/~")
+        >>> expand_path("~/data") == Path.home() / "data", expand_path("data/~")
         (True, PosixPath('data/~'))
     """
     try:

@@ -50,7 +50,7 @@ class Random(nn.Module):
     def seed(self, seed: int) -> None:
         """Start again from a seed."""
         if self.by_rank and distributed.world_size() > 1:
-            seed = derive(seed, "rank", *distributed.place())
+            seed = derive(seed, "rank", *distributed.rank_position())
         self.generator = np.random.Generator(np.random.PCG64(seed))
 
     def get_extra_state(self) -> Tensor:

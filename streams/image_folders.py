@@ -16,7 +16,7 @@ from cl.data.dataset import Numbers, make_dataset
 from cl.data.images import check_disjoint, decoded_images, folders_in, list_parts
 from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
-from cl.files import place
+from cl.files import expand_path
 from cl.random import derive
 from cl.ranges import checked
 
@@ -92,7 +92,7 @@ def image_folders(
         >>> stream.task_names, stream.scenario, stream.class_names
         (['day', 'night'], 'domain', ('cat',))
     """
-    root = place(root)
+    root = expand_path(root)
     if pattern not in PATTERNS:
         raise unknown("pattern", pattern, PATTERNS)
     above = pattern == PATTERNS[1]

@@ -24,7 +24,7 @@ from cl.data.table import Table, read_table, rename
 from cl.data.target import TARGETS
 from cl.data.task import Order, Scenario, Stream
 from cl.errors import InputError, unknown
-from cl.files import place
+from cl.files import expand_path
 from cl.random import derive
 from cl.ranges import checked
 
@@ -123,7 +123,7 @@ def manifest(
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
     table = _renamed(read_table(path), columns or {})
-    root = table.path.parent if root is None else place(root)
+    root = table.path.parent if root is None else expand_path(root)
     if by == "time":
         table = table.take(np.argsort(read_times(table), kind="stable").tolist())
     files = [root / cell for cell in table.column("path")]

@@ -28,7 +28,7 @@ from cl.engine.preflight import check_optimizer
 from cl.engine.schedules import SchedulerFactory
 from cl.engine.strategy import OptimizerFactory, Strategy
 from cl.errors import InputError
-from cl.files import alone, place
+from cl.files import alone, expand_path
 from cl.measure.choose import chosen
 from cl.measure.references import Reference, References, reference_experiment
 from cl.metrics.scalar import AnyScalar
@@ -178,7 +178,7 @@ def run(
         stream,
         make_trainer,
         epochs=epochs,
-        directory=None if directory is None else place(directory).resolve(),
+        directory=None if directory is None else expand_path(directory).resolve(),
         reports=told,
         logger=[report.logger for report in told if isinstance(getattr(report, "logger", None), Logger)],
         callbacks=[*callbacks, *_bars(progress)],
@@ -238,7 +238,7 @@ def _references(
         for report in reports:
             report.say(text)
 
-    return References(kinds, train, place(folder), config, say).measure if kinds else None
+    return References(kinds, train, expand_path(folder), config, say).measure if kinds else None
 
 
 def _own(part: Any, default: Any) -> Any:
@@ -330,7 +330,7 @@ def load(directory: str | Path) -> Run:
     """
     from cl.compare.read import read_run
 
-    where = place(directory)
+    where = expand_path(directory)
     if not where.is_dir():
         raise InputError(f"There is no directory {where}: name that of a run.")
     if not (where / rundir.CONFIG).is_file():

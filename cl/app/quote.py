@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from cl.files import place
+from cl.files import expand_path
 
 
 def at_home(arguments: Sequence[str]) -> list[str]:
@@ -14,11 +14,13 @@ def at_home(arguments: Sequence[str]) -> list[str]:
     Example:
         >>> at_home(["~trainer.logger", "seed=1", "a=~"])
         ['~trainer.logger', 'seed=1', 'a=~']
-        >>> at_home(["dataset.root=~/data"]) == [f"dataset.root={place('~/data')}"]
+        >>> at_home(["dataset.root=~/data"]) == [f"dataset.root={expand_path('~/data')}"]
         True
     """
     parts = [argument.partition("=") for argument in arguments]
-    return [f"{key}={place(value)}" if value.startswith("~/") else key + sign + value for key, sign, value in parts]
+    return [
+        f"{key}={expand_path(value)}" if value.startswith("~/") else key + sign + value for key, sign, value in parts
+    ]
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from cl.backbones.vit import Timm as Timm
 from cl.backbones.vit import ViT as ViT
 from cl.backbones.vit import image_shape
 from cl.errors import InputError, unknown
-from cl.files import place
+from cl.files import expand_path
 from cl.ranges import checked
 
 
@@ -243,7 +243,7 @@ def load_backbone(module: nn.Module, path: str | Path) -> None:
     Raises:
         InputError: If the file is missing or no such checkpoint, or the weights are another backbone's.
     """
-    path = place(path)
+    path = expand_path(path)
     if not path.is_file():
         raise InputError(f"{path} is no file: name a checkpoint of a run.")
     try:

@@ -17,7 +17,7 @@ from cl.compare.markup import text
 from cl.compare.numbers import Numbers, summarise
 from cl.compare.read import RunFiles, find_runs, read_run
 from cl.errors import InputError, unknown
-from cl.files import place, write_text
+from cl.files import expand_path, write_text
 from cl.report.run import Run
 
 # What a table says with the definitions and the style sheet of the page, which a notebook does not have.
@@ -50,7 +50,7 @@ class Compared:
 
     def save(self, directory: str | Path) -> Path:
         """Write `comparison.html`, one file, and `comparison.csv`; return the path of the page."""
-        out = place(directory)
+        out = expand_path(directory)
         found = {stage.name: forecasts(stage, self.numbers) for stage in self.comparison.stages}
         write_text(out / "comparison.csv", self.numbers.csv())
         html = page(self.comparison, self.boards, self.over, self.numbers, self.bases, found)
@@ -143,7 +143,9 @@ def compare(
 
 def _read(runs: Sequence[Run | str | Path]) -> list[RunFiles]:
     """Return what is known of runs; one that was in memory alone is written to a folder that is then removed."""
-    places = [run.directory if isinstance(run, Run) else place(run) for run in runs if getattr(run, "stored", True)]
+    places = [
+        run.directory if isinstance(run, Run) else expand_path(run) for run in runs if getattr(run, "stored", True)
+    ]
     found = [read_run(path) for path in (find_runs(places) if places else ())]
     for number, run in enumerate(runs, start=1):
         if isinstance(run, Run) and not run.stored:

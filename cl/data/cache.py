@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cl.data.dataset import Array, channel_moments
 from cl.errors import InputError
-from cl.files import place, read_sealed, sync, write_sealed
+from cl.files import expand_path, read_sealed, sync, write_sealed
 
 Allocate = Callable[[str, tuple[int, ...]], npt.NDArray[np.uint8]]
 Build = Callable[[Allocate], Mapping[str, Array]]
@@ -66,7 +66,7 @@ def decoded(
 
     if not cache:
         return complete(lambda _, shape: np.empty(shape, dtype=np.uint8))
-    folder = root / ".clsim-cache" if cache_dir is None else place(cache_dir)
+    folder = root / ".clsim-cache" if cache_dir is None else expand_path(cache_dir)
     now = time.time()
     stats = [_stat(file) for file in files]
     same = hashlib.sha256(repr((FORMAT, settings)).encode())

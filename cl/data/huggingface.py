@@ -17,7 +17,7 @@ from cl.data.class_names import number_classes
 from cl.data.dataset import Array, Dataset, Numbers, make_dataset, split_validation
 from cl.data.images import decoded_images
 from cl.errors import InputError
-from cl.files import place
+from cl.files import expand_path
 from cl.ranges import checked
 
 _BATCH = 1000  # examples that are read at a time
@@ -73,7 +73,7 @@ def huggingface(
             `image_size`, a label is missing or of no training example, or one split names its labels and the other does
             not.
     """
-    path = place(path)
+    path = expand_path(path)
     splits = _splits(path, train, test)
     for split in splits.values():
         for column in (image, label):

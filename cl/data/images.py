@@ -23,7 +23,7 @@ from cl.data.dataset import Array, Dataset, Numbers, make_dataset, split_validat
 from cl.data.pictures import eight_bits
 from cl.data.rows import release_pages
 from cl.errors import InputError
-from cl.files import place
+from cl.files import expand_path
 from cl.ranges import checked
 
 _log = logging.getLogger(__name__)
@@ -325,7 +325,7 @@ def image_folder(
         InputError: If a folder is missing, an image cannot be read, sizes differ without `image_size`, the classes of
             train and test differ, or the two share a file.
     """
-    root = place(root)
+    root = expand_path(root)
     parts = list_parts(root, train, test, test_fraction, seed)
     names = sorted({label for _, label in parts["train"]})
     number = {label: c for c, label in enumerate(names)}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cl.data.pictures import eight_bits
 from cl.errors import InputError
-from cl.files import place
+from cl.files import expand_path
 
 RESIDENT = 2**30  # bytes; larger arrays stay in their files
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
@@ -123,7 +123,7 @@ def open_array(path: str | Path) -> Rows:
         InputError: If the file is missing, or is not one array of numbers with at least one dimension.
     """
     try:
-        found = np.load(place(path), mmap_mode="c")
+        found = np.load(expand_path(path), mmap_mode="c")
         if not isinstance(found, np.ndarray):
             found.close()
             raise InputError(f"{path} holds several arrays: write one of them with numpy.save.")

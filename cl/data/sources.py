@@ -19,7 +19,7 @@ from cl.data.dataset import Array, Dataset, Numbers, make_dataset, split_validat
 from cl.data.images import image_folder as image_folder
 from cl.data.items import read_sides
 from cl.errors import InputError, unknown
-from cl.files import place
+from cl.files import expand_path
 from cl.random import derive
 from cl.ranges import checked
 
@@ -207,7 +207,7 @@ def torchvision_dataset(
 
     if name not in TORCHVISION:
         raise unknown("torchvision dataset", name, TORCHVISION)
-    source, root = getattr(datasets, TORCHVISION[name]), place(root)
+    source, root = getattr(datasets, TORCHVISION[name]), expand_path(root)
     if name == "emnist":
         split = split or "balanced"
         if split not in source.splits:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cl.errors import InputError
-from cl.files import place
+from cl.files import expand_path
 
 _log = logging.getLogger(__name__)
 _SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", " ": "a blank"}
@@ -80,7 +80,7 @@ def read_table(path: str | Path) -> Table:
         >>> read_table(path).columns
         {'path': ['a.png'], 'label': ['cat']}
     """
-    path = place(path)
+    path = expand_path(path)
     try:
         table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -205,7 +205,7 @@ def load(learner: Learner, path: Path, instruments: Instruments | None = None, c
         learner: Takes the state dict.
         path: The file.
         instruments: Take what was measured.
-        config: The configuration, as `kept_config` has it, with which it must have been made; empty for any.
+        config: The configuration, as `config_text` has it, with which it must have been made; empty for any.
 
     Returns:
         What belongs to the training of the present task; empty at the end of one.
@@ -222,7 +222,7 @@ def load(learner: Learner, path: Path, instruments: Instruments | None = None, c
     return found
 
 
-def kept_config(config: dict[str, Any], directory: Path) -> str:
+def config_text(config: dict[str, Any], directory: Path) -> str:
     """Return a configuration as a checkpoint keeps it: JSON of dotted keys, the run's directory as "."."""
     if not config:
         return ""
@@ -248,7 +248,7 @@ def rounding(path: Path, config: str) -> list[str]:
     return [f"The run went on under other settings that change its results by rounding ({found})."] * bool(found)
 
 
-def position(path: Path) -> dict[str, Any]:
+def report_positions(path: Path) -> dict[str, Any]:
     """Return how far the files of reports are whole that a checkpoint rests on, by name; no tensor is read."""
     found = read(path, mmap=True).get("reports")
     return dict(found) if isinstance(found, dict) else {}

@@ -23,7 +23,7 @@ from cl.engine.finite import check_finite
 from cl.engine.instrument import Instrument, Instruments
 from cl.engine.learner import Learner
 from cl.engine.loader import EvalLoader, evaluation
-from cl.engine.preemption import Pause
+from cl.engine.preemption import TaskCheckpoints
 from cl.engine.preflight import check_watched, preflight
 from cl.errors import InputError
 from cl.files import gone, remove_leftovers
@@ -133,7 +133,7 @@ class Experiment:
         check_watched(callbacks, stream)
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / rundir.CHECKPOINTS if directory is not None else None
-        self.pause = Pause(every, self._save_inside)
+        self.task_checkpoints = TaskCheckpoints(every, self._save_inside)
         self.reports = list(reports) if distributed.rank() == 0 else []
         self.instruments = Instruments(instruments or {})
         self.references, self.branch = references, branch
@@ -154,7 +154,7 @@ class Experiment:
         )
         self.columns, self.allow_changed = columns, allow_changed
         self._wanted, self.keep = keep, None if keep == "auto" else keep
-        self._config = checkpoint.kept_config(config, directory or Path())
+        self._config = checkpoint.config_text(config, directory or Path())
         self._all: EvalLoader | None = None
         self._begun = False  # whether the directory has a checkpoint of this sitting
         self._inside: Path | None = None  # the checkpoint inside the task that comes next
@@ -167,7 +167,7 @@ class Experiment:
             DivergenceError: If a loss is NaN or infinite.
             Preempted: If a signal stops the run; a task in training is saved before.
         """
-        with quiet(), self.pause.signals() if self.checkpoints is not None else nullcontext():
+        with quiet(), self.task_checkpoints.signals() if self.checkpoints is not None else nullcontext():
             self._start()
             for task in self.stream[self.learner.tasks_learned :]:
                 self._fit(task)
@@ -196,7 +196,7 @@ class Experiment:
             self._foresee(found)
             checkpoint.load(self.learner, found, self.instruments, self._config)
             self._inside = distributed.from_first(lambda: self._find_inside(found))
-            self.run_view.settled = checkpoint.position(self._inside or found)
+            self.run_view.flushed = checkpoint.report_positions(self._inside or found)
         if self.branch is not None:
             self.run_view.notes += self.branch.notes(self.learner)
             if found is None:
@@ -284,7 +284,7 @@ class Experiment:
         without = {} if task.val else {"limit_val_batches": 0}
         # what one task has had no gain from says nothing of the next
         callbacks = [deepcopy(part) if isinstance(part, EarlyStopping) else part for part in self._callbacks]
-        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=[*callbacks, self.pause], **without)
+        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=[*callbacks, self.task_checkpoints], **without)
         self._take_over(trainer)
         self.learner.trainer = trainer  # tells the epochs, even where Lightning has nothing to fit
         # Lightning hands the module back on the CPU after each stage; hooks run where training does.
@@ -295,7 +295,7 @@ class Experiment:
         inside = self._load_inside()
         if self.learner.has_training:
             self.instruments.schedule(self.learner)
-            self.pause.begin(trainer, self.learner, inside)
+            self.task_checkpoints.begin(trainer, self.learner, inside)
             if self.learner.step < self.learner.num_steps and not inside.get("stopped"):
                 with self.instruments.after_steps(self.learner):
                     trainer.fit(self.learner)
@@ -303,7 +303,7 @@ class Experiment:
                 raise KeyboardInterrupt
             self.learner.to(trainer.strategy.root_device)
             check_finite(self.learner)
-            self.pause.trained(trainer, self.learner)
+            self.task_checkpoints.trained(trainer, self.learner)
             self.learner.look()
             self.learner.looks = {}
         self.learner.after_task(task)
@@ -380,7 +380,7 @@ class Experiment:
 
     def _beside(self) -> dict[str, Any]:
         """See to it that what a checkpoint rests on is on the disk before it; return what tells that later."""
-        reports = {name: how for report in self.reports for name, how in (report.settle() or {}).items()}
+        reports = {name: how for report in self.reports for name, how in (report.flush() or {}).items()}
         return {"config": self._config, "reports": reports}
 
     def _load_inside(self) -> dict[str, Any]:

@@ -324,7 +324,7 @@ class Learner(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Make the epoch's draws (dropout) a function of seed, task and epoch."""
-        torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch, *distributed.place()))
+        torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch, *distributed.rank_position()))
 
     def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
         """Train on each minibatch, then look at the losses of the chunk."""

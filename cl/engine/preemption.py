@@ -47,7 +47,7 @@ def cadence(every: int | str | None) -> tuple[int | None, float | None]:
     return None, float(found.group(1)) * _UNITS[found.group(2)]
 
 
-class Pause(pl.callbacks.Checkpoint):
+class TaskCheckpoints(pl.callbacks.Checkpoint):
     """Saves a task in training, at a cadence and before a signal stops the run, and takes it up again.
 
     What it sees are the ends of chunks, where the losses have been found finite; there the run is what it would be for
@@ -58,7 +58,7 @@ class Pause(pl.callbacks.Checkpoint):
         save: Writes what belongs to the training of the present task beside all else.
 
     Example:
-        >>> Pause("10min", lambda state: None).due
+        >>> TaskCheckpoints("10min", lambda state: None).due
         False
     """
 
@@ -217,4 +217,4 @@ def _state(trainer: pl.Trainer, learner: Learner) -> State:
 
 
 def _others(trainer: pl.Trainer) -> list[pl.Callback]:
-    return [callback for callback in trainer.callbacks if not isinstance(callback, Pause)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if not isinstance(callback, TaskCheckpoints)]  # type: ignore[attr-defined]

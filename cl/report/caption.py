@@ -92,11 +92,11 @@ def stream_kind(config: Mapping[str, Any]) -> str:
     return f"{kind} {dataset}".strip()
 
 
-def place(directory: Path) -> str:
+def short_path(directory: Path) -> str:
     """Return the end of a run's directory, which tells apart two runs of one caption; "" for a run without one.
 
     Example:
-        >>> place(Path("/home/me/runs/2030-01-31/12-00-00")), place(Path())
+        >>> short_path(Path("/home/me/runs/2030-01-31/12-00-00")), short_path(Path())
         ('2030-01-31/12-00-00', '')
     """
     return "/".join(shorten(part) for part in directory.parts[-2:] if part != directory.anchor)

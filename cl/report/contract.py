@@ -27,11 +27,11 @@ class Report:
     def row(self, run: Run, after_task: int) -> None:
         """React to a row of R that has just been measured (0: the untrained learner)."""
 
-    def settle(self) -> Mapping[str, Any] | None:
+    def flush(self) -> Mapping[str, Any] | None:
         """Put on the disk what a checkpoint that is about to be written takes as done.
 
         Returns:
-            By the name of a file, plain data that tell later whether it is as it is now; `Run.settled` hands them back.
+            By the name of a file, plain data that tell later whether it is as it is now; `Run.flushed` hands them back.
         """
         return None
 

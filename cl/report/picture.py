@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cl import rundir
 from cl.files import replace_file
-from cl.report.caption import caption_parts, place, shorten
+from cl.report.caption import caption_parts, short_path, shorten
 from cl.report.contract import Pace, Report
 from cl.report.fit import DPI, cut, lines
 from cl.report.run import Run
@@ -137,7 +137,7 @@ class Head:
 
     def __init__(self, run: Run, width: float) -> None:
         self.lines = lines(caption_parts(run), width - 2 * _EDGE, 11, between=" · ")
-        self.place = cut(place(run.directory), width - 2 * _EDGE, 9.5)
+        self.place = cut(short_path(run.directory), width - 2 * _EDGE, 9.5)
         self.height = _EDGE + _LINE * (len(self.lines) + bool(self.place))
 
     def write(self, figure: Figure) -> None:

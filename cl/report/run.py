@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cl import rundir
 from cl.errors import InputError, unknown
-from cl.files import place
+from cl.files import expand_path
 from cl.report.config_file import write_config
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Run:
         references: By kind, what the run is compared with, one a task; see `cl.measure.references`.
         tuning: How hyper-parameters were chosen, and what that cost; see `cl.app.protocol`.
         total_steps: Steps over the stream from which the run goes on, where it is a continued one.
-        settled: What the reports' `settle` returned for the checkpoint from which it goes on.
+        flushed: What the reports' `flush` returned for the checkpoint from which it goes on.
         test_rows: The size of each task's test set, in the order of learning.
         learner: What has learned, with its weights; None where a run was read from its directory.
 
@@ -148,7 +148,7 @@ class Run:
     references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
-    settled: dict[str, Any] = field(default_factory=dict)
+    flushed: dict[str, Any] = field(default_factory=dict)
     test_rows: tuple[int, ...] = ()
     stream: str = ""
     device: str = ""
@@ -273,7 +273,7 @@ class Run:
         Raises:
             InputError: If there is something already.
         """
-        target = place(directory)
+        target = expand_path(directory)
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(f"{target} is there already and not empty: name a new directory to save the run in.")
         if self.stored and self.directory.resolve() in target.resolve().parents:

@@ -39,7 +39,7 @@ class TrainingReport(Report):
         """Begin the file, or cut it."""
         path = run.directory / TRAINING.name
         raw = path.read_bytes() if after_task >= 0 and path.exists() else b""
-        known = run.settled.get(TRAINING.name)
+        known = run.flushed.get(TRAINING.name)
         if known is not None and _mark(raw[: known["bytes"]]) == known:
             text = raw[: known["bytes"]].decode()
         else:
@@ -50,7 +50,7 @@ class TrainingReport(Report):
         self.logger.begin(path, text)
         self.logger.step, self.logger.task = run.total_steps, after_task + 1
 
-    def settle(self) -> Mapping[str, Any] | None:
+    def flush(self) -> Mapping[str, Any] | None:
         """Wait for the disk; return the length of the file and its digest."""
         if self.logger.path is None:
             return None

@@ -90,7 +90,7 @@ class WandbReport(Report):
         self._journal = Journal(own / rundir.WANDB_POINTS, run.config)
         goes_on = after_task >= 0 or self._journal.holds_only_the_start()
         known = _known(own / rundir.WANDB_ID) if goes_on else None
-        count = run.settled.get("wandb", {}).get("points") if after_task >= 0 else 0
+        count = run.flushed.get("wandb", {}).get("points") if after_task >= 0 else 0
         earlier = self._journal.begin(count)
         self.run = self._begin(run, known)
         self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
@@ -101,7 +101,7 @@ class WandbReport(Report):
             self.attempt(self._give_again, earlier)
             self.attempt(self._announce)
 
-    def settle(self) -> Mapping[str, Any] | None:
+    def flush(self) -> Mapping[str, Any] | None:
         """Put the points on the disk, and return how many stand before a checkpoint."""
         if self._journal is None:
             return None

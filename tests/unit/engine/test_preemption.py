@@ -23,7 +23,7 @@ from cl.data.task import Task
 from cl.engine import checkpoint
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.preemption import Pause, cadence
+from cl.engine.preemption import TaskCheckpoints, cadence
 from cl.engine.strategy import Strategy
 from cl.errors import InputError, Preempted
 from cl.measure.learning_curves import LearningCurves
@@ -361,7 +361,7 @@ def history(directory: Path) -> list[tuple[Any, ...]]:
 def test_a_cadence_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("cl.engine.preemption.time.monotonic", lambda: now[0])
-    pause = Pause("2min", lambda state: None)
+    pause = TaskCheckpoints("2min", lambda state: None)
     now[0] = 119.9
     assert not pause.due
     now[0] = 120.0

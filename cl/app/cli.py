@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cl import explain, rundir
+from cl import rundir
 from cl.app import resume as again
 from cl.app.pipes import outlive_readers
 from cl.errors import Preempted
@@ -37,6 +37,7 @@ def _main() -> None:
     import hydra
     from hydra.errors import ConfigCompositionException, MissingConfigException
 
+    from cl import explain
     from cl.app import plugins, sweep
     from cl.app.quote import at_home, quote_paths
 
@@ -75,6 +76,7 @@ def run(cfg: Any) -> float | str:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from cl import explain
     from cl.app import sweep
     from cl.app.instantiate import make
     from cl.app.validate import keep, settle

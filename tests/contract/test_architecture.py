@@ -228,7 +228,9 @@ def targets(tree):
             yield from targets(value)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(group, marks=pytest.mark.slow if group == "experiment" else ()) for group in GROUPS]
+)
 def test_every_yaml_composes_and_its_targets_exist(group):
     for option in sorted(path.stem for path in (CONF / group).glob("*.yaml")):
         plugin = f"hydra_plugins.hydra_{option.partition('_')[0]}_launcher"

@@ -192,6 +192,7 @@ def test_references_are_trained_once_a_seed(sweep: Path):
     assert by_seed[0] != by_seed[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_every_table(sweep: Path):
     for folder in (sweep / "out").glob("*/"):
         tables = {p.name for p in folder.glob("*.csv")}
@@ -373,6 +374,7 @@ def test_relative_paths_are_found_from_elsewhere(cl_run, from_files, tmp_path):
     assert done.returncode == 0 and (place / "out" / "result.json").exists(), done.stderr
 
 
+@pytest.mark.slow
 def test_a_branch_that_has_its_own_checkpoints_needs_its_parent_no_more(cl_run, tmp_path):
     command = [*QUICK, *QUIET, "hydra.run.dir=branch", "from=parent:task=1"]
     assert cl_run(*QUICK, *QUIET, "hydra.run.dir=parent", cwd=tmp_path).returncode == 0

@@ -42,7 +42,7 @@ from two_processes import (
     stream,
 )
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group(__name__)]  # one worker makes what all of these look at
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,6 @@ def same(a: Any, b: Any) -> bool:
     return bool(np.array_equal(a, b, equal_nan=isinstance(a, np.ndarray) and a.dtype.kind == "f"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_a_run_of_two_agrees_with_that_of_one(two: dict[str, Any], name: str) -> None:
     one = learn(learner(EXACT[name]()))
@@ -186,7 +185,6 @@ def test_a_trainer_of_two_without_processes_is_refused() -> None:
 # ---- what ends -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_ends_all() -> None:
     with pytest.raises(InputError, match="Process 1 of 2 ended with exit code -9, and the run with it"):
         processes.run(TWO, two_processes.fail, "killed")
@@ -202,7 +200,6 @@ def start(*arguments: str, by: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *by, "-m", "cl", *options], env=environment, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
-@pytest.mark.slow
 def test_the_command_starts_them_and_one_writes(tmp_path: Path) -> None:
     """By itself, by torchrun, and where one process fails; the first two share their references."""
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")

@@ -192,6 +192,7 @@ def test_failed_jobs_are_told_and_the_others_run(swept) -> None:
     assert begun == ["0_", "1_"], "what cannot be built is no run to continue"
 
 
+@pytest.mark.slow
 def test_the_jobs_share_the_cores(swept) -> None:
     from joblib import cpu_count
 

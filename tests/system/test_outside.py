@@ -176,6 +176,7 @@ def test_by_an_entry_point(short, site: Path, tmp_path: Path):
     assert "stream=blobs" not in short("stream=blobs", cwd=tmp_path).stdout, "not installed: not known"
 
 
+@pytest.mark.slow
 def test_its_orders_can_be_swept(short, site: Path, tmp_path: Path):
     orders = "stream.order=[0,1,2],[2,1,0]"
     done = short("-m", "stream=blobs", orders, "strategy=finetune", "hydra.sweep.dir=out", cwd=tmp_path, path=site)

@@ -195,6 +195,7 @@ def test_data_that_moved_and_changed_are_refused(begun, cl_run, tmp_path):
     assert refused.returncode == 1 and "other data" in refused.stderr
 
 
+@pytest.mark.slow
 def test_weights_that_moved_are_the_same_and_others_are_refused(begun, cl_run, tmp_path):
     weights = sorted(Path("whole/checkpoints").glob("after_task_*.ckpt"))
     Path("one.ckpt").write_bytes(weights[0].read_bytes())

@@ -165,9 +165,17 @@ def test_the_cadence(cadence: dict[str, int], steps: list[int]) -> None:
     assert list(LearningCurves(stream, **cadence).steps(Told())) == steps
 
 
-@pytest.mark.parametrize("cadence", [{}, {"every": 2, "points": 2}, {"every": 0}, {"points": -1}])
-def test_a_cadence_that_makes_no_sense_is_one_sentence(cadence: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="report"):
+@pytest.mark.parametrize(
+    ("cadence", "words"),
+    [
+        ({}, "report.every=None and report.points=None: give one"),
+        ({"every": 2, "points": 2}, "report.every=2 and report.points=2: give one"),
+        ({"every": 0}, "every=0 must be 1 or more"),
+        ({"points": -1}, "points=-1 must be 1 or more"),
+    ],
+)
+def test_a_cadence_that_makes_no_sense_is_one_sentence(cadence: dict[str, int], words: str) -> None:
+    with pytest.raises(InputError, match=words):
         LearningCurves(toy_stream(), **cadence)
 
 

@@ -22,12 +22,12 @@ Jobs = list[tuple[str, int]]
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Print mean and standard deviation of the average accuracy over the seeds, and seconds a run."""
-    from cl.app.build import make
+    from cl.app.instantiate import instantiate
     from cl.trainer.processes import run
 
     strategies = [name for name in STRATEGIES if matches(name, args.only)]
     jobs = [(strategy, seed) for strategy in strategies for seed in SEEDS]
-    found = {1: learn_all(jobs, 1), 2: run(make(_compose("finetune", 0, 2).trainer), learn_all, jobs, 2)}
+    found = {1: learn_all(jobs, 1), 2: run(instantiate(_compose("finetune", 0, 2).trainer), learn_all, jobs, 2)}
     about = f"Split-Digits, class-incremental ({', '.join(TOLD)}: task-incremental), 5 epochs"
     table = Table(title=f"{about}; average accuracy, %, {len(SEEDS)} seeds")
     for column in ("strategy", "one process", "two processes", "difference", "s a run", "s a run of two"):

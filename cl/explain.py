@@ -124,7 +124,7 @@ def _wrong_call(error: BaseException | None) -> InputError | None:
     if place is None or "hydra" not in place.tb_frame.f_code.co_filename:
         return None
     reason = " ".join(str(inner).partition("full_key: ")[0].split())
-    return InputError(f"{key} cannot be made ({reason}): correct its _target_ or its arguments.")
+    return InputError(f"{key} cannot be built ({reason}): correct its _target_ or its arguments.")
 
 
 def missing(error: Any) -> str:

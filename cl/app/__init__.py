@@ -1,1 +1,1 @@
-"""From a command line or a script to an experiment: compose, check and build a configuration; run jobs."""
+"""From a command line or a script to an experiment: compose, check and build a configuration, and run its jobs."""

@@ -1,4 +1,4 @@
-"""The values of a configuration against the annotations of what they are passed to, before it is called."""
+"""Check the values of a configuration against the annotations of the function or class that receives them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _LARGEST = 2**63 - 1  # of an integer in a tensor
 
 
 def check_value(key: str, value: Any, annotation: Any) -> None:
-    """Refuse a value of a configuration outside of the annotated type or range; what it cannot judge passes.
+    """Refuse a value of a configuration that does not have the annotated type, or is out of the annotated range.
 
-    Numbers are numbers: no NaN is one, true is none, and whole ones stay within 64 bits.
+    NaN and booleans are not accepted as numbers, and integers must fit into 64 bits. Annotations other than those of
+    plain values, their lists and dicts are not checked.
 
     Args:
-        key: What the user wrote, such as `strategy.er.memory_size`.
+        key: The key that the user wrote, such as `strategy.er.memory_size`.
         value: Text, a number, true or false, null, or a list or dict of these.
-        annotation: Such as `int | None`.
+        annotation: The annotation, such as `int | None`.
 
     Raises:
-        InputError: Naming key, value and what is expected.
+        InputError: If the value does not fit; names key, value and what is expected.
 
     Example:
         >>> check_value("seed", 3, int)
@@ -54,16 +55,16 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
 
 
 def check_call(key: str, target: Any, values: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> None:
-    """Check the values that a configuration passes to a function or class by name.
+    """Check the values that a configuration passes to a function or class as keyword arguments.
 
     Args:
-        key: Of the configuration that holds them.
-        target: What is called.
-        values: By argument; those of other types than a configuration's are left alone.
-        keys: The key that a value was written under, where it is not `key.argument`.
+        key: The key of the part of the configuration that holds them.
+        target: The function or class.
+        values: The value of each argument; objects that no configuration can hold are not checked.
+        keys: For each argument whose value was written under another key than `key.argument`, that key.
 
     Raises:
-        InputError: If there is no such argument, or a value is not of the argument's type or in its range.
+        InputError: If there is no such argument, or a value does not have the argument's type or is out of its range.
 
     Example:
         >>> check_call("optimizer", __import__("torch").optim.SGD, {"lr": "fast"})
@@ -91,7 +92,7 @@ def check_call(key: str, target: Any, values: Mapping[str, Any], keys: Mapping[s
 def _fits(value: Any, annotation: Any) -> bool:
     origin, inner = get_origin(annotation), get_args(annotation)
     if not isinstance(value, str | int | float | list | dict | None):
-        return True  # made by a `_target_`
+        return True  # an object that a `_target_` built
     if annotation is Any or isinstance(annotation, TypeVar | str):
         return True
     if origin is Annotated:
@@ -147,7 +148,7 @@ def _describe(annotation: Any) -> list[str]:
         plural = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts"}.get(elements, elements)
         count = f"{len(inner)} " if kind is tuple and inner and inner[-1] is not Ellipsis else ""
         return [f"a list of {count}{plural}" if plural else "a list"]
-    return [f"made by a _target_ ({getattr(kind, '__name__', kind)})"]
+    return [f"built by a _target_ ({getattr(kind, '__name__', kind)})"]
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -155,7 +156,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as one writes it, cut where it is long."""
+    """Return a value as it is written in a configuration, cut to 80 characters."""
     text = (
         {None: "null", True: "true", False: "false"}[value]
         if value is None or value is True or value is False

@@ -86,63 +86,65 @@ def run(
     checkpoint_every: int | str | None = "10min",
     allow_changed: bool = False,
 ) -> Run:
-    """Learn a stream under some strategies, measure the transfer matrix R, and return the run.
+    """Learn a stream with some strategies, measure the transfer matrix R, and return the run.
 
-    The defaults are those of `cl-run`, and the same settings give the same bits of R and of the weights. What is passed
-    is copied where it would be changed, so that the same objects can be passed to the next run.
+    The defaults are those of `cl-run`, and the same settings give the same bits of R and of the weights. Modules,
+    strategies and instruments are copied, so that the same objects can be passed to another run.
 
     Args:
-        stream: What is learned, such as `cl.streams.split(digits())`; its own draws depend on its own seed.
-        strategies: One strategy; several in a list, under the names of their files or else of their classes; or several
-            by name. An empty list is fine-tuning.
-        backbone: What maps inputs (B, *input) to features (B, num_features): a function of the shape of an input that
-            makes it, such as `cl.backbones.ResNet18` or `partial(MLP, hidden=[50])`, whose weights the seed then
-            draws; or a module, which keeps its weights. None is an MLP with two hidden layers of 100.
+        stream: The stream to learn, such as `cl.streams.split(digits())`; its own draws depend on its own seed.
+        strategies: One strategy; a list of several, which get the names of their files, or else of their classes; or a
+            mapping from names to strategies. An empty list is fine-tuning.
+        backbone: Maps inputs (B, *input) to features (B, num_features). Either a factory that builds it from the shape
+            of an input, such as `cl.backbones.ResNet18` or `partial(MLP, hidden=[50])`, whose weights are drawn from
+            the seed; or a module, which keeps its weights. None is an MLP with two hidden layers of 100 units.
         epochs: Passes over the training data of each task.
-        batch_size: Rows of the stream in a step.
-        optimizer: Parameters to optimizer, called anew for each task, such as `partial(torch.optim.Adam, lr=1e-3)`; the
-            configuration tells the arguments of a `partial`, and of another function its name alone.
-        scheduler: Optimizer to learning-rate schedule; None keeps the rate.
-        head: What maps features to logits (B, C), or what makes it from the numbers of features and of classes; None
-            is one linear layer.
-        seed: Of the initial weights and of every draw in training.
-        directory: Where checkpoints and all files of a run go. A run begun there with the same settings goes on; None
-            writes nothing.
-        gradient_clip: Largest norm of the gradient.
-        train_mask: Classes that compete in the loss: "class" (all seen), "task" (those of the task), "domain" (all);
-            None means as at test.
-        optimizer_state: At a boundary between tasks an optimizer begins anew ("reset") or goes on ("keep").
-        scheduler_interval: Whether the schedule moves after each "epoch" or each optimizer "step".
-        eval_batch_size: Rows of an evaluation batch; None is 256 on a CPU and 1024 elsewhere.
-        chunk_size: Steps that Lightning sees as one; results do not depend on it.
+        batch_size: Examples of the stream in a step.
+        optimizer: A factory from parameters to an optimizer, called anew for each task, such as
+            `partial(torch.optim.Adam, lr=1e-3)`. The stored configuration has the arguments of a `partial`; of another
+            function it has the name alone.
+        scheduler: A factory from an optimizer to a learning-rate schedule; None keeps the learning rate constant.
+        head: A module that maps features to logits (B, C), or a factory that builds it from the numbers of features and
+            of classes; None is one linear layer.
+        seed: Seed of the initial weights and of every draw in training.
+        directory: The directory for checkpoints and all files of the run. An unfinished run of the same settings in it
+            is continued. None writes nothing.
+        gradient_clip: Largest norm of the gradient; None does not clip.
+        train_mask: The classes that compete in the loss: "class" (all seen), "task" (those of the task), "domain"
+            (all); None means those that compete at test.
+        optimizer_state: Whether an optimizer's state begins anew at each task ("reset") or is kept ("keep").
+        scheduler_interval: Whether the schedule advances after each "epoch" or after each optimizer "step".
+        eval_batch_size: Examples in a batch of an evaluation; None means 256 on a CPU and 1024 elsewhere.
+        chunk_size: Optimizer steps in one training step of Lightning; results do not depend on it.
         log_every: Steps between two points of the training curves.
         compile: Mode of torch.compile for backbone and head: "default", "reduce-overhead" or "max-autotune".
         trainer: Options of Lightning's Trainer, such as `{"accelerator": "gpu", "precision": "bf16-mixed"}`.
         callbacks: Lightning callbacks.
-        reports: Told of every row of R, beside those that write the files of a directory.
-        progress: Whether bars, or a line for each task where there is no terminal, say how far the run is.
-        columns: The tasks that a row of R is measured on: "all", "seen" (and the next one), or how many of the newest.
-        probes: Fitted anew on the frozen features after each task: "ridge", "knn", "cka".
+        reports: Reports that receive every row of R, besides those that write the files of a directory.
+        progress: Whether to show progress: bars in a terminal, else a line for each task.
+        columns: The tasks that a row of R is measured on: "all"; "seen", with the next one; or a number of the newest.
+        probes: Classifiers and similarities that are computed on the frozen features after each task: "ridge", "knn",
+            "cka".
         estimators: Forecasts of transfer before each task: "tmi", "log_me", "ped", "vci", "knn", "covariance".
-        references: What the run is compared with: "experts" (a learner of each task alone) and "joint" (one of tasks 1
-            to k, for each k), without a strategy.
-        reference_dir: Where references are stored and found again by all runs, also when `directory` is None.
-        every: Steps between two evaluations inside a task; or
-        points: how many evaluations a task has.
-        subset: Rows of each task that those, the probes and the estimators look at.
-        flops: Whether operations are counted.
-        instruments: Of your own, by name, to measure more beside R.
-        scalars: Of your own, functions under `cl.scalar`; `.measured()` of the run has their numbers.
-        checkpoint_keep: How many of the newest checkpoints at the ends of tasks stay; None keeps all; "auto" does, too,
-            up to ten gibibytes.
-        checkpoint_every: Between two checkpoints inside a task: steps (500), a time ("30s", "10min", "2h") or None.
-        allow_changed: Whether a run goes on although its data or the user's code have changed.
+        references: Learners without a strategy that the run is compared with: "experts" (one for each task alone) and
+            "joint" (one for tasks 1 to k, for each k).
+        reference_dir: The directory in which references are stored for all runs, also when `directory` is None.
+        every: Steps between two evaluations inside a task; not together with `points`.
+        points: Number of evaluations inside a task; not together with `every`.
+        subset: Examples of each task for evaluations inside tasks, probes and estimators.
+        flops: Whether to count floating-point operations.
+        instruments: Instruments of your own, by name, which measure more than R.
+        scalars: Scalars of your own, functions decorated by `cl.scalar`; the run's `.measured()` has their values.
+        checkpoint_keep: Number of the newest checkpoints at the ends of tasks to keep; None keeps all; "auto" keeps
+            all, or the newest three if all would take more than 10 GiB.
+        checkpoint_every: Interval of checkpoints inside a task: steps (500), a time ("30s", "10min", "2h") or None.
+        allow_changed: Whether to continue a run although its data or the user's code have changed.
 
     Returns:
-        The run: `.R` by mask, `.scalars()`, `.plot()`, `.to_frame()`, `.save(directory)`, and `.learner`.
+        The run, with `.R` by mask, `.scalars()`, `.plot()`, `.to_frame()`, `.save(directory)` and `.learner`.
 
     Raises:
-        InputError: If something cannot work, before anything is written; the sentence says what to change.
+        InputError: If an argument cannot work, before anything is written; the sentence says what to change.
         DivergenceError: If a loss is NaN or infinite.
 
     Example:
@@ -171,7 +173,7 @@ def run(
         **{**measured, "report": {"columns": columns, **spans, "flops": flops}, "instrument": described_by_name(extra)},
         **{"references": list(references)},
     }
-    told = [*(_files() if directory is not None else ()), *reports]
+    listeners = [*(_files() if directory is not None else ()), *reports]
     train = functools.partial(_reference, options, trainer=make_trainer, epochs=epochs, **spans)
     experiment = Experiment(
         learner,
@@ -179,14 +181,14 @@ def run(
         make_trainer,
         epochs=epochs,
         directory=None if directory is None else expand_path(directory).resolve(),
-        reports=told,
-        logger=[report.logger for report in told if isinstance(getattr(report, "logger", None), Logger)],
+        reports=listeners,
+        logger=[report.logger for report in listeners if isinstance(getattr(report, "logger", None), Logger)],
         callbacks=[*callbacks, *_bars(progress)],
         config=config,
         columns=columns,
         instruments=chosen(stream, own=extra, flops=flops, **measured, **spans),
         scalars=scalars,
-        references=_references(references, reference_dir, config, told, train),
+        references=_references(references, reference_dir, config, listeners, train),
         **kept,
     )
     return _run(experiment)
@@ -195,9 +197,9 @@ def run(
 def _trainer(
     stream: Any, trainer: dict[str, Any], optimizer: OptimizerFactory, scheduler: SchedulerFactory | None
 ) -> functools.partial[pl.Trainer]:
-    """Return what makes Trainers; refuse what would fail only when the run has begun."""
+    """Return a factory of Trainers; refuse arguments that would fail only after the run has begun."""
     if not isinstance(stream, Stream):
-        raise InputError(f"{stream!r} is no stream: make one by a function of cl.streams.")
+        raise InputError(f"{stream!r} is not a stream: build one by a function of cl.streams.")
     check_call("trainer", pl.Trainer, trainer)
     factory = functools.partial(pl.Trainer, **trainer)
     try:
@@ -205,8 +207,8 @@ def _trainer(
         quiet_trainer(factory)
     except InputError:
         raise
-    except Exception as error:  # Lightning has many kinds
-        raise InputError(f"trainer={trainer} cannot be made ({' '.join(str(error).split())}): correct it.") from error
+    except Exception as error:  # Lightning raises many types
+        raise InputError(f"trainer={trainer} cannot be built ({' '.join(str(error).split())}): correct it.") from error
     check_optimizer(optimizer, scheduler, stream, trainer)
     return factory
 
@@ -232,27 +234,28 @@ def _references(
     reports: Sequence[Report],
     train: Callable[[Stream, dict[str, Strategy]], Experiment],
 ) -> Callable[[Stream], dict[str, list[Reference]]] | None:
-    """Return what trains or finds the references, or None where none are wanted."""
+    """Return the function that trains the references or reads them from their files; None without references."""
 
-    def say(text: str) -> None:
+    def print_line(text: str) -> None:
         for report in reports:
             report.say(text)
 
-    return References(kinds, train, expand_path(folder), config, say).measure if kinds else None
+    return References(kinds, train, expand_path(folder), config, print_line).measure if kinds else None
 
 
 def _own(part: Any, default: Any) -> Any:
-    """Return a copy of a module, the factory that was given, or the default one."""
+    """Return a copy of a module; a factory, or the default one in place of None, as it is."""
     return copy.deepcopy(part) if isinstance(part, nn.Module) else part or default
 
 
 def named(strategies: Strategies) -> dict[str, Strategy]:
-    """Return strategies by name: that of their file, where it is called like the class, or that of the class.
+    """Return strategies by name.
 
-    Names matter: they stand in checkpoints and curves, and generators are seeded by them.
+    A strategy of a list gets the name of its file if its class has the same name, else that of its class in lower case.
+    Checkpoints and curves hold these names, and random generators are seeded by them.
 
     Raises:
-        InputError: If something is no strategy, or two of a list have one name.
+        InputError: If an entry is not a strategy, or two of a list have the same name.
 
     Example:
         >>> import cl
@@ -271,8 +274,8 @@ def named(strategies: Strategies) -> dict[str, Strategy]:
         found = list(zip(names, several, strict=True))
     for name, strategy in found:
         if not isinstance(strategy, Strategy):
-            remedy = f"write {strategy.__name__}()" if isinstance(strategy, type) else "make one, such as ER()"
-            raise InputError(f"{strategy!r} is no strategy: {remedy}.")
+            remedy = f"write {strategy.__name__}()" if isinstance(strategy, type) else "give one, such as ER()"
+            raise InputError(f"{strategy!r} is not a strategy: {remedy}.")
         if [other for other, _ in found].count(name) > 1:
             raise InputError(f"Two strategies are called {name!r}: give a mapping with a name for each.")
     return dict(found)
@@ -296,14 +299,14 @@ def _bars(progress: bool) -> list[pl.Callback]:
 
 @interruptible()
 def _run(experiment: Experiment) -> Run:
-    """Run, alone in a directory where there is one; before it is written to, refuse one that holds anything else."""
+    """Run an experiment; if it has a directory, lock it, and first refuse one that holds anything but the same run."""
     directory = experiment.checkpoints.parent if experiment.checkpoints is not None else None
     if directory is None:
         return experiment.run()
     config = experiment.run_view.config
-    strange = directory.is_dir() and any(path.name != rundir.LOCK for path in directory.iterdir())
-    if directory.is_file() or (strange and not (directory / rundir.CONFIG).is_file()):
-        raise InputError(f"{directory} is there already and holds no run: name a new directory, or that of a run.")
+    used = directory.is_dir() and any(path.name != rundir.LOCK for path in directory.iterdir())
+    if directory.is_file() or (used and not (directory / rundir.CONFIG).is_file()):
+        raise InputError(f"{directory} exists already and holds no run: name a new directory, or that of a run.")
     refuse_other(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     with alone(directory):
@@ -312,16 +315,16 @@ def _run(experiment: Experiment) -> Run:
 
 
 def load(directory: str | Path) -> Run:
-    """Read a run directory, of `cl.run` or of `cl-run`, finished or not.
+    """Read the directory of a run of `cl.run` or `cl-run`, finished or not.
 
     Args:
-        directory: Where `config.yaml` and `transfer.csv` are.
+        directory: The directory that holds `config.yaml` and `transfer.csv`.
 
     Returns:
-        The run with its configuration, R, scalars and notes; `learner` is None, since weights stay in the checkpoints.
+        The run, with its configuration, R, scalars and notes. Its `learner` is None: weights stay in the checkpoints.
 
     Raises:
-        InputError: If there is no run, it has no row of R yet, or a file cannot be read.
+        InputError: If the directory holds no run, R has no row yet, or a file cannot be read.
 
     Example:
         >>> load("no such place")
@@ -334,7 +337,7 @@ def load(directory: str | Path) -> Run:
     if not where.is_dir():
         raise InputError(f"There is no directory {where}: name that of a run.")
     if not (where / rundir.CONFIG).is_file():
-        raise InputError(f"{where} is no run directory, as it has no {rundir.CONFIG}: name one that a run has written.")
+        raise InputError(f"{where} has no {rundir.CONFIG}, so it is not the directory of a run: name one that is.")
     files = read_run(where)
     if not files.matrices:
         raise InputError(

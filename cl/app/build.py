@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cl.app import sweep
-from cl.app.instantiate import made, make, takes
-from cl.app.validate import keep, protocol_of, settle
+from cl.app.instantiate import instantiate, instantiate_as, takes
+from cl.app.validate import protocol_of, store, validate
 from cl.errors import InputError
 from cl.settings import SETTINGS
 
@@ -17,27 +17,27 @@ def build(cfg: Any, directory: Path) -> Any:
     """Return the `Experiment` of a composed configuration.
 
     Args:
-        cfg: What Hydra composed from `cl.conf`.
+        cfg: The configuration that Hydra composed from `cl.conf`.
         directory: The run's directory; an unfinished run there is continued.
 
     Raises:
-        InputError: If the configuration asks for what cannot work, or another one was begun in the directory.
+        InputError: If the configuration cannot work, or the directory holds a run of another configuration.
     """
     from cl.distributed import rank
     from cl.engine.branch import Branch
     from cl.engine.experiment import Experiment
     from cl.engine.strategy import Strategy
 
-    config = settle(cfg, directory)
+    config = validate(cfg, directory)
     protocol = protocol_of(cfg) if cfg.get("protocol") else None
     stream = _stream(cfg, protocol)
-    strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
+    strategies = {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     learner = _learner(cfg, stream, strategies)
     reports, loggers, callbacks = _reports(cfg)
     experiment = Experiment(
         learner,
         stream,
-        make(cfg.trainer),
+        instantiate(cfg.trainer),
         epochs=cfg.epochs,
         directory=directory,
         reports=reports,
@@ -56,51 +56,51 @@ def build(cfg: Any, directory: Path) -> Any:
         allow_changed=cfg.allow_changed,
     )
     if rank() == 0:
-        keep(config, directory)  # only now: what cannot be built is no run to continue
+        store(config, directory)  # after everything is built, so that a configuration that fails leaves no files
     return experiment
 
 
 def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str]:
-    """Return what of the data and of the user's code has changed since a directory's run finished, a few words each.
+    """Return the changes of data and of the user's code since a directory's run finished, a few words each.
 
     Raises:
-        InputError: If the stream cannot be made any more.
+        InputError: If the stream cannot be built any more.
     """
     from cl.data.provenance import changes, provenance, stored
     from cl.engine.branch import Branch
 
-    kept = stored(directory)
-    if kept is None:  # of an earlier version
+    before = stored(directory)
+    if before is None:  # the run is of an earlier version, which did not store it
         return []
     starts = {"from": Branch.parse(cfg["from"]).checkpoint} if cfg["from"] else {}
     found = provenance(_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), config, starts=starts)
-    return changes(kept, {**found, "code": {**kept["code"], **found["code"]}})
+    return changes(before, {**found, "code": {**before["code"], **found["code"]}})
 
 
 def _stream(cfg: Any, protocol: Any) -> Any:
     from cl.data.task import Stream
 
-    stream = made(cfg.stream, Stream)
+    stream = instantiate_as(cfg.stream, Stream)
     if cfg.scenario is not None and cfg.scenario != stream.scenario:
         raise InputError(
-            f"scenario={cfg.scenario}, but {stream.name!r} is {stream.scenario}-incremental: drop it, or pass "
-            "scenario: ${scenario} on in the YAML of the stream."
+            f"scenario={cfg.scenario}, but {stream.name!r} is {stream.scenario}-incremental: drop it, or write "
+            "scenario: ${scenario} in the YAML of the stream."
         )
     return protocol.apply(stream) if protocol else stream
 
 
 def _ignored(cfg: Any) -> list[str]:
-    """Return a sentence where the seed was set and does not reach the stream, which has one of its own."""
+    """Return a remark if the seed was set, but the stream's configuration does not pass it on to the stream."""
     reaches = cfg.seed == 0 or "seed" in cfg.stream or not takes(cfg.stream, "seed", by_name=True)
     sentence = (
-        f"seed={cfg.seed} does not reach the stream, which is that of every other seed: write seed: ${{seed}} in its "
+        f"seed={cfg.seed} does not reach the stream, which is the same for every seed: write seed: ${{seed}} in its "
         "YAML, or '+stream.seed=${seed}' on the command line."
     )
     return [] if reaches else [sentence]
 
 
 def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
-    """Return the learner of a stream."""
+    """Return the learner of a stream: backbone, head, strategies and optimizer as configured."""
     from functools import partial
 
     from cl.backbones.networks import initialise
@@ -108,12 +108,12 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
     from cl.engine.network import network
     from cl.engine.preflight import check_optimizer
 
-    backbone, head = network(stream, partial(_backbone, cfg), make(cfg.head), cfg.seed)
+    backbone, head = network(stream, partial(_backbone, cfg), instantiate(cfg.head), cfg.seed)
     if cfg.init is not None:
         initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     values = {key for key, row in SETTINGS.items() if row.type is not None}
     options = {key: cfg[key] for key in inspect.signature(Learner).parameters if key in values}
-    optimizer, scheduler = make(cfg.optimizer), _scheduler(cfg)
+    optimizer, scheduler = instantiate(cfg.optimizer), _scheduler(cfg)
     check_optimizer(optimizer, scheduler, stream, cfg.trainer)
     learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
     if cfg.compile is not None:
@@ -122,7 +122,7 @@ def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
 
 
 def _scheduler(cfg: Any) -> Any:
-    """Return what makes a schedule, or None; a length that is null is left open, for the learner to fill in."""
+    """Return the factory of learning-rate schedules, or None; the learner fills in lengths that are null."""
     from omegaconf import open_dict
 
     from cl.engine.schedules import LENGTHS
@@ -130,55 +130,55 @@ def _scheduler(cfg: Any) -> Any:
     node = cfg.get("scheduler")
     if node is None:
         return None
-    with open_dict(node):  # the configuration has been kept already, as it was written
-        open_ends = {key: node.pop(key) for key in LENGTHS if key in node and node[key] is None}
-    made = make(node)
-    made.keywords.update(open_ends)
-    return made
+    with open_dict(node):  # the configuration that is written to the run's directory was resolved before this
+        unset = {key: node.pop(key) for key in LENGTHS if key in node and node[key] is None}
+    factory = instantiate(node)
+    factory.keywords.update(unset)
+    return factory
 
 
 def _instruments(cfg: Any, stream: Any) -> dict[str, Any]:
-    """Return what is measured beside R."""
+    """Return the instruments, which measure more than R, by name."""
     from cl.engine.instrument import Instrument
     from cl.measure.choose import chosen
 
-    own = {name: made(node, Instrument) for name, node in _mappings(cfg, "instrument")}
+    own = {name: instantiate_as(node, Instrument) for name, node in _mappings(cfg, "instrument")}
     report = cfg.get("report") or {}
     looks = {key: report[key] for key in ("every", "points", "subset", "flops") if key in report}
     return chosen(stream, probes=list(cfg.probes), estimators=list(cfg.estimators), own=own, **looks)
 
 
 def _scalar(node: Any) -> Any:
-    """Return the scalar that a `_target_` names, or makes of arguments."""
+    """Return the scalar that a `_target_` names, or that it builds from arguments."""
     from hydra.utils import get_object
 
     from cl.metrics.scalar import Scalar
 
     try:
         found = get_object(node._target_)
-    except Exception:  # `made` says what is wrong
+    except Exception:  # `instantiate_as` reports what is wrong
         found = None
-    return found if isinstance(found, Scalar) and len(node) == 1 else made(node, Scalar)
+    return found if isinstance(found, Scalar) and len(node) == 1 else instantiate_as(node, Scalar)
 
 
 def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
-    """Return what trains or finds the references, or None where none are wanted."""
+    """Return the function that trains the references or reads them from their files; None without references."""
     from cl.measure.references import References, reference_experiment
 
     if not cfg.references:
         return None
     report = cfg.get("report") or {}
-    looks = {key: report[key] for key in ("every", "points", "subset") if key in report}
+    spans = {key: report[key] for key in ("every", "points", "subset") if key in report}
 
     def experiment(stream: Any, strategies: dict[str, Any]) -> Any:
         learner = _learner(cfg, stream, strategies)
-        return reference_experiment(learner, stream, make(cfg.trainer), cfg.epochs, **looks)
+        return reference_experiment(learner, stream, instantiate(cfg.trainer), cfg.epochs, **spans)
 
-    def say(text: str) -> None:
+    def print_line(text: str) -> None:
         for report in reports:
             report.say(text)
 
-    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, say).measure
+    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, print_line).measure
 
 
 def _notes(cfg: Any, backbone: Any, normalize: Any) -> list[str]:
@@ -204,11 +204,11 @@ def _notes(cfg: Any, backbone: Any, normalize: Any) -> list[str]:
 
 
 def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
-    """Return the backbone; one of the user's may do without the shape of an input."""
+    """Return the backbone; `input_shape` is passed on if its class takes it, which a user's own need not."""
     from torch import nn
 
     wants = takes(cfg.backbone, "input_shape")
-    backbone = made(cfg.backbone, nn.Module, **({"input_shape": input_shape} if wants else {}))
+    backbone = instantiate_as(cfg.backbone, nn.Module, **({"input_shape": input_shape} if wants else {}))
     if cfg.weights:
         from cl.backbones.networks import load_backbone
 
@@ -219,7 +219,7 @@ def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
 
 
 def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Sort what `report`, `logger` and `callbacks` name: reports of ours, Lightning loggers, Lightning callbacks."""
+    """Build the entries of `report`, `logger` and `callbacks`; return reports, Lightning loggers and callbacks."""
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
     from pytorch_lightning.loggers import Logger
@@ -228,7 +228,7 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
     from cl.report.contract import Report
 
     parts = [
-        make(part)
+        instantiate(part)
         for group in ("report", "logger", "callbacks")
         for part in (cfg.get(group) or {}).values()
         if OmegaConf.is_config(part)
@@ -239,7 +239,7 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
             part.brief = True
     loggers = [part for part in parts if isinstance(part, Logger)]
     loggers += [part.logger for part in parts if isinstance(getattr(part, "logger", None), Logger)]
-    if rank() > 0:  # process 0 alone speaks
+    if rank() > 0:  # only process 0 reports and logs
         mute = Report, Logger, pl.callbacks.ProgressBar
         return [], [], [part for part in parts if isinstance(part, pl.Callback) and not isinstance(part, mute)]
     reports = [part for part in parts if isinstance(part, Report)]
@@ -247,7 +247,7 @@ def _reports(cfg: Any) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _mappings(cfg: Any, group: str) -> list[tuple[str, Any]]:
-    """Return the entries of a group by name, each of which describes one thing."""
+    """Return the entries of a group by name, each of which must be a mapping with a `_target_`."""
     from omegaconf import OmegaConf
 
     entries = (cfg.get(group) or {}).items()
@@ -258,7 +258,7 @@ def _mappings(cfg: Any, group: str) -> list[tuple[str, Any]]:
 
 
 def _check_inside(logger: Any) -> None:
-    """Refuse a logger whose name or version would lead out of its folder."""
+    """Refuse a logger whose name or version is a path that leads out of its folder."""
     folder, inside = getattr(logger, "save_dir", None), getattr(logger, "log_dir", None)
     if isinstance(folder, str) and isinstance(inside, str):
         root = Path(folder).resolve()

@@ -1,4 +1,7 @@
-"""What strategies say of themselves, read from their source: importing them, and torch with them, takes seconds."""
+"""Read the class attributes of strategies (scenarios, targets, needs, bound) from their source, without importing them.
+
+Importing a strategy imports torch, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Card = dict[str, Any]
 
 @cache
 def source_tree(module: str) -> ast.Module:
-    """Return the source of a module, which is not imported for it; empty where it cannot be read."""
+    """Return the syntax tree of a module without importing it; an empty one if its source cannot be read."""
     try:
         spec = importlib.util.find_spec(module)
     except (ModuleNotFoundError, ValueError):
@@ -29,7 +32,7 @@ def source_tree(module: str) -> ast.Module:
 
 
 def card(target: str) -> Card:
-    """Return the class attributes of a strategy that are literals, its base classes' among them.
+    """Return the class attributes of a strategy whose values are literals, inherited ones included.
 
     Args:
         target: The full name of its class.
@@ -53,11 +56,11 @@ def card(target: str) -> Card:
 
 
 def chosen(cards: Mapping[str, Card], wanted: Iterable[str]) -> list[str]:
-    """Return the strategies that some conditions leave.
+    """Return the names of the strategies that meet all conditions.
 
     Args:
-        cards: Of each strategy.
-        wanted: Such as "scenario=class", "target=multilabel", "bound=upper" or "memory=no".
+        cards: The card of each strategy, by name.
+        wanted: Conditions, such as "scenario=class", "target=multilabel", "bound=upper" or "memory=no".
 
     Raises:
         InputError: If there is no such condition, or no strategy has such a value.
@@ -67,16 +70,16 @@ def chosen(cards: Mapping[str, Card], wanted: Iterable[str]) -> list[str]:
         >>> chosen(cards, ["scenario=class", "memory=no"]), chosen(cards, ["bound=upper"])
         (['EWC', 'Joint'], ['Joint'])
     """
-    said = {name: _said(card) for name, card in cards.items()}
+    values = {name: _values(card) for name, card in cards.items()}
     left = list(cards)
     for condition in wanted:
         key, _, value = condition.partition("=")
-        known = {k: sorted({v for one in said.values() for v in one[k]} | _always(k)) for k in _said({})}
+        known = {k: sorted({v for one in values.values() for v in one[k]} | _always(k)) for k in _values({})}
         if key not in known:
             raise unknown("condition on strategies", key, known)
         if value not in known[key]:
             raise InputError(f"{condition} chooses nothing: {key} is one of {', '.join(known[key])}.")
-        left = [name for name in left if value in said[name][key]]
+        left = [name for name in left if value in values[name][key]]
     return left
 
 
@@ -84,8 +87,8 @@ def _always(key: str) -> set[str]:
     return {"yes", "no"} if key in _needs() else set()
 
 
-def _said(card: Card) -> dict[str, set[str]]:
-    """Return by condition the values that a strategy meets."""
+def _values(card: Card) -> dict[str, set[str]]:
+    """Return, for each condition, the values of it that a strategy meets."""
     needs = {need: {"yes" if need in card.get("needs", ()) else "no"} for need in _needs()}
     return {
         "scenario": set(card.get("scenarios", ())),
@@ -101,7 +104,7 @@ def _needs() -> dict[str, str]:
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
-    """Return the full name of what a module imports, by the name that it has there."""
+    """Return the full name of everything that a module imports, by the name that it has in the module."""
     found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -115,12 +118,12 @@ def _imported(tree: ast.Module) -> dict[str, str]:
 
 
 def _literals(body: Iterable[ast.stmt]) -> dict[str, Any]:
-    """Return what names are set to in a body, where it is a literal."""
+    """Return the values of the names that a body assigns literals to."""
     found: dict[str, Any] = {}
     for node in body:
         if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
-        with suppress(ValueError):  # no literal
+        with suppress(ValueError):  # the value is not a literal
             value = ast.literal_eval(node.value)
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             found |= {name.id: value for name in targets if isinstance(name, ast.Name)}

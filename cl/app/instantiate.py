@@ -1,4 +1,4 @@
-"""What a configuration with a `_target_` describes, made by Hydra; wrong arguments are one sentence."""
+"""Build the object that a configuration with a `_target_` describes; wrong arguments are reported in one sentence."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from cl.errors import DivergenceError, InputError
 T = TypeVar("T")
 _ALIAS = re.compile(r"\$\{([\w.]+)\}")
 _OWN_WORDS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-# Whose constructors check their arguments themselves, by errors of many kinds; ours raise `InputError`, and an error of
-# another kind there, or in a user's code, is a bug that keeps its traceback.
+# The constructors of these libraries refuse arguments by errors of many types. Constructors of this package raise
+# `InputError`; an error of another type there, or in a user's code, is a bug, and keeps its traceback.
 _LIBRARIES = ("torch", "torchvision", "pytorch_lightning", "timm", "avalanche", "wandb")
 
 
-def make(node: Any, *arguments: Any, **options: Any) -> Any:
-    """Return what a configuration with a `_target_` describes; lists and dicts reach it as such.
+def instantiate(node: Any, *arguments: Any, **options: Any) -> Any:
+    """Return the object that a configuration with a `_target_` describes.
+
+    Lists and dicts of the configuration are passed on as plain lists and dicts.
 
     Args:
-        node: The part of a configuration.
-        arguments: Passed on, before what the configuration says.
-        options: Likewise.
+        node: The part of the configuration that holds the `_target_`.
+        arguments: Positional arguments for the target.
+        options: Keyword arguments for the target; they replace those of the configuration.
 
     Raises:
-        InputError: If there is no `_target_`, it takes no such arguments, or a library refuses their values.
+        InputError: If there is no `_target_`, it does not take the arguments, or a library refuses their values.
 
     Example:
         >>> from omegaconf import OmegaConf
         >>> cfg = OmegaConf.create({"head": {"_target_": "cl.engine.head.Head", "_partial_": True, "bias": 1}})
-        >>> make(cfg.head)
+        >>> instantiate(cfg.head)
         Traceback (most recent call last):
         cl.errors.InputError: head.bias=1 must be true or false.
     """
+    import hydra.utils
     from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
     if isinstance(node, DictConfig) and OmegaConf.is_missing(node, "_target_"):
@@ -46,11 +48,11 @@ def make(node: Any, *arguments: Any, **options: Any) -> Any:
     if not isinstance(node, DictConfig) or "_target_" not in node:
         shown = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
         name = node._get_full_key(None) if OmegaConf.is_config(node) else "It"
-        raise InputError(f"{name or 'The configuration'}={shown} has no _target_: name what makes it.")
+        raise InputError(f"{name or 'The configuration'}={shown} has no _target_: name a class or function.")
     _check(node)
     key, target = str(node._get_full_key(None)), str(node._target_)
     try:
-        made = instantiate(node, *arguments, _convert_="all", **options)
+        built = hydra.utils.instantiate(node, *arguments, _convert_="all", **options)
     except InstantiationException as error:
         inner = error.__cause__ or error.__context__
         if isinstance(inner, Exception) and not isinstance(inner, InputError):
@@ -58,46 +60,52 @@ def make(node: Any, *arguments: Any, **options: Any) -> Any:
             _refuse(where, str(OmegaConf.select(node._get_root(), f"{where}._target_", default=target)), inner)
         raise
     if not node.get("_partial_"):
-        return made
-    guarded = _Guarded(made.func, *made.args, **made.keywords)
+        return built
+    guarded = _Guarded(built.func, *built.args, **built.keywords)
     guarded.where = key, target
     return guarded
 
 
-def made(node: Any, kind: type[T], *arguments: Any, **options: Any) -> T:
-    """Return what `make` does, which must be of a kind.
+def instantiate_as(node: Any, kind: type[T], *arguments: Any, **options: Any) -> T:
+    """Return the object that `instantiate` builds, which must be an instance of a class.
+
+    Args:
+        node: See `instantiate`.
+        kind: The class.
+        arguments: See `instantiate`.
+        options: See `instantiate`.
 
     Raises:
-        InputError: If it is of another.
+        InputError: If it is an instance of another class; or from `instantiate`.
     """
-    found = make(node, *arguments, **options)
+    found = instantiate(node, *arguments, **options)
     if not isinstance(found, kind):
         raise InputError(
-            f"{node._get_full_key(None)}._target_={node._target_} makes a {type(found).__name__}, where a "
-            f"{kind.__name__} is needed: name one that does."
+            f"{node._get_full_key(None)}._target_={node._target_} gives a {type(found).__name__}, where a "
+            f"{kind.__name__} is needed: name another _target_."
         )
     return found
 
 
 def takes(node: Any, name: str, by_name: bool = False) -> bool:
-    """Say whether what a configuration's `_target_` names takes an argument of that name; True where nobody knows.
+    """Return whether the `_target_` of a configuration takes an argument of a name; True if it cannot be inspected.
 
     Args:
-        node: The part of a configuration.
-        name: Of the argument.
-        by_name: Whether one that takes any argument does not count.
+        node: The part of the configuration that holds the `_target_`.
+        name: Name of the argument.
+        by_name: Whether the target must name the argument; else one that takes any keyword argument counts, too.
     """
     from hydra.utils import get_object
 
     try:
         parameters = inspect.signature(get_object(node._target_)).parameters
-    except Exception:  # `make` says what is wrong
+    except Exception:  # `instantiate` reports what is wrong
         return True
     return name in parameters or (not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 class _Guarded(functools.partial[Any]):
-    """What `_partial_` makes, whose arguments are seen only when it is called."""
+    """The object of a `_partial_`, whose arguments are checked by the library only when it is called."""
 
     where: tuple[str, str]  # the key and its target
 
@@ -110,15 +118,15 @@ class _Guarded(functools.partial[Any]):
 
 
 def _refuse(key: str, target: str, error: Exception) -> None:
-    """Raise a sentence for what a library says of its arguments."""
+    """Raise an `InputError` in place of the error by which a library refuses its arguments."""
     ours = isinstance(error, InputError | DivergenceError | MemoryError)
     if not ours and target.partition(".")[0] in _LIBRARIES:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{key} cannot be made ({reason[:300]}): correct its arguments.") from error
+        raise InputError(f"{key} cannot be built ({reason[:300]}): correct its arguments.") from error
 
 
 def _check(node: Any) -> None:
-    """Check what each `_target_` in a part of a configuration is called with."""
+    """Check the arguments of each `_target_` in a part of a configuration."""
     from hydra.utils import get_object
     from omegaconf import OmegaConf
 
@@ -132,7 +140,7 @@ def _check(node: Any) -> None:
         return
     try:
         target = get_object(node._target_)
-    except Exception:  # Hydra says what is not there
+    except Exception:  # Hydra reports what is missing
         return
     names = [str(n) for n in node if n not in _OWN_WORDS and not OmegaConf.is_missing(node, n)]
     raw = {name: _ALIAS.fullmatch(str(node._get_node(name)._value())) for name in names}
@@ -145,12 +153,12 @@ def _check(node: Any) -> None:
         if "no argument of" not in str(error) or not custom or target.__module__.partition(".")[0] == "cl":
             raise
         raise InputError(
-            f"{error} Begin from {prefix}=custom, which has no arguments of another, or leave one out: ~{prefix}.NAME."
+            f"{error} Begin from {prefix}=custom, which has no arguments, or leave an argument out: ~{prefix}.NAME."
         ) from error
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as lists and dicts, with a placeholder for what a `_target_` makes."""
+    """Return a value as lists and dicts, with a placeholder for each object that a `_target_` builds."""
     from omegaconf import OmegaConf
 
     if OmegaConf.is_list(value):

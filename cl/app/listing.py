@@ -1,4 +1,4 @@
-"""`cl-list`: what can be chosen, one line each, from the docstrings and the configurations' first lines."""
+"""`cl-list`: lists the options of each group of the configuration, with one line on each."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cl.errors import InputError, unknown
 from cl.settings import SETTINGS
 
 SHOWN = ("strategy", "stream")
-_SETTINGS = "settings"  # no group: the keys themselves
+_SETTINGS = "settings"  # not a group, but the keys of the configuration
 
 
 def groups() -> list[str]:
-    """Return the groups of `cl.conf` that options stand in.
+    """Return the names of the groups of options in `cl.conf`.
 
     Example:
         >>> "strategy" in groups()
@@ -31,13 +31,14 @@ def groups() -> list[str]:
 
 
 def options(group: str) -> dict[str, str]:
-    """Return the options of a group of configurations, ours and those of installed packages, with a line on each.
+    """Return the options of a group, from `cl.conf` and from installed packages, with a line on each.
 
-    Of a strategy it is the first paragraph of its file's docstring; else the comment on top of the YAML file, or where
-    there is none the first paragraph on what it makes. Nothing is imported for it.
+    The line on a strategy is the first paragraph of its module's docstring. The line on another option is the comment
+    at the top of its YAML file or, without one, the first paragraph of the docstring of its `_target_`. No module is
+    imported.
 
     Args:
-        group: Such as "strategy"; "settings" are the keys of the configuration, with what each means.
+        group: A group, such as "strategy"; or "settings", for the keys of the configuration and their meaning.
 
     Raises:
         InputError: If there is no such group.
@@ -59,7 +60,7 @@ def options(group: str) -> dict[str, str]:
 
 def _yamls(group: str) -> Iterator[Any]:
     theirs = sorted((point.value for point in entry_points(group=GROUP)), reverse=True)
-    for package in [*theirs, "cl.conf"]:  # ours last: nobody's replaces it
+    for package in [*theirs, "cl.conf"]:  # the last wins, so no package replaces an option of `cl.conf`
         folder = files(package) / group
         if folder.is_dir():
             yield from (path for path in folder.iterdir() if path.name.endswith(".yaml"))
@@ -69,8 +70,8 @@ def line(text: str, is_method: bool = False) -> str:
     r"""Return a line on what a YAML file configures.
 
     Args:
-        text: Of the file.
-        is_method: Whether it configures a method, whose file's docstring begins with its name and paper.
+        text: The text of the file.
+        is_method: Whether it configures a strategy, whose module's docstring begins with its name and paper.
 
     Example:
         >>> line("# Wrong labels.\n_target_: cl.compose.labels.label_noise")
@@ -79,10 +80,10 @@ def line(text: str, is_method: bool = False) -> str:
         'Experience Replay (Rolnick et al. 20'
     """
     name, _, thing = _target(text).rpartition(".")
-    said = re.match(r"((?:# .*\n)+)", re.sub(r"\A# @package.*\n", "", text))
-    if name and (is_method or said is None):
+    comment = re.match(r"((?:# .*\n)+)", re.sub(r"\A# @package.*\n", "", text))
+    if name and (is_method or comment is None):
         return described(name, "" if is_method else thing)
-    lines = said.group(1).replace("# ", "").splitlines() if said is not None else []
+    lines = comment.group(1).replace("# ", "").splitlines() if comment is not None else []
     whole = next((i for i, some in enumerate(lines) if some.endswith((".", ")"))), len(lines) - 1)
     return " ".join(lines[: whole + 1])
 
@@ -93,13 +94,13 @@ def _target(text: str) -> str:
 
 
 def cards() -> dict[str, Card]:
-    """Return what each strategy says of itself, by the name of its option."""
+    """Return the card of each strategy, see `cl.app.cards.card`, by the name of its option."""
     texts = {path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8") for path in _yamls("strategy")}
     return {name: card(_target(text)) for name, text in sorted(texts.items())}
 
 
 def described(module: str, thing: str = "") -> str:
-    """Return the first paragraph on a module, or on a class or function in it; nothing where it cannot be read."""
+    """Return the first paragraph of the docstring of a module, or of a class or function in it; "" without one."""
     node: ast.Module | ast.ClassDef | ast.FunctionDef = source_tree(module)
     if thing:
         defined = [part for part in node.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
@@ -120,14 +121,18 @@ def _chosen(group: str, listed: dict[str, str], wanted: list[str]) -> dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `cl-list`."""
+    """Run `cl-list`.
+
+    Args:
+        arguments: Its command line; None means that of the process.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     parser = argparse.ArgumentParser(prog="cl-list", description="Lists what can be chosen by group=option.")
     known = ", ".join([*groups(), _SETTINGS])
-    about = f"of {known}; strategy and stream. Conditions, as scenario=class memory=no, choose among strategies."
+    about = f"one of {known}. Conditions, such as scenario=class memory=no, choose among strategies."
     parser.add_argument("group", nargs="*", metavar="group|condition=value", help=about)
     given = parser.parse_args(arguments).group
     wanted = [word for word in given if "=" in word]
@@ -140,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
                 listed = _chosen(group, listed, wanted)
         except InputError as error:
             parser.exit(1, f"{error}\n")
-        for option, said in listed.items():
+        for option, about in listed.items():
             name = option if group == _SETTINGS else f"{group}={option}"
-            table.add_row(f"[bold]{name}[/]", escape(said))
+            table.add_row(f"[bold]{name}[/]", escape(about))
         console.print(table, "")

@@ -1,6 +1,7 @@
-"""Strategies, streams and configurations of installed packages, found through an entry point.
+"""Find the strategies, streams and configurations of installed packages through an entry point.
 
-A package that holds YAML files in the folders of `conf/` (`stream/mine.yaml`) says in its pyproject.toml::
+A package with YAML files in folders that are named as those of `conf/` (`stream/mine.yaml`) has in its
+pyproject.toml::
 
     [project.entry-points."clsim.conf"]
     mypackage = "mypackage.conf"
@@ -20,15 +21,15 @@ GROUP = "clsim.conf"
 
 
 class InstalledPackages(SearchPathPlugin):
-    """Adds the configurations of installed packages behind our own, so that none of ours is replaced unawares."""
+    """Adds the configurations of installed packages after those of `cl.conf`, so that they cannot replace them."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append each package that an entry point names."""
+        """Append each package that an entry point names to Hydra's search path."""
         for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
             search_path.append(provider=f"clsim plugin {point.name}", path=f"pkg://{point.value}")
 
 
 def register() -> None:
-    """Let Hydra ask the installed packages; once is enough, again changes nothing."""
+    """Register `InstalledPackages` with Hydra; a second call changes nothing."""
     if InstalledPackages not in Plugins.instance().discover(SearchPathPlugin):
         Plugins.instance().register(InstalledPackages)

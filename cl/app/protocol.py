@@ -1,8 +1,8 @@
-"""How hyper-parameters are tuned: on the first tasks' validation sets alone, or, marked as such, on everything.
+"""Protocols of tuning: on the validation sets of the first tasks, or, marked as optimistic, on the whole stream.
 
-A learner that may look at the whole stream to choose its learning rate has seen the future. Chaudhry et al. 2019
-(A-GEM, section 2) therefore tune on the first k tasks, whose scores do not count, and learn the rest with what was
-found. Here the two halves are two streams: `first` and `rest`.
+A learning rate that was chosen on the whole stream was chosen with data of the future. Chaudhry et al. 2019 (A-GEM,
+section 2) therefore tune on the first k tasks, whose scores do not count, and learn and score the other tasks with the
+values that were found. Here the two parts are two streams: `first` and `rest`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ _REMARKS = {
 
 
 def first(stream: Stream, num_tasks: int) -> Stream:
-    """Return the first tasks of a stream, with their validation sets in the place of the test sets.
+    """Return the first tasks of a stream, with their validation sets in place of their test sets.
+
+    Args:
+        stream: The stream.
+        num_tasks: Number of tasks, k, in 1..T-1.
 
     Raises:
-        InputError: If there are not that many and one more, or a task has no validation set.
+        InputError: If the number is out of range, or a task has no validation set.
 
     Example:
         >>> from dataclasses import replace
@@ -48,7 +52,7 @@ def first(stream: Stream, num_tasks: int) -> Stream:
                 f"protocol=tune_first scores validation sets, and task {t + 1} of {stream.name!r} has none: "
                 "set stream.val_fraction=0.1."
             )
-        train = task.train.of_tasks(range(num_tasks))  # where tasks blend, rows of those to come stand in it, too
+        train = task.train.of_tasks(range(num_tasks))  # blended tasks hold examples of later ones
         return replace(task, train=train, test=task.val, val=None)
 
     return stream.derive(build, num_tasks=num_tasks)
@@ -57,8 +61,12 @@ def first(stream: Stream, num_tasks: int) -> Stream:
 def rest(stream: Stream, num_tasks: int) -> Stream:
     """Return a stream without its first tasks.
 
+    Args:
+        stream: The stream.
+        num_tasks: Number of tasks to leave out, k, in 1..T-1.
+
     Raises:
-        InputError: If nothing would be left.
+        InputError: If the number is out of range.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -78,20 +86,20 @@ def _check(stream: Stream, num_tasks: int) -> None:
     if not 1 <= num_tasks < len(stream):
         raise InputError(
             f"protocol.num_tasks={num_tasks} of the {len(stream)} tasks of {stream.name!r}: "
-            f"keep 1 to {len(stream) - 1} for tuning."
+            f"use 1 to {len(stream) - 1} for tuning."
         )
 
 
 class Protocol:
-    """What a configuration's `protocol` says.
+    """The protocol of tuning that a configuration's `protocol` names.
 
     Args:
-        name: Of `PROTOCOLS`.
-        num_tasks: Tasks that are for tuning, k.
-        tuned: The directory of the sweep that tuned on them, whose best values are taken.
+        name: One of `PROTOCOLS`.
+        num_tasks: Number of tasks for tuning, k; None for "tune_everything".
+        tuned: The directory of the sweep that tuned on them, whose best values are used; or None.
 
     Raises:
-        InputError: If there is no such protocol, or the directory holds no result of a search.
+        InputError: If there is no such protocol, or `num_tasks` is missing or superfluous.
 
     Example:
         >>> Protocol("tune_first", 2).remark
@@ -102,7 +110,7 @@ class Protocol:
         if name not in PROTOCOLS:
             raise unknown("protocol", name, PROTOCOLS)
         if (num_tasks is None) != (name == "tune_everything"):
-            wanted = "takes none: drop it" if num_tasks is not None else "needs to know how many tasks are for tuning"
+            wanted = "takes none: drop it" if num_tasks is not None else "needs the number of tasks for tuning"
             raise InputError(f"protocol.num_tasks={num_tasks}: {name} {wanted}.")
         self.name, self.num_tasks = name, num_tasks
         self.remark = _REMARKS[name].format(k=num_tasks)
@@ -115,7 +123,11 @@ class Protocol:
         return {"tune_first": first, "score_rest": rest}[self.name](stream, self.num_tasks)
 
     def found(self) -> dict[str, Any]:
-        """Return the best values of the search, by key of the configuration; nothing where nothing was tuned."""
+        """Return the best values of the search, by key of the configuration; empty without a search.
+
+        Raises:
+            InputError: If the directory holds no result of a search, or the result holds other than hyper-parameters.
+        """
         if self._tuned is None:
             return {}
         from omegaconf import OmegaConf
@@ -128,7 +140,7 @@ class Protocol:
             )
         try:
             content = OmegaConf.to_container(OmegaConf.load(file))
-        except Exception as error:  # of the file system, of YAML, of OmegaConf
+        except Exception as error:  # from the file system, YAML or OmegaConf
             raise self._unreadable(file, " ".join(str(error).split())) from error
         values = content.get("best_params") if isinstance(content, dict) else None
         if not isinstance(values, dict):
@@ -149,7 +161,7 @@ class Protocol:
         )
 
     def budget(self) -> dict[str, float]:
-        """Return what the search cost: trials, and over all of them seconds, steps and (where counted) FLOPs."""
+        """Return the cost of the search: its trials, and their total seconds, steps and FLOPs (NaN if not counted)."""
         if self._tuned is None:
             return {}
         tables = [list(RESOURCES.read(path)) for path in sorted(self._tuned.rglob(RESOURCES.name))]
@@ -158,7 +170,7 @@ class Protocol:
 
 
 def is_hyperparameter(key: Any) -> bool:
-    """Say whether a dotted key is of a value that a search may choose: no path, and nothing that names code.
+    """Return whether a dotted key is of a hyper-parameter, which a search may choose: no path, and no name of code.
 
     Example:
         >>> [is_hyperparameter(key) for key in ("optimizer.lr", "epochs", "optimizer._target_", "weights")]
@@ -168,6 +180,6 @@ def is_hyperparameter(key: Any) -> bool:
     return parts[0] in _SEARCHED and not any(part.startswith("_") or not part for part in parts)
 
 
-# What another file says of any other key would let a stranger load or run something.
+# Other keys could name a file to load or code to run, so a result file that comes from elsewhere may not set them.
 _SEARCHED = tuple(key for key, row in SETTINGS.items() if row.is_tuned)
 _COSTS = ("seconds", "steps", "flops")

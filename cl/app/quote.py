@@ -1,4 +1,4 @@
-"""Paths on the command line as people write them, put in the quotes that Hydra's grammar wants around them."""
+"""Put paths on the command line into the quotes that Hydra's grammar requires around some characters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cl.files import expand_path
 
 
 def at_home(arguments: Sequence[str]) -> list[str]:
-    """Put the user's own folder in place of a ~ with which a value begins, as a shell does only with whole words.
+    """Replace a `~/` at the beginning of a value by the home directory; a shell does so only in whole words.
 
     Example:
         >>> at_home(["~trainer.logger", "seed=1", "a=~"])
@@ -24,13 +24,13 @@ def at_home(arguments: Sequence[str]) -> list[str]:
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """Quote values that Hydra cannot read as they stand and that are paths, or hold letters that it does not know.
+    """Quote the values that Hydra cannot parse and that are paths or contain letters beyond ASCII.
 
-    Hydra takes `~`, `=`, `(`, `[`, `#` and letters beyond ASCII within a value for a part of its grammar. What it can
-    read is left as it is.
+    Hydra takes `~`, `=`, `(`, `[` and `#` in a value for parts of its grammar, which has no letters beyond ASCII. A
+    value that it can parse is not changed.
 
     Args:
-        arguments: Of the command line.
+        arguments: The arguments of the command line.
 
     Example:
         >>> quote_paths(["dataset.root=~/data", "stream.path=/a/ü (1).csv", "seed=1", "stream.folders=[a,ü]", "-m"])
@@ -42,7 +42,7 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
 
 def _quoted(argument: str, sweep: bool) -> str:
     key, given, value = argument.partition("=")
-    if argument.startswith("-") or not given or not value or _is_read(argument):
+    if argument.startswith("-") or not given or not value or _is_parsed(argument):
         return argument
     inner = value[1:-1]
     if value[0] == "[" and value[-1] == "]" and not set(inner) & set("[]{}\"'"):
@@ -51,18 +51,18 @@ def _quoted(argument: str, sweep: bool) -> str:
         return argument
     else:
         better = f"{key}={','.join(map(_piece, value.split(',') if sweep else [value]))}"
-    return better if _is_read(better) else argument
+    return better if _is_parsed(better) else argument
 
 
 def _piece(value: str) -> str:
     path = "/" in value or value.startswith("~") or os.path.lexists(value)
-    if _is_read(f"x={value}") or not (path or not value.isascii()):
+    if _is_parsed(f"x={value}") or not (path or not value.isascii()):
         return value
     escaped = value.replace('"', '\\"')
     return f'"{escaped}"'
 
 
-def _is_read(argument: str) -> bool:
+def _is_parsed(argument: str) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -1,4 +1,4 @@
-"""A run directory taken up again: `resume=DIR` goes on with it, `verify=DIR` repeats it and compares every bit."""
+"""Commands on a run's directory: `resume=DIR` continues the run, `verify=DIR` repeats it and compares every bit."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _OVERRIDES = Path(rundir.HYDRA) / "overrides.yaml"
 
 
 def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
-    """Return the arguments for Hydra; to verify a run, its directory and the one of its repetition, too.
+    """Return the arguments for Hydra; and, to verify a run, its directory and that of its repetition.
 
     Args:
-        arguments: Of the command line. `resume=DIR` stands for what the run of DIR was begun with, in the same
-            directory; `verify=DIR` for the same in a new one. Both are run from where the command was given, so that
-            relative paths are found. What stands beside them is added. The value of `from=DIR:task=3` is put in quotes,
-            which Hydra wants.
+        arguments: The arguments of the command line. `resume=DIR` is replaced by the overrides that the run of DIR was
+            begun with, and its directory; `verify=DIR` by the same overrides and a new directory. Both change to the
+            folder in which the run's command was given, so that relative paths are found. Other arguments are appended.
+            The value of `from=DIR:task=3` is put in quotes, which Hydra requires.
 
     Raises:
-        InputError: If DIR holds no command, or what is to be verified is not finished.
+        InputError: If DIR holds no command, or the run to verify is not finished.
 
     Example:
         >>> expand(["from=runs/a:task=3", "seed=1"])
@@ -44,38 +44,38 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
     directory = Path(text).resolve()
     rundir.refuse_later(directory)
     command = overrides(directory)
-    _go_back(directory)
+    _change_folder(directory)
     if what == "resume":
         return [*command, f"hydra.run.dir={_quote(str(directory))}", *rest], None
     if read_result(directory) is None:
-        raise InputError(f"verify={directory}: the run is not finished; go on with it by resume={directory}.")
-    differences(directory, directory)  # what cannot be read is told before anything is repeated
-    place = tempfile.mkdtemp(prefix="clsim-verify-")
-    return [*command, f"hydra.run.dir={_quote(place)}", "logger=none", *rest], (directory, Path(place))
+        raise InputError(f"verify={directory}: the run is not finished: continue it by resume={directory}.")
+    differences(directory, directory)  # report unreadable checkpoints before the run is repeated
+    repetition = tempfile.mkdtemp(prefix="clsim-verify-")
+    return [*command, f"hydra.run.dir={_quote(repetition)}", "logger=none", *rest], (directory, Path(repetition))
 
 
-def _go_back(directory: Path) -> None:
-    """Change to the folder where the command of a run was given, as seen from its directory: both may have moved."""
-    place = directory / str((read_sealed(directory / rundir.COMMAND) or {}).get("given_in", ""))
-    if place != directory and place.is_dir():
-        os.chdir(place)
+def _change_folder(directory: Path) -> None:
+    """Change to the folder in which a run's command was given, stored relative to its directory, as both may move."""
+    folder = directory / str((read_sealed(directory / rundir.COMMAND) or {}).get("given_in", ""))
+    if folder != directory and folder.is_dir():
+        os.chdir(folder)
 
 
 def overrides(directory: Path) -> list[str]:
-    """Return the overrides that the run of a directory was begun with.
+    """Return the command-line overrides that the run of a directory was begun with.
 
     Raises:
-        InputError: If they cannot be read.
+        InputError: If the directory does not hold them, or they cannot be read.
     """
     from omegaconf import OmegaConf
 
-    kept = read_sealed(directory / rundir.COMMAND)
-    if kept is not None:
-        return list(kept["overrides"])
+    command = read_sealed(directory / rundir.COMMAND)
+    if command is not None:
+        return list(command["overrides"])
     path = directory / _OVERRIDES
     try:
         found = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of the file system, of YAML, of OmegaConf
+    except Exception as error:  # from the file system, YAML or OmegaConf
         reason = " ".join(str(error).split())
         raise InputError(
             f"{path} cannot be read ({reason}): name the directory of a run of cl-run, or repeat its command with "
@@ -86,10 +86,10 @@ def overrides(directory: Path) -> list[str]:
     return [str(item) for item in found]
 
 
-def keep_command(directory: Path) -> None:
-    """Write the overrides that the present job of Hydra was begun with to its directory, and what Hydra keeps itself.
+def store_command(directory: Path) -> None:
+    """Write the overrides of the present Hydra job to its directory, and the files that Hydra itself would write.
 
-    Hydra would write its files before the command was looked at, over those of the run that is there.
+    Hydra would write its files before the command is checked, over those of the run in the directory.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -98,13 +98,13 @@ def keep_command(directory: Path) -> None:
         return
     job: Any = HydraConfig.instance().cfg
     command: dict[str, Any] = {"overrides": list(job.hydra.overrides.task)}
-    with suppress(ValueError):  # on another drive
+    with suppress(ValueError):  # the two are on different drives
         command["given_in"] = os.path.relpath(job.hydra.runtime.cwd, directory)
     remove_leftovers(directory / rundir.HYDRA)
     if read_sealed(directory / rundir.COMMAND) != command:
         write_text(directory / rundir.HYDRA / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.masked_copy(job, "hydra")))
         write_text(directory / _OVERRIDES, OmegaConf.to_yaml(job.hydra.overrides.task))
-        write_sealed(directory / rundir.COMMAND, command)  # last: until it is there, all are written anew
+        write_sealed(directory / rundir.COMMAND, command)  # last: as long as it is missing, all are written anew
 
 
 def _quoted(argument: str) -> str:
@@ -117,10 +117,14 @@ def _quote(text: str) -> str:
 
 
 def verify(there: Path, here: Path) -> str:
-    """Return that a repetition came out the same, and remove it.
+    """Compare a run with its repetition; if they are the same, remove the repetition and return a sentence on it.
+
+    Args:
+        there: The directory of the run.
+        here: The directory of its repetition.
 
     Raises:
-        InputError: If it did not; it says in what, and keeps the repetition.
+        InputError: If they differ; says in what, and leaves the repetition there.
     """
     found = differences(there, here)
     if found:
@@ -130,13 +134,16 @@ def verify(there: Path, here: Path) -> str:
             f"hardware in the {rundir.MANIFEST} of both."
         )
     shutil.rmtree(here)
-    return f"Verified: R, weights and all state of {there} came out the same, bit for bit."
+    return f"Verified: R, weights and all state of {there} are the same in its repetition, bit for bit."
 
 
 def differences(there: Path, here: Path) -> list[str]:
-    """Return in what two finished runs differ, a sentence each; nothing where every bit of both is the same.
+    """Return the differences between the last checkpoints of two runs, a few words each; empty if every bit is equal.
 
-    The last checkpoints are compared, which hold R, weights, memories and generators.
+    Checkpoints hold R, the weights, memories and the states of random generators.
+
+    Raises:
+        InputError: If a run has no whole checkpoint.
     """
     import torch
 
@@ -144,10 +151,10 @@ def differences(there: Path, here: Path) -> list[str]:
     from cl.engine import checkpoint
 
     states: list[dict[str, Any]] = []
-    for place in (there, here):
-        file = checkpoint.latest(place / rundir.CHECKPOINTS)
+    for directory in (there, here):
+        file = checkpoint.latest(directory / rundir.CHECKPOINTS)
         if file is None:
-            raise InputError(f"{place / rundir.CHECKPOINTS} holds no whole checkpoint: there is nothing to compare.")
+            raise InputError(f"{directory / rundir.CHECKPOINTS} holds no whole checkpoint: nothing can be compared.")
         states.append(checkpoint.read(file)["state_dict"])
     found = []
     for name in sorted(states[0].keys() | states[1].keys()):

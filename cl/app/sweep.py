@@ -1,7 +1,7 @@
-"""The jobs of a sweep, under any launcher: one that fails is told and counted, and takes no other with it.
+"""The jobs of a sweep, under any launcher: a failed job is reported and counted, and the other jobs go on.
 
-A job that fails returns its sentence instead of a number. So no exception crosses a launcher, where it would end the
-jobs beside it, and a search counts the trial as failed.
+A failed job returns the reason in a sentence instead of a number. So no exception reaches the launcher, which would end
+the other jobs, and a search counts the trial as failed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cl.errors import InputError
 from cl.settings import setting
 
 _LISTED = 5
-_FOLDERS = re.compile(r"[^,\[\]{}:]*/(?=[^/])")  # of a path, all but its last part
+_FOLDERS = re.compile(r"[^,\[\]{}:]*/(?=[^/])")  # all of a path but its last part
 _ODD = re.compile(r"[^\w.,=+@-]+")
 
 
 def failed(error: Exception, directory: Path) -> str:
-    """Tell of a job that failed, where it runs, and return the sentence; what no user can mend keeps its traceback."""
+    """Print and return the reason why a job failed, in a sentence; if it is a bug, print the traceback, too."""
     cause = explain.cause(error)
     if cause is None:
         traceback.print_exception(error)
@@ -38,7 +38,7 @@ def failed(error: Exception, directory: Path) -> str:
 
 
 def running() -> bool:
-    """Say whether the present job is one of a sweep."""
+    """Return whether the present job is one of a sweep."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -46,13 +46,13 @@ def running() -> bool:
 
 
 def compare(jobs: Sequence[Any]) -> None:
-    """Print the comparison of the jobs of a sweep that finished, and leave its page in the sweep's directory."""
+    """Compare the finished jobs of a sweep: print the table, and write the page to the sweep's directory."""
     from cl.compare.command import parser
     from cl.compare.command import run as compare_runs
     from cl.report.result import read_result
 
-    places = [Path(job.hydra_cfg.hydra.runtime.output_dir) for job in jobs if not _is_lost(job)]
-    finished = [place for place in places if read_result(place) is not None]
+    directories = [Path(job.hydra_cfg.hydra.runtime.output_dir) for job in jobs if not _has_failed(job)]
+    finished = [directory for directory in directories if read_result(directory) is not None]
     if len(finished) < 2:
         return
     try:
@@ -62,7 +62,7 @@ def compare(jobs: Sequence[Any]) -> None:
 
 
 def watch() -> list[Any]:
-    """Return a list that fills with what the jobs of a sweep return (Hydra's `JobReturn`), under any launcher."""
+    """Return a list to which every launcher appends the results of its jobs (Hydra's `JobReturn`)."""
     from hydra.core.plugins import Plugins
     from hydra.plugins.launcher import Launcher
 
@@ -79,17 +79,17 @@ def _watched(launch: Callable[..., Sequence[Any]], jobs: list[Any]) -> Callable[
     @functools.wraps(launch)
     def watched(self: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         _share_cores(self, len(job_overrides))
-        # a job says by itself what came of it, in a line
+        # hide the launcher's line on each job, since a job prints its own
         logging.getLogger(type(self).__module__).addFilter(lambda record: not str(record.msg).startswith("\t#"))
         try:
             returned = launch(self, _named(self, job_overrides, initial_job_idx), initial_job_idx)
         except HydraException:
             raise
-        except Exception as error:  # no job's: those are returned
+        except Exception as error:  # from the launcher itself, since jobs return their errors
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(
-                f"{type(self).__name__} could not go on ({reason}): mend that, and run again with the same "
-                "hydra.sweep.dir; every run goes on from its checkpoints."
+                f"{type(self).__name__} failed ({reason}): mend that, and run again with the same "
+                "hydra.sweep.dir; every run continues from its checkpoints."
             ) from error
         jobs.extend(returned)
         return returned
@@ -98,24 +98,24 @@ def _watched(launch: Callable[..., Sequence[Any]], jobs: list[Any]) -> Callable[
 
 
 def _named(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) -> list[list[str]]:
-    """Return the overrides of each job with a name for its directory: its number and the values that vary."""
+    """Return each job's overrides, with a name for its directory added: its number and the values that vary."""
     task = [str(override) for override in launcher.config.hydra.overrides.task]
     given = {override.partition("=")[0] for override in launcher.config.hydra.overrides.hydra}
-    if "hydra.sweep.subdir" in given:  # the user's own
+    if "hydra.sweep.subdir" in given:  # the user has named the directories
         return [list(overrides) for overrides in job_overrides]
     varied = {key(override) for override in task if _is_sweep(override)}
     varied |= {str(name) for name in (launcher.config.hydra.sweeper.get("params") or {})}
-    # what a sweeper adds by itself varies, too
+    # keys that the sweeper itself adds vary, too
     varied |= {key(override) for overrides in job_overrides for override in overrides} - {key(o) for o in task}
     named = []
     for number, overrides in enumerate(job_overrides, start=first):
-        own = [override for override in overrides if key(override) in varied and not _is_place(key(override))]
+        own = [override for override in overrides if key(override) in varied and not _is_path(key(override))]
         named.append([*overrides, f"hydra.sweep.subdir='{job_name(number, own)}'"])
     return named
 
 
 def key(override: str) -> str:
-    """Return the key of an override.
+    """Return the key of a command-line override.
 
     Example:
         >>> key("+stream@stream.source=split")
@@ -124,8 +124,8 @@ def key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def _is_place(name: str) -> bool:
-    """Say whether a setting says where something lies, which names no job."""
+def _is_path(name: str) -> bool:
+    """Return whether a setting is a path, which is left out of the names of jobs."""
     return setting(name).kind == "place" or setting(name).is_path
 
 
@@ -136,12 +136,12 @@ def _is_sweep(override: str) -> bool:
 
 
 def job_name(number: int, overrides: Sequence[str], longest: int = 100) -> str:
-    """Return the name of a job's directory: flat, of plain characters, cut with a digest where it would be long.
+    """Return the name of a job's directory: without slashes or special characters; a long one ends with a digest.
 
     Args:
-        number: Of the job.
-        overrides: Those that vary in the sweep.
-        longest: The most characters.
+        number: Number of the job.
+        overrides: The overrides that vary in the sweep.
+        longest: Largest number of characters.
 
     Example:
         >>> job_name(3, ["strategy=[er,gpm]", "seed=1", "stream.train_x=a/b/x.npy"])
@@ -149,16 +149,16 @@ def job_name(number: int, overrides: Sequence[str], longest: int = 100) -> str:
         >>> len(job_name(0, [f"stream.class_order={list(range(100))}"]))
         100
     """
-    said = ",".join(sorted(f"{key(o)}={_FOLDERS.sub('', o.partition('=')[2])}" for o in overrides))
-    plain = _ODD.sub("_", said.translate({ord(c): None for c in "[]{}'\" "}))
+    varied = ",".join(sorted(f"{key(o)}={_FOLDERS.sub('', o.partition('=')[2])}" for o in overrides))
+    plain = _ODD.sub("_", varied.translate({ord(c): None for c in "[]{}'\" "}))
     name = f"{number}_{plain}" if plain else str(number)
     if len(name) <= longest:
         return name
-    return f"{name[: longest - 10]}..{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    return f"{name[: longest - 10]}..{hashlib.sha256(varied.encode()).hexdigest()[:8]}"
 
 
 def _share_cores(launcher: Any, num_jobs: int) -> None:
-    """Start no more processes than there are jobs, so that joblib gives each of few jobs more threads."""
+    """Let joblib start no more processes than there are jobs, so that each of a few jobs gets more threads."""
     if hasattr(launcher, "joblib"):
         from joblib import effective_n_jobs
 
@@ -166,8 +166,8 @@ def _share_cores(launcher: Any, num_jobs: int) -> None:
 
 
 def verdict(jobs: Sequence[Any]) -> str | None:
-    """Return a sentence on the jobs of a sweep that failed, or None where none did."""
-    lost = [(Path(job.hydra_cfg.hydra.runtime.output_dir), job._return_value) for job in jobs if _is_lost(job)]
+    """Return a sentence on the failed jobs of a sweep, or None if none failed."""
+    lost = [(Path(job.hydra_cfg.hydra.runtime.output_dir), job._return_value) for job in jobs if _has_failed(job)]
     if not lost:
         return None
     listed = "; ".join(f"{_short(directory)} ({str(why).rstrip('.')})" for directory, why in lost[:_LISTED])
@@ -175,7 +175,7 @@ def verdict(jobs: Sequence[Any]) -> str | None:
     return f"{len(lost)} of {len(jobs)} jobs failed: {listed}{more}."
 
 
-def _is_lost(job: Any) -> bool:
+def _has_failed(job: Any) -> bool:
     from hydra.core.utils import JobStatus
 
     return job.status is JobStatus.FAILED or isinstance(job._return_value, str)
@@ -186,5 +186,5 @@ def _short(directory: Path) -> Path:
 
 
 def enter() -> None:
-    """Go where the command was given: paths in a job mean the same on every machine of a Ray cluster."""
+    """Change to the folder in which the command was given; a Ray worker does so, so that relative paths are found."""
     os.chdir(os.environ["CLSIM_CWD"])

@@ -197,7 +197,7 @@ def quiet_trainer(factory: TrainerFactory) -> pl.Trainer:
     try:
         return factory(**nothing, enable_model_summary=False)
     except MisconfigurationException as error:
-        raise InputError(f"The Trainer cannot be made: {' '.join(str(error).split())}") from error
+        raise InputError(f"The Trainer cannot be built: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from checkout import ROOT
 from cl.app.build import _learner, _mappings
-from cl.app.instantiate import made
+from cl.app.instantiate import instantiate_as
 from cl.data.task import Stream, Task, TaskData
 from cl.engine.strategy import Strategy
 
@@ -301,7 +301,7 @@ def test_every_experiment_makes_a_learner_of_a_stream_of_its_shape(path):
         data = TaskData(torch.zeros(len(y), *((3, 32, 32) if cifar else (1, 28, 28)), dtype=torch.uint8), y, t)
         tasks.append(Task(t, data, data, data))
     stream = Stream(tasks, scenario=cfg.scenario or "class", num_classes=num_classes, repeats=shared)
-    strategies = {name: made(node, Strategy) for name, node in _mappings(cfg, "strategy")}
+    strategies = {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     assert set(_learner(cfg, stream, strategies).strategies) == set(strategies)
 
 

@@ -273,7 +273,7 @@ def test_links_that_lead_nowhere_or_in_a_circle(tmp_path):
     refuses("lost.png is a link to nowhere.png, which does not exist", image_folder, tmp_path, test=None)
     link.unlink()
     (tmp_path / "train" / "c").symlink_to("elsewhere")
-    refuses("c is a link to elsewhere, which is not there", image_folder, tmp_path, test=None)
+    refuses("c is a link to elsewhere, which does not exist", image_folder, tmp_path, test=None)
 
 
 def test_names_that_are_no_utf8(tmp_path):

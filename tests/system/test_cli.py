@@ -426,7 +426,7 @@ def test_a_reader_that_leaves_takes_no_run_with_it(tmp_path):
         ["bash", "-c", f"set -o pipefail; {command} | head -1"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "result.json").exists() and "Nobody reads the output" in done.stderr
+    assert (tmp_path / "out" / "result.json").exists() and "The reader of the output has closed it" in done.stderr
 
 
 MOVING = """

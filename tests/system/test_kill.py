@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 import cl.engine.experiment
 from checkout import HARNESS
 from cl import explain
-from cl.app import resume as again
-from cl.app.validate import keep, settle
+from cl.app import resume
+from cl.app.validate import store, validate
 from cl.engine import checkpoint
 from cl.engine.experiment import Experiment
 from cl.errors import InputError, Preempted
@@ -269,11 +269,11 @@ def test_the_command_survives_what_hydra_left_torn(tmp_path):
     write_sealed(tmp_path / "command.json", {"overrides": ["seed=1"]})
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text("- see")
-    assert again.expand([f"resume={tmp_path}"])[0][0] == "seed=1"
+    assert resume.expand([f"resume={tmp_path}"])[0][0] == "seed=1"
     text = (tmp_path / "command.json").read_text()
     (tmp_path / "command.json").write_text(text.replace("seed=1", "seed=2"))
     (tmp_path / ".hydra" / "overrides.yaml").write_text("- seed=1")
-    assert again.expand([f"resume={tmp_path}"])[0][0] == "seed=1"
+    assert resume.expand([f"resume={tmp_path}"])[0][0] == "seed=1"
 
 
 def test_a_configuration_that_lost_a_null_is_written_anew_and_another_value_is_told(tmp_path):
@@ -285,11 +285,11 @@ def test_a_configuration_that_lost_a_null_is_written_anew_and_another_value_is_t
     path = tmp_path / "config.yaml"
     whole = OmegaConf.to_yaml(cfg, resolve=True)
     path.write_text(whole.replace("protocol: null\n", ""))
-    keep(settle(cfg, tmp_path), tmp_path)
+    store(validate(cfg, tmp_path), tmp_path)
     assert path.read_text() == whole
     path.write_text(whole.replace("seed: 0", "seed: 1"))
     with pytest.raises(InputError, match=r"seed: 1 there, 0 here; see config\.yaml"):
-        settle(cfg, tmp_path)
+        validate(cfg, tmp_path)
 
 
 def test_the_harness_kills_every_strategy():

@@ -191,7 +191,7 @@ def test_its_orders_can_be_swept(short, site: Path, tmp_path: Path):
     ("arguments", "sentence"),
     [
         (["stream=custom"], "stream._target_ has no default: write stream._target_=..."),
-        (["stream=custom", "stream._target_=blobs.stream.blob"], "stream cannot be made"),
+        (["stream=custom", "stream._target_=blobs.stream.blob"], "stream cannot be built"),
         (["stream._target_=blobs.stream.blobs"], "no argument of stream called 'dataset'"),
         (["stream=custom", "stream._target_=blobs.stream.blobs", "+stream.order=[0]"], r"order=[0] of 'stream'"),
     ],

@@ -1,1 +1,1 @@
-"""Who learns, step by step: the learner, its contracts with strategies and instruments, the experiment, checkpoints."""
+"""Training, step by step: the learner, the contracts of strategies and instruments, the experiment, checkpoints."""

@@ -1,4 +1,4 @@
-"""`Batch`: rows of a stream on their way through a training step."""
+"""`Batch`: the examples of one training or evaluation step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ Labels = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of a stream as stored, with what rides along.
+    """Examples of a stream as they are stored, with their labels and task labels.
 
     Args:
         x: Raw inputs (B, *input), uint8 where the data are images.
         y: Stream-wide labels, int64 (B,); or other targets, float32 (B, C).
         task: Task labels, int64 (B,).
-        extras: Named tensors with one row an example, such as stored logits (B, C).
-        num_incoming: The first rows that come from the stream; the others were appended by `extend_batch`.
-        view: The augmented, normalised inputs that the backbone saw; set by the learner.
-        host: Labels and task labels of the incoming rows as numpy arrays, for what decides on the host
-            without waiting for the device.
-        rows: Positions of the incoming rows among the examples that the task trains on, on the host.
-        idle: Whether the rows weigh nothing: those of a process that has none of a short minibatch.
+        extras: Named tensors with one entry for each example, such as stored logits (B, C).
+        num_incoming: How many examples come from the stream. They are the first ones; `extend_batch` appended the
+            others. By default all of them.
+        view: The augmented, normalised inputs that the backbone receives, (B, *input); set by the learner.
+        host: Labels and task labels of the incoming examples as numpy arrays, so that a decision on the host does not
+            wait for the device.
+        rows: Positions of the incoming examples in the training data of the task, int64 on the host.
+        idle: Whether the examples have no weight in the update. A process that has no example of a short last minibatch
+            of an epoch receives such a batch.
     """
 
     x: Tensor
@@ -53,7 +55,7 @@ class Batch:
         return f"Batch({len(self)} rows of {kind_of(self.x)}, {self.num_incoming} incoming{extras})"
 
     def append(self, other: Batch) -> Batch:
-        """Return this batch with another's rows behind its own.
+        """Return this batch with the examples of another one after its own; extras are dropped.
 
         Example:
             >>> one = Batch(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
@@ -66,7 +68,10 @@ class Batch:
         return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle, rows=self.rows)
 
     def take(self, rows: slice | Tensor) -> Batch:
-        """Return some of the rows, with their extras, as a batch of its own.
+        """Return some of the examples, with their extras, as a new batch.
+
+        Args:
+            rows: The positions of the examples in this batch: a slice, or an int64 tensor.
 
         Example:
             >>> batch = Batch(torch.zeros(3, 1), torch.tensor([4, 5, 6]), torch.zeros(3, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""The configuration of a run that was made from Python, read off its objects, so that it can be told and compared."""
+"""The configuration of a run that was built from Python objects, derived from them so that reports can compare runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cl.settings import SETTINGS
 
 
 def describe(learner: Learner, stream: Stream, epochs: int, backbone: Any = None, head: Any = None) -> dict[str, Any]:
-    """Return what a run is made of, under the keys that a configuration of `cl-run` has.
+    """Return a configuration of learner and stream, under the same keys as that of `cl-run`.
 
-    Arguments are those of the constructors that the objects keep under the same name and that are plain values.
+    An argument of a constructor is included if the object has an attribute of the same name with a plain value.
 
     Args:
-        learner: With its strategies, network, optimizer and schedule.
-        stream: Its name, length and order.
+        learner: Gives the settings of training, the strategies, network, optimizer and schedule.
+        stream: Gives its name, length and order.
         epochs: Passes over a task's training data.
-        backbone: What made the backbone, whose arguments are told, too, where it is a `partial`.
-        head: Likewise.
+        backbone: The factory that built the backbone; the arguments of a `partial` are included.
+        head: The factory that built the head, likewise.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -46,7 +46,7 @@ def describe(learner: Learner, stream: Stream, epochs: int, backbone: Any = None
 
 
 def described_by_name(things: Mapping[str, Any] | nn.ModuleDict) -> dict[str, Any]:
-    """Return what strategies or instruments are, by name: their classes, and arguments that are plain values.
+    """Return the class and the plain arguments of each strategy or instrument, by name.
 
     Example:
         >>> from cl.engine.instrument import Instrument

@@ -1,4 +1,7 @@
-"""The protocol: evaluate row 0; then for each task fit, consolidate, evaluate a row, report, checkpoint."""
+"""The protocol of a run: measure row 0 of R; then for each task train, consolidate, measure a row, report, checkpoint.
+
+To consolidate is to call `after_task` of the strategies.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,18 @@ from cl.report.scalars import checked
 from cl.trainer.arguments import TrainerFactory, check_arguments, quiet
 from cl.trainer.processes import replicated
 
-_AMPLE, _FEW = 10 * 2**30, 3  # bytes of all checkpoints up to which all are kept; how many are beyond
+_AMPLE, _FEW = 10 * 2**30, 3  # keep="auto" retains all checkpoints up to so many bytes in all, else only so many
 
 
 def _check_counts(columns: str | int, keep: int | str | None) -> None:
     if columns not in ("all", "seen") and not (isinstance(columns, int) and columns > 0):
         raise InputError(f"columns={columns!r} of R are unknown: use all, seen, or the number of newest tasks.")
     if not (keep in (None, "auto") or (isinstance(keep, int) and keep >= 1)):
-        raise InputError(f"checkpoint.keep={keep} would leave nothing to go on from: give 1 or more, null or auto.")
+        raise InputError(f"checkpoint.keep={keep} leaves no checkpoint to resume from: give 1 or more, null or auto.")
 
 
-def _what_is_learned(stream: Stream) -> dict[str, Any]:
-    """Return what reports are told of a stream."""
+def _about_stream(stream: Stream) -> dict[str, Any]:
+    """Return the fields of a `Run` that describe its stream."""
     return {
         "stream": stream.name,
         "task_names": stream.task_names,
@@ -60,36 +63,36 @@ def _what_is_learned(stream: Stream) -> dict[str, Any]:
 
 
 class Experiment:
-    """One learner on one stream, from the untrained row of R to the last.
+    """A run of one learner on one stream, which measures every row of R.
 
     Args:
-        learner: What learns.
-        stream: What is learned; the learner checked it.
-        trainer: Builds a Lightning Trainer, called anew for every stage of every task.
+        learner: The learner to train.
+        stream: The stream that the learner was built for.
+        trainer: Builds a Lightning Trainer; called once for each training and each evaluation.
         epochs: Passes over a task's training data.
-        directory: Where checkpoints go; None keeps nothing.
-        reports: Told of every row of R.
+        directory: The run directory, whose `checkpoints` folder holds the checkpoints; None writes nothing.
+        reports: Called after every row of R and at the end.
         logger: Lightning loggers for the training curves.
-        callbacks: Lightning callbacks, the same objects in every task; but EarlyStopping begins each one anew.
-        config: Resolved configuration, for reports; None reads one off the objects, see `cl.engine.described`, and
-            keeps it in the directory.
-        notes: Sentences that belong beside the numbers; those of the strategies come behind them.
-        columns: The tasks that a row of R is measured on: "all"; "seen", those learned and the next one; or a number k,
-            the k newest of these. The first and the last row are measured on all.
-        keep: The newest checkpoints of ends of tasks that stay; None keeps all; "auto" does, too, but where all would
-            take more than ten gibibytes the three newest.
-        every: Between two checkpoints inside a task: steps, a time such as "10min", or None, see
+        callbacks: Lightning callbacks, the same objects in every task; only EarlyStopping starts afresh in each task.
+        config: The resolved configuration, for reports. None derives one from the objects, see `cl.engine.described`,
+            and writes it to the directory.
+        notes: Sentences that reports show beside the numbers; those of the strategies follow them.
+        columns: The tasks that a row of R is measured on: "all"; "seen", the learned ones and the next one; or a number
+            k, the newest k of these. The first and the last row are measured on all tasks.
+        keep: How many checkpoints of ends of tasks to retain, the newest ones. None retains all; "auto" retains all if
+            together they take at most ten gibibytes, else the newest three.
+        every: Interval between two checkpoints inside a task: steps, a time such as "10min", or None for none; see
             `cl.engine.preemption`.
-        instruments: What is measured beside R, by name; see `cl.measure.choose`.
-        scalars: Of the user's own, under `cl.scalar`, that reports have beside the built-in ones.
-        references: Makes what the run is compared with, after the last row of R; see `cl.measure.references`.
+        instruments: The measurements beside R, by name; see `cl.measure.choose`.
+        scalars: The user's own scalars, made by `cl.scalar`, which reports show beside the built-in ones.
+        references: Trains or loads the references of the run, after the last row of R; see `cl.measure.references`.
         tuning: How hyper-parameters were chosen, for reports.
-        branch: Where the run begins, if not with an untrained learner.
-        allow_changed: Whether a run goes on although its data or the user's code have changed, see
-            `cl.data.provenance`.
+        branch: The checkpoint of another run to start from; None starts from the untrained learner.
+        allow_changed: Whether to resume although the data or the user's code have changed; see `cl.data.provenance`.
 
     Raises:
-        InputError: If columns or keep make no sense.
+        InputError: If an argument is out of range, the schedule or a batch size cannot work, a callback watches what is
+            not measured, or the branch is of another stream or network.
 
     Example:
         >>> from functools import partial
@@ -129,7 +132,7 @@ class Experiment:
         self._described = config is None and directory is not None
         if config is None:
             config = describe(learner, stream, epochs)
-        told = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
+        remarks = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         check_watched(callbacks, stream)
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
         self.checkpoints = directory / rundir.CHECKPOINTS if directory is not None else None
@@ -147,25 +150,28 @@ class Experiment:
             instruments=dict(self.instruments.items()),
             own_scalars=checked(scalars),
             tuning=dict(tuning or {}),
-            notes=[*notes, *told, *learner.strategies.remarks(learner)],
+            notes=[*notes, *remarks, *learner.strategies.remarks(learner)],
             bound=learner.strategies.bound,
             learner=learner,
-            **_what_is_learned(stream),
+            **_about_stream(stream),
         )
         self.columns, self.allow_changed = columns, allow_changed
         self._wanted, self.keep = keep, None if keep == "auto" else keep
         self._config = checkpoint.config_text(config, directory or Path())
         self._all: EvalLoader | None = None
-        self._begun = False  # whether the directory has a checkpoint of this sitting
-        self._inside: Path | None = None  # the checkpoint inside the task that comes next
+        self._begun = False  # whether this session has written a checkpoint
+        self._inside: Path | None = None  # the checkpoint inside the next task to resume from
 
     def run(self) -> Run:
-        """Learn the stream, or the rest of it where the directory holds checkpoints.
+        """Learn the stream; if the directory holds checkpoints, resume from the newest intact one.
+
+        Returns:
+            What the run has measured.
 
         Raises:
-            InputError: If the stream, or a checkpoint found, does not fit.
-            DivergenceError: If a loss is NaN or infinite.
-            Preempted: If a signal stops the run; a task in training is saved before.
+            InputError: If the checkpoint, data or code in the directory do not fit this run.
+            DivergenceError: If a loss or a weight becomes NaN or infinite.
+            Preempted: If a signal stops the run. A task in training is saved before.
         """
         with quiet(), self.task_checkpoints.signals() if self.checkpoints is not None else nullcontext():
             self._start()
@@ -182,18 +188,18 @@ class Experiment:
         return self.run_view
 
     def learn(self, task: Task) -> None:
-        """Fit one task and consolidate, with no row measured."""
+        """Train one task and consolidate it, without measuring a row of R."""
         with quiet():
             self._fit(task)
 
     def _start(self) -> None:
-        """Take up the run of the directory, or a branch of another, or measure the untrained learner."""
+        """Resume the run of the directory, or start from the branch, or measure the untrained learner."""
         distributed.align(self.learner)
         found = distributed.from_first(self._find)
         if self.checkpoints is not None:
             self.run_view.notes += distributed.from_first(lambda: self._check_provenance(found))
         if found is not None:
-            self._foresee(found)
+            self._estimate_size(found)
             checkpoint.load(self.learner, found, self.instruments, self._config)
             self._inside = distributed.from_first(lambda: self._find_inside(found))
             self.run_view.flushed = checkpoint.report_positions(self._inside or found)
@@ -215,7 +221,7 @@ class Experiment:
             self._save()
 
     def _check_provenance(self, found: Path | None) -> list[str]:
-        """Refuse other data or code than those of before; return sentences on what has changed otherwise."""
+        """Refuse data or code that differ from those of the run so far; return notes on allowed changes."""
         assert self.checkpoints is not None
         begun = found is not None
         directory = self.checkpoints.parent
@@ -234,22 +240,22 @@ class Experiment:
         changed = provenance.changes(before, made_from, code=False) if before is not None else []
         if changed and not self.allow_changed:
             raise InputError(
-                f"from={self.branch.directory} learned other data ({provenance.listed(changed)}): bring back what was "  # type: ignore[union-attr]
-                "there, or say allow_changed=true, which is told beside the numbers."
+                f"from={self.branch.directory} learned other data ({provenance.listed(changed)}): restore the data, "  # type: ignore[union-attr]
+                "or set allow_changed=true, which adds a note to the results."
             )
-        told = [f"Data changed since the run it begins from: {provenance.listed(changed)}."] * bool(changed)
-        told += checkpoint.rounding(found, self._config) if found is not None else []
+        notes = [f"Data changed since the run it begins from: {provenance.listed(changed)}."] * bool(changed)
+        notes += checkpoint.rounding(found, self._config) if found is not None else []
         if version := rundir.earlier_version(directory):
-            told.append(f"Begun by {version}.")
-        history = provenance.check_and_store(directory, made_from, self.allow_changed, begun, told)
+            notes.append(f"Begun by {version}.")
+        history = provenance.check_and_store(directory, made_from, self.allow_changed, begun, notes)
         if self._described:
             write_config(self.run_view.config, directory)
-        for place in (directory, self.checkpoints):  # only now: a run that is refused stays as it is
-            remove_leftovers(place)
+        for folder in (directory, self.checkpoints):  # only now: a run that is refused stays as it is
+            remove_leftovers(folder)
         return history
 
     def _find(self) -> Path | None:
-        """Return the newest whole checkpoint of the end of a task, if the directory holds one."""
+        """Return the newest intact checkpoint of the end of a task, if the directory holds one."""
         if self.checkpoints is None:
             return None
         return checkpoint.latest(self.checkpoints)
@@ -259,10 +265,10 @@ class Experiment:
         checkpoint.tidy(found.parent, self.learner.tasks_learned, self.keep, inside)
         return inside
 
-    def _make_trainer(self, **options: Any) -> pl.Trainer:
+    def _build_trainer(self, **options: Any) -> pl.Trainer:
         trainer = self._trainer(
             logger=self._logger,
-            enable_checkpointing="callbacks" in options,  # ours alone
+            enable_checkpointing="callbacks" in options,  # for TaskCheckpoints; Lightning adds no callback of its own
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -276,18 +282,18 @@ class Experiment:
         return trainer
 
     def _device(self) -> str:
-        """Return what is trained on, with the number of processes where they are several."""
+        """Return the type of the training device, with the number of processes if there are several: "cuda × 4"."""
         processes = distributed.world_size()
-        return self._make_trainer().strategy.root_device.type + (f" × {processes}" if processes > 1 else "")
+        return self._build_trainer().strategy.root_device.type + (f" × {processes}" if processes > 1 else "")
 
     def _fit(self, task: Task) -> None:
         without = {} if task.val else {"limit_val_batches": 0}
-        # what one task has had no gain from says nothing of the next
+        # a copy for each task: the patience that one task has used up must not stop the next one
         callbacks = [deepcopy(part) if isinstance(part, EarlyStopping) else part for part in self._callbacks]
-        trainer = self._make_trainer(max_epochs=self.epochs, callbacks=[*callbacks, self.task_checkpoints], **without)
+        trainer = self._build_trainer(max_epochs=self.epochs, callbacks=[*callbacks, self.task_checkpoints], **without)
         self._take_over(trainer)
-        self.learner.trainer = trainer  # tells the epochs, even where Lightning has nothing to fit
-        # Lightning hands the module back on the CPU after each stage; hooks run where training does.
+        self.learner.trainer = trainer  # the learner reads the number of epochs from it, also if nothing is trained
+        # Lightning moves the module to the CPU after each stage; hooks run on the training device.
         self.learner.to(trainer.strategy.root_device)
         self.instruments.call("begin", self.learner)
         self.learner.before_task(task)
@@ -311,26 +317,26 @@ class Experiment:
         self.instruments.call("after_task", self.learner, task)
 
     def _take_over(self, trainer: pl.Trainer) -> None:
-        """Give the learner what Lightning would count in chunks."""
+        """Move to the learner the options that Lightning would apply to chunks instead of minibatches."""
         self.learner.accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
         self.learner.limit, trainer.limit_train_batches = trainer.limit_train_batches, 1.0
 
     def evaluate(self) -> None:
-        """Measure the row of R after the tasks learned so far, on every task at once, and report it."""
+        """Measure the row of R after the tasks learned so far, and call the reports."""
         with quiet():
             self._evaluate()
         for report in self.reports:
             report.row(self.run_view, self.learner.tasks_learned)
 
     def _evaluate(self) -> None:
-        trainer = self._make_trainer()
+        trainer = self._build_trainer()
         device = trainer.strategy.root_device
         trainer.test(self.learner, self._tests(device), verbose=False)
         self.learner.to(device)
         self.instruments.call("row", self.learner, self.learner.tasks_learned)
 
     def _tests(self, device: torch.device) -> EvalLoader:
-        """Return the test sets of the columns that the present row is measured on."""
+        """Return the test sets of the tasks that the present row is measured on."""
         learned = self.learner.tasks_learned
         if self.columns != "all" and 0 < learned < len(self.stream):
             first = 0 if self.columns == "seen" else max(0, learned + 1 - int(self.columns))
@@ -344,19 +350,19 @@ class Experiment:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            self._check_place(self.checkpoints.parent)
+            self._check_directory(self.checkpoints.parent)
             path = checkpoint.save(self.learner, self.checkpoints, self.keep, self.instruments, self._beside())
             if self.learner.tasks_learned == 0:
-                self._tell_size(self._foresee(path))
+                self._report_size(self._estimate_size(path))
 
-    def _foresee(self, path: Path) -> int:
-        """Return the bytes of all checkpoints, from the size of one; from now on few are kept where that is much."""
+    def _estimate_size(self, path: Path) -> int:
+        """Return the bytes of the checkpoints of all tasks, from the size of one; choose `keep` if it is "auto"."""
         total: int = distributed.from_first(lambda: path.stat().st_size) * (len(self.stream) + 1)
         if self._wanted == "auto" and total > _AMPLE:
             self.keep = _FEW
         return total
 
-    def _tell_size(self, total: int) -> None:
+    def _report_size(self, total: int) -> None:
         if total <= _AMPLE:
             return
         some = "all are kept" if self.keep is None else f"the {self.keep} newest are kept"
@@ -367,24 +373,24 @@ class Experiment:
                 "all, for from=DIR:task=k."
             )
 
-    def _check_place(self, directory: Path) -> None:
-        """Refuse to begin another directory where that of the run was renamed."""
+    def _check_directory(self, directory: Path) -> None:
+        """Refuse to create the directory again if it was renamed or removed during the run."""
         if self._begun and distributed.rank() == 0 and not directory.is_dir():
             raise gone(directory)
         self._begun = True
 
     def _save_inside(self, state: dict[str, Any]) -> None:
         if self.checkpoints is not None:
-            self._check_place(self.checkpoints.parent)
+            self._check_directory(self.checkpoints.parent)
             checkpoint.save_inside(self.learner, self.checkpoints, state, self.instruments, self._beside())
 
     def _beside(self) -> dict[str, Any]:
-        """See to it that what a checkpoint rests on is on the disk before it; return what tells that later."""
+        """Flush the reports' files to the disk, and return the entries that a checkpoint holds beside the state."""
         reports = {name: how for report in self.reports for name, how in (report.flush() or {}).items()}
         return {"config": self._config, "reports": reports}
 
     def _load_inside(self) -> dict[str, Any]:
-        """Go on inside the task that has just begun, if the directory says so; return what its training needs."""
+        """Load the checkpoint inside the task that has just begun, if there is one, and return its training state."""
         found, self._inside = self._inside, None
         if found is None:
             return {}

@@ -1,4 +1,4 @@
-"""Whether a step may call torch's optimizer itself: Lightning's wrappers cost as much as a small model."""
+"""When a training step may call torch's optimizer directly: Lightning's wrappers cost as much as a small model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STEP_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_s
 
 
 def is_plain(trainer: pl.Trainer) -> bool:
-    """Return whether nothing happens between backward and step: one device, no scaled loss, no callback that listens.
+    """Say whether Lightning's optimizer wrappers do nothing: one device, no loss scaling, no callback around the step.
 
     Example:
         >>> is_plain(pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False))

@@ -1,4 +1,4 @@
-"""Losses and weights that are numbers: a run that diverges ends in a sentence, and keeps its last good checkpoint."""
+"""Checks that losses and weights are finite: a run that diverges stops with a message and keeps its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 def check_losses(learner: LearnerLike, losses: Tensor) -> None:
-    """Refuse losses of the last steps, (n,), that are NaN or infinite.
+    """Stop the run if a loss of the last steps is NaN or infinite.
+
+    Args:
+        learner: Gives the task, epoch and step for the message.
+        losses: The losses of the last n steps, (n,).
 
     Raises:
         DivergenceError: Naming the first such step.
     """
-    if not bool(torch.isfinite(losses).all()):  # the one synchronisation of a chunk
+    if not bool(torch.isfinite(losses).all()):  # the only synchronisation with the device in a chunk
         first = int((~torch.isfinite(losses)).nonzero()[0])
         raise DivergenceError(
             f"The loss is {float(losses[first])} in task {learner.task_index + 1} of {learner.num_tasks}, epoch "
@@ -29,7 +33,7 @@ def check_losses(learner: LearnerLike, losses: Tensor) -> None:
 
 
 def check_finite(learner: LearnerLike) -> None:
-    """Refuse weights that the last step of a task made NaN or infinite, which no loss has shown yet.
+    """Stop the run if a trained weight is NaN or infinite after the last step of a task, which no later loss shows.
 
     Raises:
         DivergenceError: Naming the first such parameter.

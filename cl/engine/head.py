@@ -1,4 +1,4 @@
-"""One linear head over all classes, and the mask of competing classes: a scenario is a mask, not a class hierarchy."""
+"""One linear head over all classes, and the mask of competing classes by which the scenarios differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cl.data.task import Scenario
 
 
 class Head(nn.Linear):
-    """The linear head at full width from the start: (B, num_features) -> (B, num_classes).
+    """A linear layer with an output for every class of the stream from the start: (B, num_features) -> (B, C).
 
     Example:
         >>> Head(5, 3)(torch.zeros(2, 5)).shape
@@ -23,10 +23,11 @@ class Head(nn.Linear):
 def competing(scenario: Scenario, seen: Tensor, membership: Tensor) -> Tensor:
     r"""Return which classes compete on an example of each task, bool (T, C).
 
-    With seen classes S and the classes :math:`C_j` of task j: :math:`C_j` in the task-incremental scenario, everything
-    in the domain-incremental, S in the class-incremental. There a task to come is met with every class of the head:
-    which are to come is not known at test, S alone would make the cell 0 by construction, and :math:`S \cup C_j` would
-    give the task away. So row 0 and the cells before a task is learned have one mask, and can be compared.
+    Let S be the seen classes and :math:`C_j` the classes of task j. In the task-incremental scenario :math:`C_j`
+    competes on the examples of task j; in the domain-incremental one, every class; in the class-incremental one, S if
+    task j has been seen, else every class of the head. For a task that has not been seen, S alone would make the
+    accuracy 0 by construction, and :math:`S \cup C_j` would reveal the task. So row 0 of R and the entries before a
+    task is learned use the same mask, and can be compared.
 
     Args:
         scenario: "class", "task" or "domain".
@@ -47,7 +48,7 @@ def competing(scenario: Scenario, seen: Tensor, membership: Tensor) -> Tensor:
 
 
 class Mask(nn.Module):
-    """Sends the logits of classes that do not compete to minus infinity, in one addition or none.
+    """Sets the logits of classes that do not compete to minus infinity, by one addition or none.
 
     Args:
         num_tasks: T.
@@ -65,10 +66,10 @@ class Mask(nn.Module):
     def __init__(self, num_tasks: int, num_classes: int) -> None:
         super().__init__()
         self.register_buffer("bias", torch.zeros(num_tasks, num_classes), persistent=False)
-        self._rows = 0  # 0: everything competes; 1: the same classes for every task; T: one row a task
+        self._rows = 0  # rows of the bias in use: 0, all classes compete; 1, the same for every task; T, one per task
 
     def set(self, competing: Tensor) -> None:
-        """Take the classes that compete, bool (T, C)."""
+        """Set the classes that compete on the examples of each task, bool (T, C)."""
         self.bias.zero_().masked_fill_(~competing.to(self.bias.device), -torch.inf)
         same = bool((competing == competing[0]).all())
         self._rows = len(competing) if not same else 0 if bool(competing.all()) else 1

@@ -1,7 +1,8 @@
-"""What is measured of a run beside R: curves inside tasks, resources, probes of the features, forecasts of transfer.
+"""Measurements beside R: curves inside tasks, resources, probes of the features, forecasts of transfer.
 
-An instrument watches from outside: it draws nothing from the run's generators, leaves no mode changed, and its state
-travels in the checkpoint. `Instruments` calls them, and takes the time that they spend, which is not the method's.
+An instrument does not change the run: it draws nothing from the run's generators and restores every mode that it
+changes. Its state is part of the checkpoint. `Instruments` calls all of them and adds up the time that they take, so
+that it is not counted as the method's.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Record = tuple[float | int | str, ...]
 
 
 class Instrument(nn.Module):
-    """Base of all instruments: every hook does nothing until it is overridden, and then costs nothing.
+    """Base class of all instruments. Every hook does nothing by default, and one that is not overridden costs nothing.
 
-    What it measures it keeps by `add`, one record a row of its table; or in transfer matrices, which stand beside R.
+    An instrument stores its measurements by `add`, which appends a record to its table, or in transfer matrices.
 
     Attributes:
-        file: Name of the table that its records are written to in the run's directory, without its ending; empty where
-            it has none.
+        file: Name, without the ending .csv, of the table in the run's directory that the records are written to; empty
+            for an instrument without a table.
         columns: The columns of that table.
 
     Example:
@@ -53,69 +54,76 @@ class Instrument(nn.Module):
         self._records: list[Record] = []
 
     def transfer_matrices(self) -> dict[str, TransferMatrix]:
-        """Return transfer matrices of its own, by what stands in the place of a mask; reports show them beside R."""
+        """Return the instrument's transfer matrices, by a name that is used like that of a mask; reports show them."""
         return {}
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Allocate what has one entry a task, such as a `TransferMatrix`, and refuse what cannot be measured; once."""
+        """Allocate what depends on the stream, such as a `TransferMatrix`, and refuse what cannot be measured.
+
+        Called once, before the run starts or resumes.
+
+        Raises:
+            InputError: If this stream or learner cannot be measured.
+        """
 
     def watch(self, instruments: Instruments) -> None:
-        """Take note of all instruments of the run, whose time is not the method's, before the first task."""
+        """Receive all instruments of the run, once, to read `seconds`, the time that they have taken."""
 
     def begin(self, learner: Learner) -> None:
         """Act when a task begins, before the `before_task` of the strategies."""
 
     def steps(self, learner: Learner) -> Sequence[int]:
-        """Return the steps of the present task, 0 to `learner.num_steps`, before which to `look`."""
+        """Return the steps of the present task, 0 to `learner.num_steps`, before which `look` is called."""
         return ()
 
     def before_task(self, learner: Learner, task: Task) -> None:
-        """Measure before a task is trained, its strategies' hooks done."""
+        """Measure before a task is trained, after the `before_task` of the strategies."""
 
     def look(self, learner: Learner) -> None:
-        """Measure inside a task, `learner.step` steps after its start."""
+        """Measure inside a task, after `learner.step` steps of it."""
 
     def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
-        """Measure after a training step, and after what the strategies do then.
+        """Measure after a training step, and after the strategies' `after_step`.
 
-        The logits are those of the step's own forward pass, so under the weights before the step and in training mode:
-        inputs augmented, dropout drawn, batch norm over the rows of this step, replayed ones among them. Nothing is
-        computed again for it. With `accumulate_grad_batches` each minibatch is a step, and weights change on the last.
-        A strategy that trains on other examples than the task's (joint training, a memory alone) shows those, and one
-        that learns without gradient steps, such as a nearest-class-mean classifier, has no step to show.
+        The logits are those of the forward pass of the step: under the weights before the step and in training mode,
+        with augmented inputs, dropout, and batch norm over all examples of the step, replayed ones included. Nothing is
+        computed again. With `accumulate_grad_batches` each minibatch is a step, and the weights change on the last one
+        of each group. If a strategy trains on other examples than the task's (joint training, a memory alone), the
+        batch holds those; if it learns without gradient steps, such as a nearest-class-mean classifier, the hook is
+        not called.
 
         Args:
-            learner: With the weights after the step; `learner.step` counts it.
-            batch: The rows that came in, (B, *input), without replayed ones: `x` as stored, `y`, `task`, `view` as the
-                backbone saw them, and `rows`, their positions in the training data. Of several processes each has its
-                own.
-            logits: (B, C), unmasked and detached; valid until the hook returns, so clone what is kept.
+            learner: With the weights after the step; `learner.step` includes it.
+            batch: The incoming examples, (B, *input), without replayed ones: `x` as stored, `y`, `task`, `view` as the
+                backbone received it, and `rows`, their positions in the training data. In several processes each
+                receives its own share.
+            logits: (B, C), unmasked and detached. Clone them to retain them: they are valid until the hook returns.
         """
 
     def after_task(self, learner: Learner, task: Task) -> None:
         """Measure after a task has been consolidated."""
 
     def row(self, learner: Learner, after_task: int) -> None:
-        """Measure beside a row of R (0: the untrained learner)."""
+        """Measure right after a row of R (0: the untrained learner)."""
 
     def add(self, record: Record) -> None:
-        """Keep one record, one value a column; NaN is unmeasured.
+        """Append a record with a value for each column; NaN means unmeasured.
 
         Raises:
-            InputError: If it has not as many values as there are columns, or one is no plain number or text.
+            InputError: If the number of values is not that of the columns, or a value is no plain number or text.
         """
         if len(record) != len(self.columns) or not all(type(value) in (int, float, str) for value in record):
             raise InputError(
                 f"{type(self).__name__} adds the record {record!r}: give a plain number (float(...), int(...)) or text "
                 f"for each of its columns {', '.join(self.columns) or '(it names none)'}."
             )
-        self._records.append(tuple(record))  # plain, so that a checkpoint loads as data
+        self._records.append(tuple(record))  # plain data, which loads with weights_only=True
 
     def __len__(self) -> int:
         return len(self._records)
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        """Return the records from the one at `start`; NaN means unmeasured and is left out of files."""
+        """Yield the records from number `start` on; NaN means unmeasured and is left out of files."""
         yield from self._records[start:]
 
     def get_extra_state(self) -> list[Record]:
@@ -137,10 +145,11 @@ class Instruments(nn.ModuleDict):
         instruments: By name.
 
     Attributes:
-        seconds: What all of them have taken so far.
+        seconds: The time that all instruments have taken so far.
 
     Raises:
-        InputError: If one is no instrument, its name cannot be one, a hook's is misspelt, or two have one file.
+        InputError: If one is no instrument, its name is not allowed, the name of a hook is misspelt, or two instruments
+            have the same file.
 
     Example:
         >>> Instruments({"nothing": Instrument()}).seconds
@@ -172,7 +181,7 @@ class Instruments(nn.ModuleDict):
             )
 
     def setup(self, learner: Learner, stream: Stream) -> dict[str, TransferMatrix]:
-        """Let each instrument allocate; return R by mask, and beside it the transfer matrices of all of them.
+        """Call `setup` of each instrument; return R by mask, and the transfer matrices of all instruments by name.
 
         Raises:
             InputError: If a matrix has the name of another.
@@ -189,13 +198,13 @@ class Instruments(nn.ModuleDict):
         return found
 
     def call(self, hook: str, learner: Learner, *arguments: Any) -> None:
-        """Call one hook of every instrument that has it, and take the time."""
+        """Call one hook of every instrument that overrides it, and add up the time."""
         for instrument in self.values():
             if _overrides(instrument, hook):
                 self._timed(getattr(instrument, hook))(learner, *arguments)
 
     def schedule(self, learner: Learner) -> None:
-        """Tell the learner before which steps of the present task somebody looks."""
+        """Give the learner the calls of `look` in the present task, by the step before which they are due."""
         learner.looks = {}
         for instrument in self.values():
             for step in instrument.steps(learner):  # type: ignore[operator]
@@ -203,17 +212,17 @@ class Instruments(nn.ModuleDict):
 
     @contextmanager
     def after_steps(self, learner: Learner) -> Iterator[None]:
-        """Let those that override `after_step` see each training step for a while, behind the strategies."""
+        """In this context, call `after_step` of the instruments after that of the strategies."""
         chain = learner.strategies.chains["after_step"]
-        theirs = list(chain)
+        of_strategies = list(chain)
         chain += [(n, self._timed(i.after_step, wait=False)) for n, i in self.items() if _overrides(i, "after_step")]
         try:
             yield
         finally:
-            chain[:] = theirs
+            chain[:] = of_strategies
 
     def _timed(self, hook: Any, wait: bool = True) -> Callable[..., None]:
-        """Return a hook whose time counts as measuring; where it waits, the device has finished before and after."""
+        """Return a hook whose time is added to `seconds`; with `wait`, the device is synchronised before and after."""
 
         def timed(learner: Learner, *arguments: Any) -> None:
             if wait:
@@ -240,9 +249,10 @@ def _finish(device: torch.device) -> None:
 
 @contextmanager
 def watching(learner: Learner) -> Iterator[None]:
-    """Evaluate for a while in the middle of anything: no gradient, no mode, no draw is left behind.
+    """In this context, evaluate the learner without changing it, at any point of a run.
 
-    Batch-norm statistics stay (evaluation mode), and so does torch's generator.
+    The learner is in evaluation mode, under the run's precision and without gradients. On exit, the mode of each module
+    and the state of torch's generator are restored.
     """
     modes = [(module, module.training) for module in learner.modules()]
     learner.eval()
@@ -258,17 +268,17 @@ def watching(learner: Learner) -> Iterator[None]:
 
 
 def own_examples(task: Task) -> TaskData:
-    """Return the training examples that are a task's own, where those of others come with it; all where none is."""
+    """Return the training examples of a task that carry its task label, where tasks blend; all if none does."""
     own = task.train.of_tasks([task.index])
     return own if len(own) else task.train
 
 
 def subset(data: TaskData, rows: int) -> TaskData:
-    """Return a fixed random part of some examples, all of them where there are no more.
+    """Return a fixed random subset of some examples, or all if there are not more than `rows`.
 
     Args:
-        data: Examples.
-        rows: How many at most; the draw depends on nothing else, so that every run looks at the same ones.
+        data: The examples.
+        rows: How many at most. The draw depends only on this and on the number of examples, so every run has the same.
 
     Example:
         >>> data = TaskData(torch.arange(9.0), torch.arange(9))
@@ -282,7 +292,13 @@ def subset(data: TaskData, rows: int) -> TaskData:
 
 
 def features(learner: Learner, data: TaskData, size: int = 256) -> Tensor:
-    """Return the backbone's features of raw examples, (n, D), as float32 on the device; call it while `watching`."""
+    """Return the backbone's features of examples, float32 (n, D) on the device; call it inside `watching`.
+
+    Args:
+        learner: With the backbone.
+        data: n examples, as stored.
+        size: Examples of a minibatch.
+    """
     if data.resident:
         data = data.on(learner.device)
     found = []

@@ -1,4 +1,4 @@
-"""`Learner`: backbone, head and strategies as one Lightning module; maps Lightning's hooks to ours."""
+"""`Learner`: backbone, head and strategies as one Lightning module, which calls the strategies' hooks."""
 
 from __future__ import annotations
 
@@ -43,29 +43,31 @@ class Learner(pl.LightningModule):
     """A backbone and a head over all classes that learn a stream under some strategies.
 
     Args:
-        stream: What will be learned; tells every shape before training.
-        backbone: (B, *input) -> (B, num_features), with the attribute `num_features`; or what makes it from the shape
-            of an input, such as `MLP`, its weights then drawn from the seed.
+        stream: The stream to learn, which gives every shape before training.
+        backbone: A module (B, *input) -> (B, num_features) with the attribute `num_features`; or a factory that builds
+            one from the shape of an input, such as `MLP`, with weights drawn from the seed.
         strategies: By name, in the order in which batches and gradients chain; empty means fine-tuning.
-        optimizer: Parameters to optimizer; called anew for every task.
-        scheduler: Optimizer to learning-rate schedule, or None; what it leaves open of its length is filled in, see
-            `cl.engine.schedules.make_schedule`.
-        head: Features to logits (B, C), or what makes it from the numbers of features and classes; by default `Head`.
-        batch_size: Incoming rows a step.
-        eval_batch_size: Rows of an evaluation batch; None leaves it to the device.
+        optimizer: Builds an optimizer from parameters; called once per task.
+        scheduler: Builds a learning-rate schedule from an optimizer, or None. If its length is left open, it is filled
+            in, see `cl.engine.schedules.make_schedule`.
+        head: A module from features to logits (B, C), or a factory that builds one from the numbers of features and
+            classes; None means `Head`.
+        batch_size: Incoming examples per step.
+        eval_batch_size: Examples of an evaluation batch; None means 256 on a CPU and 1024 elsewhere.
         chunk_size: Steps that Lightning sees as one batch; None lets it grow while a chunk takes less than a tenth of
             a second, up to 64. Results do not depend on it.
         gradient_clip: Largest norm of the gradient, or None.
-        train_mask: Classes that compete in the loss: "class" (all seen), "task" (those of the row's task), "domain"
-            (all there are); None means as at test.
-        optimizer_state: What happens at a boundary between tasks: each has an optimizer that begins anew ("reset"), or
-            goes on with the moments of the last one ("keep"). Without boundaries optimizer and schedule go on.
+        train_mask: Classes that compete in the loss: "class" (all seen so far), "task" (those of the example's task),
+            "domain" (all); None means the same as at test.
+        optimizer_state: Whether, at a boundary between tasks, the new optimizer starts without state ("reset") or with
+            the state of the last one ("keep"). Without boundaries, optimizer and schedule continue.
         scheduler_interval: Whether the schedule moves after each "epoch" or each optimizer "step".
-        log_every: Steps between two points of the training curves, each the mean since the last.
-        seed: Seed of every draw; of a backbone and a head that are modules already, the weights stay.
+        log_every: Steps between two points of the training curves; a point is the mean since the last one.
+        seed: Seed of every draw. A backbone or head that is given as a module keeps its weights.
 
     Raises:
-        InputError: If the backbone has no `num_features`, two strategies own one hook, or one refuses the combination.
+        InputError: If the backbone has no `num_features`, two strategies define the same hook with one owner, or a
+            strategy refuses the run.
 
     Example:
         >>> from functools import partial
@@ -128,28 +130,28 @@ class Learner(pl.LightningModule):
         self.task: Task = stream[0]
         self.tasks_learned = 0
         self.step = self.total_steps = 0  # within the task, and over the stream
-        self.rows, self.summed = 0, 0.0  # of a minibatch; of those of one update, in minibatches of full size
+        self.rows, self.summed = 0, 0.0  # examples: of the minibatch; of the update, in units of batch_size
         self.last_loss: Tensor | None = None
         self._data: TaskData | None = None
-        self.task_labels: Tensor | None = None  # of the rows in `encode`, (B,); None: of the present task, or not told
-        self.told: Tensor | None = None  # those that a prediction is given
+        self.task_labels: Tensor | None = None  # of the examples in `encode`, (B,); None: the present task, or unknown
+        self.told: Tensor | None = None  # the task labels that a prediction is given, (B,)
         self._curves = Curves(log_every)
         self.accumulate, self.limit = 1, 1.0
-        self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # by the step before which somebody measures
+        self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # measurements, by the step before which they run
         self.plain = self.compiled = False
         self.strategies = Composition(strategies)
         self._chains, self._owners = self.strategies.chains, self.strategies.owners
         self.strategies.setup(self, stream)
 
     def _allocate(self, stream: Stream) -> None:
-        """Make what has one row a task: who belongs to it, the masks, and R by mask and metric."""
+        """Allocate what depends on the number of tasks: the membership of classes, the masks, R by mask and metric."""
         self.num_tasks, self.num_classes, self.target = len(stream), stream.num_classes, stream.target
         self._rows = [len(task.train) for task in stream]
         membership = torch.zeros(self.num_tasks, self.num_classes, dtype=torch.bool)
         for task in stream:
             membership[task.index, slice(None) if self.target.name == "regression" else list(task.classes)] = True
         self.register_buffer("membership", membership, persistent=False)
-        self.mixed = any(bool((task.train.tasks != task.index).any()) for task in stream)  # rows of several in one
+        self.mixed = any(bool((task.train.tasks != task.index).any()) for task in stream)  # tasks blend
         self.shared_outputs = bool((membership.sum(0) > 1).any())  # whether tasks have classes in common
         self.register_buffer("seen", torch.zeros(self.num_classes, dtype=torch.bool))
         self.masks = nn.ModuleDict({name: Mask(self.num_tasks, self.num_classes) for name in SCENARIOS})
@@ -189,11 +191,11 @@ class Learner(pl.LightningModule):
 
     @property
     def keeps_optimizer(self) -> bool:
-        """Whether an optimizer goes on with what the one of the task before held."""
+        """Whether an optimizer starts with the state of the one of the previous task."""
         return self._carried.on
 
     def forget_optimizer(self) -> None:
-        """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
+        """Let the next optimizer start without state: for a strategy that resets the weights."""
         self._carried.forget()
 
     def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -212,18 +214,18 @@ class Learner(pl.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put backbone and head in evaluation mode for a while, uncompiled, and back as they were."""
+        """In this context, backbone and head are in evaluation mode and not compiled; then their modes are restored."""
         modes = [(module, module.training) for module in self.trunk().modules()]
         self.trunk().eval()
         try:
-            with torch.compiler.set_stance("force_eager"):  # hooks on layers and vmap are seen
+            with torch.compiler.set_stance("force_eager"):  # compiled code would skip hooks on layers, and vmap
                 yield
         finally:
             for module, mode in modes:
                 module.training = mode
 
     def prepare(self, x: Tensor, augment: bool = False) -> Tensor:
-        """Map raw inputs to what the backbone receives, augmented or not."""
+        """Map raw inputs (B, *input) to what the backbone receives: normalised, and augmented if asked for."""
         if augment and self.augment is not None:
             x = self.augment(x, self.augment_random.generator)
         if self._convolves and x.ndim == 4:
@@ -247,27 +249,32 @@ class Learner(pl.LightningModule):
             module.compile(mode=mode)
 
     def forward(self, view: Tensor, task: Tensor | None = None) -> Tensor:
-        """Map prepared inputs (B, *input) to logits (B, C), with task labels (B,) where rows are of other tasks."""
+        """Map prepared inputs (B, *input) to logits (B, C).
+
+        Args:
+            view: What `prepare` returned.
+            task: Task labels (B,); None means those that a prediction is given.
+        """
         self.task_labels = self.told if task is None else task
         logits: Tensor = self._owners["classify"](self, self._owners["encode"](self, view))
         return logits
 
     def with_weights(self, weights: Mapping[str, Tensor], view: Tensor, task: Tensor) -> Tensor:
-        """Return the same logits under other values of some parameters and buffers, by name."""
+        """Return the logits of `forward` with some parameters and buffers, given by name, replaced."""
         return functional_call(self, dict(weights), (view, task))  # type: ignore[no-any-return]
 
     def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:
-        """Send the logits of classes that do not compete to minus infinity; by default in the run's scenario."""
+        """Set the logits (B, C) of classes that do not compete to minus infinity; by default in the run's scenario."""
         return self.masks[scenario or self.scenario](logits, task)  # type: ignore[no-any-return]
 
     def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss of the stream's target, for labels the cross-entropy, over the classes that compete."""
+        """Return the mean loss over the competing classes, a scalar; for labels it is the cross-entropy."""
         return self.target.loss(self.mask(logits, batch.task, self.train_mask), batch.y)
 
     # ---- a task, called by cl.engine.experiment ---------------------------------------------------------------------
 
     def before_task(self, task: Task) -> None:
-        """Begin a task on the training device: data in place, masks, every strategy's hook."""
+        """Begin a task on the training device: call the strategies' hooks, move the data there, update the masks."""
         self.task, self.step = task, 0
         torch.manual_seed(derive(self.seed, "torch", task.index))
         self.augment_random.seed(derive(self.seed, "augment", task.index))
@@ -287,7 +294,7 @@ class Learner(pl.LightningModule):
         return self.steps_per_epoch > 0 and any(p.requires_grad for p in self.parameters())
 
     def after_task(self, task: Task) -> None:
-        """End a task on the training device: every strategy's hook."""
+        """End a task on the training device: call the strategies' hooks."""
         for _, hook in self._chains["after_task"]:
             hook(self, task)
         self._data = None
@@ -315,11 +322,11 @@ class Learner(pl.LightningModule):
         return TrainLoader(self._data, *shape, seed, lambda: self.step, self.device)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the batch where it is: the columns were moved once."""
+        """Return the batch unchanged: the loader has put it on the device."""
         return batch
 
     def on_train_start(self) -> None:
-        """Skip Lightning's wrappers around the optimizer where nobody would notice."""
+        """Skip Lightning's wrappers around the optimizer if they do nothing in this run."""
         self.plain = is_plain(self.trainer)
 
     def on_train_epoch_start(self) -> None:
@@ -327,28 +334,28 @@ class Learner(pl.LightningModule):
         torch.manual_seed(derive(self.seed, "torch", self.task.index, self.current_epoch, *distributed.rank_position()))
 
     def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
-        """Train on each minibatch, then look at the losses of the chunk."""
+        """Train on each minibatch of a chunk, then check and log its losses."""
         optimizer: Any = self.optimizers(use_pl_optimizer=not self.plain)
         losses = []
         for batch in chunk:
             self.look()
             losses.append(self._train_on(batch, optimizer))
-        self._look_at(distributed.mean(torch.stack(losses).float()))
+        self._check_and_log(distributed.mean(torch.stack(losses).float()))
 
     def look(self) -> None:
-        """Let those look who want to before the present step."""
+        """Call the instruments that measure before the present step."""
         for look in self.looks.get(self.step, ()):
             look(self)
 
     def _train_on(self, batch: Batch, optimizer: Any) -> Tensor:
         if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # outputs of the last step's graphs may be overwritten
         incoming = batch
         for _, extend in self._chains["extend_batch"]:
             batch = extend(self, batch)
         batch.view = self.prepare(batch.x, augment=True)
         if not self.plain or self.accumulate > 1:
-            self.rows = 0 if batch.idle else len(batch)  # what the loss weighs beside others of the same update
+            self.rows = 0 if batch.idle else len(batch)  # weight of this loss among those of the same update
         logits = self(batch.view, batch.task)
         loss: Tensor = self._owners["criterion"](self, batch, logits)
         terms: dict[str, Tensor] = {}
@@ -375,13 +382,13 @@ class Learner(pl.LightningModule):
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
 
-    def _look_at(self, losses: Tensor) -> None:
+    def _check_and_log(self, losses: Tensor) -> None:
         check_losses(self, losses)
         self.last_loss = losses[-1]
         self._curves.log(self.loggers, self.task.index + 1, self.total_steps)
 
     def on_train_epoch_end(self) -> None:
-        """Run the strategies' hook, then the schedule."""
+        """Call the strategies' hooks, then move the schedule."""
         for _, hook in self._chains["after_epoch"]:
             hook(self, self.task, self.current_epoch)
         if isinstance(self._schedule, ReduceLROnPlateau):
@@ -390,7 +397,7 @@ class Learner(pl.LightningModule):
             self._schedule.step()
 
     def on_train_end(self) -> None:
-        """Write the rest of the curves."""
+        """Log the rest of the training curves."""
         self._curves.log(self.loggers, self.task.index + 1, self.total_steps, rest=True)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
@@ -402,13 +409,13 @@ class Learner(pl.LightningModule):
         return evaluation(self, [shard(self.task.val)])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss, and for labels the accuracy, on the present task, weighted by rows."""
+        """Log the loss, and for labels the accuracy, on the present task, as means over examples."""
         logits = self.predict(batch)
         values = {"val/loss": self.criterion(logits, batch)}
         if self.target.name == "label":
             values["val/accuracy"] = (self.mask(logits, batch.task).argmax(1) == batch.y).float().mean()
         self.log_dict(values, batch_size=len(batch), on_epoch=True, sync_dist=distributed.world_size() > 1)
-        # Loggers take "step" as such.
+        # Lightning uses a metric called "step" as the step of the point.
         where = {"step": float(self.total_steps), "train/task": self.task.index + 1.0}
         self.log_dict(where, batch_size=1, on_epoch=True, reduce_fx="max")
 
@@ -417,22 +424,22 @@ class Learner(pl.LightningModule):
         self._score = start(self.target, list(self.matrices), self.mask, self.membership)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score a batch of any tasks."""
+        """Score a batch, whose examples may be of several tasks."""
         self._score.update(self.predict(batch), batch)
 
     def on_test_epoch_end(self) -> None:
-        """Write the row of R, and of the calibration errors."""
-        for rows, kept in ((self._score.rows(), self.matrices), (self._score.errors(), self.calibration)):
+        """Record the row of R, and that of the calibration errors."""
+        for rows, found in ((self._score.rows(), self.matrices), (self._score.errors(), self.calibration)):
             for name, row in rows.items():
-                kept[name].record(self.tasks_learned, row)  # type: ignore[operator]
+                found[name].record(self.tasks_learned, row)  # type: ignore[operator]
 
     def features(self, x: Tensor, task: Tensor | None = None) -> Tensor:
-        """Return the backbone's features of raw inputs, (B, D), under the task labels (B,) that may be told."""
+        """Return the backbone's features (B, D) of raw inputs; task labels (B,) are used in scenario "task" alone."""
         self.task_labels = task if self.scenario == "task" else None
         return self._owners["encode"](self, self.prepare(x))  # type: ignore[no-any-return]
 
     def predict(self, batch: Batch) -> Tensor:
-        """Return the logits of a batch as they are scored, (B, C), unmasked; task labels are told where they may be."""
+        """Return the logits of a batch at test, (B, C), unmasked; task labels are used in scenario "task" alone."""
         self.told = batch.task if self.scenario == "task" else None
         logits: Tensor = self._owners["predict"](self, self.prepare(batch.x))
         self.told = None
@@ -441,7 +448,7 @@ class Learner(pl.LightningModule):
     # ---- state --------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the counters that a buffer on the device would have to be read for, and what the optimizer keeps."""
+        """Return the counters, which as buffers would have to be read from the device, and the optimizer's state."""
         carried = {"optimizer": self._carried.state(self)} if self._carried.on else {}
         return {"tasks_learned": self.tasks_learned, "total_steps": self.total_steps, **carried}
 

@@ -1,4 +1,4 @@
-"""Batches on the training device: one index, one gather, and slices of it."""
+"""Minibatches on the training device: the examples of a chunk are gathered by one index and then split."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from cl.random import derive
 if TYPE_CHECKING:
     from cl.engine.strategy import LearnerLike
 
-_LARGEST, _BRISK = 64, 0.1  # steps of a chunk that chooses its size; seconds that it should not take
-_AHEAD = 2**25  # bytes of a chunk that is read ahead
+_LARGEST, _BRISK = 64, 0.1  # an automatic chunk size doubles up to 64 steps, while a chunk takes less than 0.1 s
+_AHEAD = 2**25  # bytes of a chunk that is read in the background
 
 
 class TrainLoader:
     """Shuffled minibatches in chunks of K, as lists of `Batch`.
 
-    A Lightning "batch" is a chunk, so that its cost a step is paid once in K steps. The order of the examples is a
-    function of (seed, task, epoch) alone, and the minibatches are the same for every K. Where the data stay in their
-    file, the next chunk is read while the present one is trained on. There is no length to tell: an epoch that is
-    taken up again has fewer chunks than the next, and Lightning, which asks once, would miss the validation at its end.
+    A chunk is one "batch" for Lightning, so that its overhead is paid once in K steps. The order of the examples is a
+    function of (seed, task, epoch) alone, and the minibatches are the same for every K. If the data stay in their file,
+    the next chunk is read while the present one is trained on. The loader has no `__len__`: an epoch that is resumed
+    has fewer chunks than the next one, and Lightning, which asks for the length once, would skip its validation.
 
     Args:
-        data: The examples, on the training device or read part by part.
-        batch_size: Rows of a minibatch; the last one of an epoch may be smaller.
-        chunk_size: Minibatches a chunk, K; None begins with one and doubles while a chunk is brisk, so that bars move
-            where a step is slow.
-        num_steps: Minibatches an epoch, at most what the rows give.
-        seed: Seed of the task's order; None keeps the rows as they stand.
-        step: Tells the minibatches of the task that are done; an epoch is begun where they end.
-        device: Where minibatches go.
+        data: The examples, on the training device or in their file.
+        batch_size: Examples of a minibatch; the last one of an epoch may be smaller.
+        chunk_size: Minibatches of a chunk, K; None starts with one and doubles it while a chunk takes less than 0.1 s,
+            so that progress bars move even where a step is slow.
+        num_steps: Minibatches of an epoch, at most as many as the examples fill.
+        seed: Seed of the task's order; None keeps the order of the data.
+        step: Returns how many minibatches of the task are done; iteration starts there.
+        device: The device of the minibatches.
 
     Example:
         >>> data, cpu = TaskData(torch.arange(10.0), torch.arange(10)), torch.device("cpu")
@@ -70,9 +70,9 @@ class TrainLoader:
         if self.seed is not None:
             order = np.random.default_rng(derive(self.seed, "order", epoch)).permutation(len(self.data))
         order = order[done * self.batch_size : self.num_steps * self.batch_size]
-        return self._held(order) if self.data.resident else self._read(order)
+        return self._from_device(order) if self.data.resident else self._from_file(order)
 
-    def _held(self, order: Labels) -> Iterator[list[Batch]]:
+    def _from_device(self, order: Labels) -> Iterator[list[Batch]]:
         size = self.chunk_size or 1
         while len(order):
             began = time.perf_counter()
@@ -81,7 +81,7 @@ class TrainLoader:
             if self.chunk_size is None and everywhere(time.perf_counter() - began < _BRISK):
                 size = min(2 * size, _LARGEST)
 
-    def _read(self, order: Labels) -> Iterator[list[Batch]]:
+    def _from_file(self, order: Labels) -> Iterator[list[Batch]]:
         held = _AHEAD // max(1, self.batch_size * row_bytes(self.data.x))
         step = (self.chunk_size or min(max(held, 1), _LARGEST)) * self.batch_size
         with ThreadPoolExecutor(1) as reader:
@@ -99,20 +99,21 @@ class TrainLoader:
         cuts = range(size, len(rows), size)
         host = (np.split(labels[rows], cuts) for labels in self._host)
         found = zip(zip(*parts, strict=True), zip(*host, strict=True), np.split(rows, cuts), strict=True)
-        batches = [Batch(x, y, task, host=labels, rows=places) for (x, y, task), labels, places in found]
+        batches = [Batch(x, y, task, host=labels, rows=positions) for (x, y, task), labels, positions in found]
         batches[-1].idle = idle
         return batches
 
 
 class EvalLoader:
-    """Minibatches in order, each one `Batch`; all tasks' test sets stand here as one.
+    """Minibatches for evaluation, in order, each a `Batch`; it serves the test sets of all tasks in one pass.
 
     Args:
-        parts: Examples, one after the other; those below a gibibyte are gathered on the device once.
-        device: Where minibatches go.
-        batch_size: Rows of a minibatch; None means 256 on a CPU, whose cache they fit, and 1024 elsewhere.
-        apart: Whether no minibatch has rows of two parts, and the rows of each come in one random order, always the
-            same, in minibatches of nearly one size: for networks whose outputs depend on the other rows.
+        parts: The datasets, such as the test set of each task. They are moved to the device once, unless they lie in
+            files of more than 1 GiB together.
+        device: The device of the minibatches.
+        batch_size: Examples of a minibatch; None means 256 on a CPU, which fits its cache, and 1024 elsewhere.
+        apart: For networks whose outputs depend on the other examples of a minibatch: whether each minibatch holds
+            examples of one part only, in a fixed random order, and all minibatches of a part have nearly the same size.
 
     Example:
         >>> data = TaskData(torch.arange(10.0), torch.arange(10))
@@ -152,12 +153,18 @@ class EvalLoader:
 
 
 def evaluation(learner: LearnerLike, parts: Sequence[TaskData], device: torch.device | None = None) -> EvalLoader:
-    """Return minibatches of examples that a learner is evaluated on, on its device or another."""
+    """Return the `EvalLoader` with which to evaluate a learner on some datasets.
+
+    Args:
+        learner: Gives the batch size, and by its backbone whether parts are kept apart.
+        parts: The datasets.
+        device: The device of the minibatches; None means that of the learner.
+    """
     return EvalLoader(parts, device or learner.device, learner.eval_batch_size, depends_on_batch(learner.backbone))
 
 
 def depends_on_batch(module: nn.Module) -> bool:
-    """Say whether outputs depend on the other rows in evaluation, too: batch norm without running statistics.
+    """Say whether, in evaluation, an output depends on the other examples: batch norm without running statistics.
 
     Example:
         >>> depends_on_batch(nn.BatchNorm1d(2)), depends_on_batch(nn.BatchNorm1d(2, track_running_stats=False))

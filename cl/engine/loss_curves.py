@@ -1,4 +1,4 @@
-"""Training curves: the mean of each loss term over every so many steps, wherever the chunks end."""
+"""Training curves: the mean of each loss term over a fixed number of steps, whatever the chunk size."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Curves:
-    """Keeps the loss terms of each step on the device, and logs their means.
+    """Collects the loss terms of each step on the device, and logs their means.
 
     Args:
-        every: Steps between two points.
+        every: Steps that a point is the mean of.
 
     Example:
         >>> curves = Curves(every=2)
@@ -29,17 +29,17 @@ class Curves:
         self.waiting: list[dict[str, Tensor]] = []
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Take the terms of one step, detached."""
+        """Add the loss terms of one step, detached scalars by name."""
         self.waiting.append(terms)
 
     def log(self, loggers: Sequence[Logger], task: int, step: int, rest: bool = False) -> None:
-        """Log every whole point among the steps that wait, each at the step where it ends.
+        """Log every complete point among the steps that were not logged yet, at the last step that it is the mean of.
 
         Args:
-            loggers: Where to.
+            loggers: The loggers that receive the points.
             task: Number of the present task, from 1.
             step: Steps over the stream so far.
-            rest: Whether to log what makes no whole point too.
+            rest: Whether to log a last point of fewer steps too.
         """
         while len(self.waiting) >= self.every or (rest and self.waiting):
             terms, self.waiting = self.waiting[: self.every], self.waiting[self.every :]
@@ -48,7 +48,7 @@ class Curves:
                 means = {f"train/{name}": _mean([point[name] for point in terms if name in point]) for name in names}
             for logger in loggers:
                 logger.log_metrics({**means, "train/task": task}, step=step - len(self.waiting))
-                logger.save()  # what a person watches, and what a run that is cut short leaves
+                logger.save()  # so that the curves can be watched, and survive a killed run
 
 
 def _mean(values: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""The network that learns: a backbone and a head that fit a stream, their first weights drawn from the run's seed."""
+"""The network: a backbone and a head that fit a stream, with initial weights drawn from the run's seed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def network(
     head: nn.Module | HeadFactory | None = None,
     seed: int = 0,
 ) -> tuple[nn.Module, nn.Module]:
-    """Return the backbone and the head of a stream, each as given or made by its factory.
+    """Return the backbone and the head for a stream, each as given or built by its factory.
 
-    Where there is a factory, torch's generator is seeded first: one seed gives the same initial weights, whatever the
-    strategies. Modules keep the weights that they have.
+    If a factory builds one of them, torch's generator is seeded first, so that one seed gives the same initial weights
+    under all strategies. A module that is given keeps its weights.
 
     Args:
-        stream: Tells the shape of an input and the number of classes.
-        backbone: A module with the attribute `num_features`, or what makes one from the shape of an input.
-        head: A module, or what makes one from the numbers of features and of classes; None is `Head`.
-        seed: Of the run.
+        stream: Gives the shape of an input and the number of classes.
+        backbone: A module with the attribute `num_features`, or a factory that builds one from the shape of an input.
+        head: A module, or a factory that builds one from the numbers of features and of classes; None means `Head`.
+        seed: The seed of the run.
 
     Raises:
-        InputError: If the backbone is no network, or does not say how many features it has.
+        InputError: If the backbone is neither a module nor a factory, or has no `num_features`.
 
     Example:
         >>> from cl.backbones.networks import MLP
@@ -47,13 +47,13 @@ def network(
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module | None):
         torch.manual_seed(derive(seed, "initial weights"))
     if not callable(backbone):
-        raise InputError(f"backbone={backbone!r} is no network: give a module, or what makes one from a shape.")
+        raise InputError(f"backbone={backbone!r} is no network: give a module, or a function from a shape to a module.")
     body = backbone if isinstance(backbone, nn.Module) else backbone(stream.input_shape)
     width = getattr(body, "num_features", None)
     if not isinstance(width, Integral):
         raise InputError(
-            f"The backbone {type(body).__name__} has no num_features: set self.num_features to the width of what its "
-            "forward returns, (B, num_features)."
+            f"The backbone {type(body).__name__} has no num_features: set self.num_features to the width of the output "
+            "of its forward, (B, num_features)."
         )
     top = head if isinstance(head, nn.Module) else (head or Head)(int(width), stream.num_classes)
     return body, top

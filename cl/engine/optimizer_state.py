@@ -1,4 +1,4 @@
-"""What an optimizer and its schedule take along from one task to the next."""
+"""The state of optimizer and schedule that carries over from one task to the next."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ State = dict[str, Any]
 class Carried:
     """The state of the last optimizer, for the next one.
 
-    Every task has an optimizer of its own. With `state="keep"` it goes on with what the last one held of the weights
-    (momentum, Adam's moments and its count of steps), while the schedule begins anew with the task. Where a stream has
-    no boundaries there are no tasks to tell apart, only places where the learner is evaluated: there optimizer and
-    schedule go on as one, whatever `state` says.
+    Every task has its own optimizer. With `state="keep"` it starts with the state that the last one held for each
+    weight (momentum, Adam's moments and step count), and the schedule starts afresh with each task. A stream without
+    boundaries has no tasks, only points at which the learner is evaluated: there both optimizer and schedule continue
+    across these points, for every value of `state`.
 
     Args:
-        state: What happens at a boundary between tasks: "reset" or "keep".
-        boundaries: Whether the stream has any.
+        state: "reset" or "keep": whether the state carries over at a boundary between tasks.
+        boundaries: Whether the stream has boundaries.
+
+    Attributes:
+        on: Whether state carries over.
 
     Raises:
         InputError: If `state` is neither.
@@ -45,16 +48,19 @@ class Carried:
         self._found: State = {}
 
     def forget(self) -> None:
-        """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
+        """Let the next optimizer start without state: for a strategy that resets the weights."""
         self._live, self._found = None, {}
 
     def take_over(self, learner: LearnerLike, optimizer: Optimizer, schedule: LRScheduler | None) -> None:
-        """Give a new optimizer and its schedule what the last ones held; of the same kind, weight by weight."""
+        """Load into a new optimizer and schedule the state of the last ones, weight by weight.
+
+        An optimizer of another class starts without state.
+        """
         if not self.on:
             return
         found = self.state(learner)
         if found.get("kind") == type(optimizer).__name__:
-            names = [name for name, _ in _by_place(learner, optimizer)]
+            names = [name for name, _ in _named_weights(learner, optimizer)]
             own = optimizer.state_dict()
             own["state"] = {i: found["weights"][name] for i, name in enumerate(names) if name in found["weights"]}
             if not self.boundaries and schedule is not None and found["schedule"] is not None:
@@ -65,24 +71,26 @@ class Carried:
         self._live = optimizer, schedule
 
     def state(self, learner: LearnerLike) -> State:
-        """Return what goes on, as plain data: the optimizer's state by the names of weights, and the schedule's."""
+        """Return the state that carries over, as plain data: the optimizer's by name of weight, and the schedule's."""
         if not self.on or self._live is None:
             return self._found
         optimizer, schedule = self._live
         return {
             "kind": type(optimizer).__name__,
-            "weights": {n: dict(optimizer.state[p]) for n, p in _by_place(learner, optimizer) if p in optimizer.state},
+            "weights": {
+                n: dict(optimizer.state[p]) for n, p in _named_weights(learner, optimizer) if p in optimizer.state
+            },
             "options": [{key: g[key] for key in _MOVED if key in g} for g in optimizer.param_groups],
             "schedule": None if schedule is None else schedule.state_dict(),
         }
 
     def load(self, state: State) -> None:
-        """Take what `state` returned, of a checkpoint."""
+        """Restore what `state` returned, from a checkpoint."""
         self._live, self._found = None, state
 
 
-def _by_place(learner: LearnerLike, optimizer: Optimizer) -> list[tuple[str, Any]]:
-    """Return the weights of an optimizer by name, in its order."""
+def _named_weights(learner: LearnerLike, optimizer: Optimizer) -> list[tuple[str, Any]]:
+    """Return the weights of an optimizer with their names, in its order."""
     names = {id(p): name for name, p in learner.named_parameters()}
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     return [(names.get(id(p), f"weight {i}"), p) for i, p in enumerate(weights)]  # some may not be the learner's

@@ -1,4 +1,4 @@
-"""Checkpoints inside a task: when they are written, what they hold, and stopping on a signal."""
+"""Checkpoints inside a task: when they are written, what they hold, and how a signal stops a run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cl.engine.learner import Learner
 from cl.errors import InputError, Preempted
 
 State = dict[str, Any]
-_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")  # of schedulers and of people; a system may lack some
+_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")  # from job schedulers and Ctrl-C; Windows lacks some
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def cadence(every: int | str | None) -> tuple[int | None, float | None]:
-    """Return steps or seconds between two checkpoints inside a task, (None, None) for none.
+    """Return the interval between two checkpoints inside a task as (steps, None) or (None, seconds).
 
     Args:
-        every: A number of steps, a time such as "30s", "10min" or "2h", or None.
+        every: A number of steps, a time such as "30s", "10min" or "2h", or None, which gives (None, None).
 
     Raises:
         InputError: If it is neither, or not positive.
@@ -48,14 +48,14 @@ def cadence(every: int | str | None) -> tuple[int | None, float | None]:
 
 
 class TaskCheckpoints(pl.callbacks.Checkpoint):
-    """Saves a task in training, at a cadence and before a signal stops the run, and takes it up again.
+    """Saves a task in training, at an interval and when a signal stops the run, and restores it on resume.
 
-    What it sees are the ends of chunks, where the losses have been found finite; there the run is what it would be for
-    every other size of chunk. It saves nothing at the end of a task's training unless that is due, too.
+    It saves only at the ends of chunks, where the losses have been checked to be finite. The saved state does not
+    depend on the chunk size. At the end of a task's training it saves only if a checkpoint is due.
 
     Args:
-        every: As `cadence` takes it.
-        save: Writes what belongs to the training of the present task beside all else.
+        every: The interval, as `cadence` takes it.
+        save: Writes a checkpoint; its argument is the training state that no state dict holds.
 
     Example:
         >>> TaskCheckpoints("10min", lambda state: None).due
@@ -68,7 +68,7 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
         self._save, self._found = save, State()
         self._saved_at, self._saved_step, self._step = time.monotonic(), 0, 0
         self._signal: int | None = None
-        self._listening = False  # whether a place to save is near
+        self._listening = False  # whether a task trains, so that a signal can wait for the next save
         self._previous: dict[int, Any] = {}
 
     @property
@@ -82,7 +82,7 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Take the signals that end a run while it trains; elsewhere they end it at once."""
+        """In this context, a signal during training saves the task and then stops the run; else it stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -102,12 +102,12 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
             self._stop(saved=False)
 
     def _stop(self, saved: bool) -> None:
-        """Do what the signal does without us: others' handlers first, such as the one that puts a job back.
+        """Call the handler that was installed before, such as one that requeues the job, then raise `Preempted`.
 
-        The signal is remembered: Python drops an exception where it comes within a finalizer, and the next place to
-        save then stops the run.
+        The signal stays recorded: Python drops an exception that is raised in a finalizer, and then the next save stops
+        the run.
         """
-        number = self._signal or signal.SIGTERM  # another process's, where none came here
+        number = self._signal or signal.SIGTERM  # SIGTERM where only another process has received a signal
         handler = self._previous.get(number)
         if callable(handler):
             handler(number, None)
@@ -116,41 +116,41 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save inside an epoch; what belongs to its end has not happened yet on its last chunk."""
+        """Save inside an epoch, but not after its last chunk, when the hooks of its end have not run yet."""
         self._step = pl_module.step
         if self._wanted() and self._step % pl_module.steps_per_epoch:
-            self._keep(trainer, pl_module)
+            self._save_now(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save between two epochs, after everybody's hooks."""
+        """Save between two epochs, after the hooks of the end of the epoch."""
         if self._wanted() and self._step < pl_module.num_steps:
-            self._keep(trainer, pl_module)
+            self._save_now(trainer, pl_module)
 
     def trained(self, trainer: pl.Trainer, learner: Learner) -> None:
         """Save when all steps of a task are done, before the strategies' `after_task`; called by the experiment."""
         self._listening, self._step = False, learner.step
         if self._wanted():
-            self._keep(trainer, learner)
+            self._save_now(trainer, learner)
 
     def _wanted(self) -> bool:
-        """Say whether any of the processes has been told to stop, or finds that it is time."""
+        """Say whether in any process a signal has arrived or a checkpoint is due."""
         return distributed.anywhere(self._signal is not None or self.due)
 
-    def _keep(self, trainer: pl.Trainer, learner: Learner) -> None:
+    def _save_now(self, trainer: pl.Trainer, learner: Learner) -> None:
         self._save(_state(trainer, learner))
         self._saved_at, self._saved_step = time.monotonic(), learner.step
         if distributed.anywhere(self._signal is not None):
             self._stop(saved=True)
 
-    # ---- going on -----------------------------------------------------------------------------------------------
+    # ---- resuming -----------------------------------------------------------------------------------------------
 
     def begin(self, trainer: pl.Trainer, learner: Learner, found: State) -> None:
-        """Prepare a task's training, from its start or from what a checkpoint inside it holds."""
+        """Prepare a task's training: from its start if `found` is empty, else from that state of a checkpoint."""
         self._found, self._listening = found, True
         self._saved_at, self._saved_step = time.monotonic(), learner.step
         self._step = learner.step
         if found:
-            torch.set_rng_state(found["draws"])  # where no step is left, for what comes after them
+            torch.set_rng_state(found["draws"])  # for the case that no step is left and the hooks of the end follow
             waiting = found["waiting"]
             learner._curves.waiting = [{k: v.to(learner.device) for k, v in terms.items()} for terms in waiting]
             epochs = trainer.fit_loop.epoch_progress
@@ -161,9 +161,9 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
             steps.ready = steps.completed = found["global_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Give optimizer, schedule, precision and gradients what they had; take SIGTERM back from Lightning.
+        """Restore optimizer, schedule, precision, callbacks and gradients; take SIGTERM back from Lightning.
 
-        Its own handler ends a run at the next end of an epoch or in a validation: unsaved, and with status 0.
+        Lightning's own handler ends a run at the next end of an epoch or validation, without saving and with status 0.
         """
         if signal.SIGTERM in self._previous:
             signal.signal(signal.SIGTERM, self._receive)
@@ -185,7 +185,7 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
                 parameter.grad = found["gradients"][name].to(parameter.device)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Go on with torch's generators, which the epoch's start has seeded anew."""
+        """Restore torch's generators, which the start of the epoch has seeded again."""
         if self._found and pl_module.step % pl_module.steps_per_epoch:
             torch.set_rng_state(self._found["draws"])
             if pl_module.device.type == "cuda" and "cuda_draws" in self._found:
@@ -194,7 +194,7 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
 
 
 def _state(trainer: pl.Trainer, learner: Learner) -> State:
-    """Return what belongs to the training of the present task and is not in the learner's state dict."""
+    """Return the state of the present task's training that is not in the learner's state dict."""
     schedule = learner._schedule
     state = {
         "step": learner.step,
@@ -209,7 +209,7 @@ def _state(trainer: pl.Trainer, learner: Learner) -> State:
         "summed": learner.summed,
         "draws": torch.get_rng_state(),
     }
-    if learner.accumulate > 1:  # the steps of one update may lie on both sides
+    if learner.accumulate > 1:  # some minibatches of one update may come before the checkpoint, others after it
         state["gradients"] = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
     if learner.device.type == "cuda":
         state["cuda_draws"] = torch.cuda.get_rng_state(learner.device)

@@ -1,4 +1,4 @@
-"""What can be known before the first step: schedules that cannot move, minibatches that a network cannot take."""
+"""Checks before the first step: schedules that never move, minibatches that a network cannot take."""
 
 from __future__ import annotations
 
@@ -22,33 +22,43 @@ if TYPE_CHECKING:
 
 
 def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> list[str]:
-    """Refuse a training that would fail, before anything is measured or written; return what should be known of it.
+    """Refuse a training that would fail, before anything is measured or written.
 
     Args:
         learner: In its initial state.
-        stream: What it will learn.
+        stream: The stream that it will learn.
         epochs: Passes over a task.
         trainer: Options of the Trainer.
 
+    Returns:
+        Notes for the user, such as that the schedule never moves the learning rate.
+
     Raises:
-        InputError: If optimizer and schedule cannot step, or a minibatch of a single row meets batch norm.
+        InputError: If optimizer or schedule cannot step, or a minibatch of a single example meets batch norm.
     """
-    told = check_schedule(learner, stream, epochs, trainer)
+    remark = check_schedule(learner, stream, epochs, trainer)
     unknown = epochs == 0 or any(learner.strategies.owned(hook) for hook in ("training_data", "encode"))
     limit = trainer.get("limit_train_batches") or 1.0
     for task in () if unknown else stream:
         if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, task.train):
             raise _refusal(learner, f"task {task.index + 1} of {stream.name!r} has {len(task.train)} rows")
-    return [told] if told else []
+    return [remark] if remark else []
 
 
 def check_optimizer(optimizer: Any, scheduler: Any, stream: Stream, trainer: Mapping[str, Any]) -> None:
-    """Try what makes an optimizer out on a weight of its own; of the schedule, see that what it watches is there.
+    """Try an optimizer on a new weight, and check that the validation loss exists if the schedule watches it.
+
+    Args:
+        optimizer: A factory of optimizers.
+        scheduler: A factory of schedules, or None.
+        stream: The stream to learn.
+        trainer: Options of the Trainer.
 
     Raises:
-        InputError: If it makes no optimizer, that cannot step, or a schedule watches what is not measured.
+        InputError: If the factory builds no optimizer, the optimizer cannot step, or ReduceLROnPlateau watches a
+            validation loss that is not measured after every epoch.
     """
-    made_of = _made(optimizer)
+    trial = _build(optimizer)
     if getattr(scheduler, "func", scheduler) is ReduceLROnPlateau:
         if any(task.val is None for task in stream):
             raise InputError(
@@ -60,15 +70,15 @@ def check_optimizer(optimizer: Any, scheduler: Any, stream: Stream, trainer: Map
                     f"ReduceLROnPlateau watches the validation loss of every epoch: drop trainer.{key}={trainer[key]}."
                 )
     try:
-        made_of.step()
+        trial.step()
     except Exception as error:
         raise InputError(f"The optimizer cannot step ({error}): correct its arguments.") from error
 
 
-def _made(optimizer: Any) -> Optimizer:
+def _build(optimizer: Any) -> Optimizer:
     if not callable(optimizer):
         raise InputError(
-            f"optimizer={type(optimizer).__name__} makes no optimizer: give what does, such as "
+            f"optimizer={type(optimizer).__name__} makes no optimizer: give a function that does, such as "
             "functools.partial(torch.optim.SGD, lr=0.1)."
         )
     found = optimizer([torch.nn.Parameter(torch.zeros(1))])
@@ -78,10 +88,10 @@ def _made(optimizer: Any) -> Optimizer:
 
 
 def check_watched(callbacks: Iterable[Callback], stream: Stream) -> None:
-    """Refuse callbacks that stop a task by its validation set where a task has none.
+    """Refuse an EarlyStopping that watches a metric of the validation set if a task has no validation set.
 
     Raises:
-        InputError: Naming the callback, and what it watches.
+        InputError: Naming the metric.
     """
     for callback in callbacks:
         watched = str(callback.monitor) if isinstance(callback, EarlyStopping) else ""
@@ -92,10 +102,10 @@ def check_watched(callbacks: Iterable[Callback], stream: Stream) -> None:
 
 
 def check_rows(learner: Learner, num_rows: int) -> None:
-    """Refuse a task's minibatches of a single row, where a strategy chose what is trained on.
+    """Refuse a minibatch of a single example once a task's training data, which a strategy may choose, are known.
 
     Raises:
-        InputError: If they meet batch norm.
+        InputError: If a minibatch has one example and the backbone has batch norm.
     """
     if has_single_row(num_rows, learner, learner.limit) and not takes_single_row(learner, learner.task.train):
         raise _refusal(learner, f"there are {num_rows} rows in this task")
@@ -110,7 +120,13 @@ def _refusal(learner: Learner, what: str) -> InputError:
 
 
 def has_single_row(num_rows: int, learner: Learner, limit: int | float = 1.0) -> bool:
-    """Say whether a process gets a minibatch of one row, to which no strategy adds any."""
+    """Say whether a process receives a minibatch of one example, and no strategy appends others.
+
+    Args:
+        num_rows: Training examples of the task.
+        learner: Gives the batch size and the strategies.
+        limit: Minibatches of an epoch at most (int), or a share of them (float).
+    """
     if learner.strategies.chains["extend_batch"]:
         return False
     size, rest = learner.batch_size, num_rows % learner.batch_size
@@ -118,15 +134,16 @@ def has_single_row(num_rows: int, learner: Learner, limit: int | float = 1.0) ->
     sizes = {size} if whole else set()
     if rest and updates(num_rows, size, limit) > whole:
         sizes.add(rest)
-    return any(n < 2 * world_size() for n in sizes)  # one row for some process; where it has none, another's
+    # below 2 W examples, some of the W processes has one of its own, or none and borrows one
+    return any(n < 2 * world_size() for n in sizes)
 
 
 def takes_single_row(learner: LearnerLike, data: TaskData) -> bool:
-    """Say whether the backbone, as it is now, takes a minibatch of one row in training; by trying, without a trace.
+    """Say whether the backbone in its present mode takes a minibatch of one example; trying it has no side effect.
 
     Args:
-        learner: Of the backbone.
-        data: Has the row.
+        learner: With the backbone.
+        data: Examples, of which the first one is used.
     """
     view = learner.prepare(data.take(torch.zeros(1, dtype=torch.int64)).tensors()[0].to(learner.device))
     apart = {name: buffer.clone() for name, buffer in learner.backbone.named_buffers()}
@@ -134,19 +151,22 @@ def takes_single_row(learner: LearnerLike, data: TaskData) -> bool:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             functional_call(learner.backbone, apart, (view,))
     except ValueError as error:
-        return "more than 1 value per channel" not in str(error)  # of batch norm, and of group norm on one pixel
+        # torch's message for batch norm, and for group norm on one pixel
+        return "more than 1 value per channel" not in str(error)
     return True
 
 
 def check_draws(name: str, learner: LearnerLike, stream: Stream, parts: int = 1, **sizes: int | None) -> None:
-    """Refuse draws of one remembered row where batch norm needs two; in `setup`, of what passes the network by itself.
+    """Refuse to draw a single remembered example if batch norm needs two.
+
+    A strategy calls this in `setup` if it passes remembered examples through the network on their own.
 
     Args:
-        name: Of the strategy.
-        learner: Of the backbone.
-        stream: What it will learn.
-        parts: Into how many draws a size is shared out.
-        sizes: Settings by name that say how many rows are drawn; None where it is as many as come in.
+        name: The strategy's name in the configuration.
+        learner: With the backbone.
+        stream: The stream that it will learn.
+        parts: Into how many draws each size is divided.
+        sizes: By name, the settings that give the number of drawn examples; None means as many as come in.
 
     Raises:
         InputError: Naming the setting.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: how many steps they have in a task, and whether they move there."""
+"""Learning-rate schedules: how many steps they take in a task, and whether they change the learning rate there."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 INTERVALS = ("epoch", "step")
 LENGTHS = ("T_max", "total_steps", "total_iters")  # torch's names for the number of a schedule's steps
-_TRIED = 20_000  # steps that are tried out before training
+_TRIED = 20_000  # the most steps of a schedule that are tried before training
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 def known_interval(interval: str) -> str:
-    """Return after what a schedule moves, "epoch" or "step".
+    """Return the interval of a schedule, "epoch" or "step", if it is one of these.
 
     Raises:
         InputError: If it is neither.
@@ -34,12 +34,12 @@ def known_interval(interval: str) -> str:
 
 
 def make_schedule(factory: SchedulerFactory, optimizer: Optimizer, num_steps: int) -> LRScheduler:
-    """Return the schedule of an optimizer; where its length is left open, it is the number of its steps.
+    """Return the schedule of an optimizer; if its length is left open, it becomes the number of its steps.
 
     Args:
-        factory: Such as `partial(CosineAnnealingLR)`. What it leaves open (`T_max`, `total_steps` or `total_iters`
-            that is None, or that has no default and is not given) is filled in.
-        optimizer: Whose learning rate it moves.
+        factory: Such as `partial(CosineAnnealingLR)`. The length is left open if `T_max`, `total_steps` or
+            `total_iters` is None, or has no default and is not given.
+        optimizer: The optimizer whose learning rate the schedule changes.
         num_steps: How often the schedule moves in a task: its epochs, or its optimizer steps.
 
     Example:
@@ -55,7 +55,8 @@ def make_schedule(factory: SchedulerFactory, optimizer: Optimizer, num_steps: in
     for name in parameters.keys() & set(LENGTHS):
         default = parameters[name].default
         value = given.get(name, None if default is inspect.Parameter.empty else default)
-        if value is None and not (given.get("epochs") and given.get("steps_per_epoch")):  # OneCycleLR's other way
+        # OneCycleLR takes either total_steps or both of epochs and steps_per_epoch
+        if value is None and not (given.get("epochs") and given.get("steps_per_epoch")):
             filled[name] = max(num_steps, 1)
     return factory(optimizer, **filled)
 
@@ -64,9 +65,9 @@ def schedule_of(learner: Learner, optimizer: Optimizer, num_rows: Sequence[int])
     """Return the schedule of a learner's optimizer, or None.
 
     Args:
-        learner: In training.
-        optimizer: Of the present task.
-        num_rows: Training examples of the tasks that the schedule goes over.
+        learner: A learner in training.
+        optimizer: The optimizer of the present task.
+        num_rows: The numbers of training examples of the tasks that the schedule spans.
     """
     if learner._scheduler is None:
         return None
@@ -80,36 +81,36 @@ def updates(num_rows: int, batch_size: int, limit: int | float, accumulate: int 
 
     Args:
         num_rows: Training examples of a task.
-        batch_size: Of them a minibatch.
-        limit: Minibatches of an epoch at most, or a share of them.
-        accumulate: Minibatches an optimizer step.
+        batch_size: Examples of a minibatch.
+        limit: Minibatches of an epoch at most (int), or a share of them (float).
+        accumulate: Minibatches per optimizer step.
 
     Example:
         >>> updates(103, 10, 1.0), updates(103, 10, 1.0, 4), updates(103, 10, 5), updates(103, 10, 0.5)
         (11, 3, 5, 5)
     """
     steps = -(-num_rows // batch_size)
-    share = int(steps * limit) or int(limit > 0)  # a small one is one step, not none
+    share = int(steps * limit) or int(limit > 0)  # a small share is one step, not zero
     return -(-min(steps, limit if isinstance(limit, int) else share) // accumulate)
 
 
 def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> str | None:
-    """Try a learner's optimizer and schedule out on a weight of their own, before anything is trained.
+    """Try a learner's optimizer and schedule on a new weight, before anything is trained.
 
     Args:
-        learner: Whose they are.
-        stream: What it will learn; where there are no boundaries, one schedule goes over all of it.
+        learner: With the optimizer and the schedule.
+        stream: The stream that it will learn; without boundaries, one schedule spans all of it.
         epochs: Passes over a task.
-        trainer: Options of the Trainer, of which those count that say how many steps an epoch has.
+        trainer: Options of the Trainer, of which `limit_train_batches` and `accumulate_grad_batches` are used.
 
     Returns:
-        A sentence where the schedule would never move the learning rate, as it ends too late; else None.
+        A note if the run ends before the schedule ever changes the learning rate; else None.
 
     Raises:
-        InputError: If they cannot make their steps.
+        InputError: If optimizer or schedule cannot step.
     """
     by_step, factory = learner.scheduler_interval == "step", learner._scheduler
-    if factory is None or (by_step and learner.strategies.owned("training_data")):  # whose rows are not known yet
+    if factory is None or (by_step and learner.strategies.owned("training_data")):  # the number of steps is unknown yet
         return None
     if by_step and getattr(factory, "func", factory) is ReduceLROnPlateau:
         raise InputError("ReduceLROnPlateau watches the validation loss of every epoch: use scheduler_interval=epoch.")
@@ -121,7 +122,7 @@ def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mappi
     if longest > _TRIED or len(set(rates)) != 1:
         return None
     if len(set(_rates(learner, factory, longest, min(1000 * longest, _TRIED), past_end=True)[1])) == 1:
-        return None  # it is constant
+        return None  # a constant schedule
     unit, instead = ("step", "a shorter schedule") if by_step else ("epoch", "scheduler_interval=step")
     if getattr(factory, "func", factory) is ReduceLROnPlateau:
         instead = "a smaller patience"
@@ -135,7 +136,15 @@ def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mappi
 def _rates(
     learner: Learner, factory: SchedulerFactory, length: int, steps: int, past_end: bool = False
 ) -> tuple[str, list[float]]:
-    """Return the name of a schedule and the learning rates of its first steps."""
+    """Return the name of a schedule and its learning rates at the first steps.
+
+    Args:
+        learner: Builds the optimizer.
+        factory: Builds the schedule.
+        length: The length of the schedule if it is left open.
+        steps: How many steps to take.
+        past_end: Whether to take steps past that length, and to ignore that a schedule refuses them.
+    """
     optimizer = learner.new_optimizer([torch.nn.Parameter(torch.zeros(1))])
     rates: list[float] = []
     try:

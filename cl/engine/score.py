@@ -1,4 +1,4 @@
-"""Entries of R from the predictions on all tasks' test sets: counts where they do, else the predictions themselves."""
+"""Rows of R from the predictions on the tasks' test sets: from counts for labels, else from all predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BINS = 15  # intervals of confidence, as in Guo et al. 2017
 
 
 def matrices(stream: Stream) -> nn.ModuleDict:
-    """Return the R that a stream is scored by: labels under every mask, other targets by every metric.
+    """Return the transfer matrices of a stream: for labels one R per mask, for other targets one per metric.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -37,7 +37,7 @@ def matrices(stream: Stream) -> nn.ModuleDict:
 
 
 def calibrations(stream: Stream) -> nn.ModuleDict:
-    """Return the matrices of expected calibration errors, one for each R of labels; lower is better.
+    """Return the matrices of expected calibration errors, one for each R; none unless targets are labels.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -49,22 +49,29 @@ def calibrations(stream: Stream) -> nn.ModuleDict:
 
 
 def start(target: Target, keys: Sequence[str], mask: Mask, membership: Tensor) -> Accuracy | Collected:
-    """Return the empty scores of a row of R."""
+    """Return an object that scores a row of R from batches of predictions.
+
+    Args:
+        target: The kind of the targets.
+        keys: The keys of `matrices`.
+        mask: (logits, task labels, name of the mask) to masked logits.
+        membership: Classes of each task, bool (T, C).
+    """
     if target.name == "label":
         return Accuracy(len(membership), keys, mask, membership.device)
     return Collected(target, keys, membership)
 
 
 class Accuracy:
-    """Counts the right answers of each task under every mask, and by confidence; nothing waits for the device.
+    """The accuracy and the calibration error of each task under every mask, without synchronising with the device.
 
-    Several processes may each score a part (`cl.data.task.shard`): counts are summed, and rows the same in all.
+    Several processes may each score a part (`cl.data.task.shard`): counts are summed, and all get the same rows.
 
     Args:
         num_tasks: T.
-        masks: Names of the masks that are scored.
-        mask: (logits, task labels, name) to masked logits.
-        device: Where the counts lie.
+        masks: Names of the masks.
+        mask: (logits, task labels, name of the mask) to masked logits.
+        device: The device of the counts.
 
     Example:
         >>> score = Accuracy(2, ["domain"], lambda logits, task, name: logits, torch.device("cpu"))
@@ -81,7 +88,7 @@ class Accuracy:
         self._confidence: dict[str, list[Tensor]] = {name: [] for name in masks}
 
     def update(self, logits: Tensor, batch: Batch) -> None:
-        """Note of each row whether it is right, and how sure; they are counted at the end, all at once."""
+        """Store whether each prediction is right, and its confidence; `rows` and `errors` count them."""
         self._task.append(batch.task)
         for name, right in self._right.items():
             masked = self._mask(logits, batch.task, name)
@@ -89,7 +96,7 @@ class Accuracy:
             self._confidence[name].append(masked.softmax(1).amax(1).float())
 
     def rows(self) -> dict[str, Tensor]:
-        """Return a row of R (T,) by mask; a task without test rows divides 0 by 0 and is NaN."""
+        """Return a row of R (T,) by mask; a task without scored examples is NaN, as 0 / 0."""
         task = torch.cat(self._task)
         rows = self._sum(task, torch.ones_like(task, dtype=torch.float32))
         return {name: self._sum(task, torch.cat(right).float()) / rows for name, right in self._right.items()}
@@ -105,17 +112,17 @@ class Accuracy:
         return found
 
     def _sum(self, slot: Tensor, values: Tensor, bins: int | None = None) -> Tensor:
-        """Return the sums of values by task (T,), or by task and interval (T, bins)."""
+        """Return the sums of values over all processes by task (T,), or by task and interval (T, bins)."""
         sums = total(torch.zeros(self._num_tasks * (bins or 1), device=self._device).index_add_(0, slot, values))
         return sums if bins is None else sums.view(-1, bins)
 
 
 class Collected:
-    """Keeps the predictions, for metrics that are no means over rows.
+    """Scores by metrics that are no means over examples, and so need all predictions of a task at once.
 
     Args:
-        target: Tells the metrics.
-        keys: Under which names their rows are returned.
+        target: Gives the metrics.
+        keys: The names under which the rows are returned, one for each metric.
         membership: Classes of each task, bool (T, C).
 
     Example:
@@ -132,7 +139,7 @@ class Collected:
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def update(self, logits: Tensor, batch: Batch) -> None:
-        """Keep a batch."""
+        """Store the predictions of a batch."""
         self._kept.append((logits, batch.y, batch.task))
 
     def rows(self) -> dict[str, Tensor]:

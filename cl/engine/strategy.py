@@ -1,7 +1,7 @@
-"""The one plug-in contract: `Strategy`, and `LearnerLike`, what it may use of the learner that it is given.
+"""The contract of a strategy: its hooks, `Strategy`, and what it may use of the learner, `LearnerLike`.
 
-Read this page first; it is the whole training protocol. A run, with each hook marked where it is called, which
-`cl/engine/experiment.py` and `cl/engine/learner.py` do::
+Read this page first; it is the whole training protocol. This is a run, with the place where each hook is called; the
+code is in `cl/engine/experiment.py` and `cl/engine/learner.py`::
 
     strategy.setup(learner, stream)                        # once: allocate every tensor, refuse what cannot work
     measure row 0 of R                                     # the untrained learner, on every task
@@ -9,11 +9,11 @@ Read this page first; it is the whole training protocol. A run, with each hook m
         strategy.before_task(learner, task)                # teacher copy, masks
         data = strategy.training_data(learner, task)       # one owner; default: task.train
         optimizer = strategy.configure_optimizer(learner, factory)       # one owner; default: factory(parameters)
-        optimizer goes on with the last one's state            # where optimizer_state=keep or there are no boundaries
+        load the last optimizer's state                        # if optimizer_state=keep, or without boundaries
         for epoch in range(epochs):
-            for batch in shuffled(data):                   # raw rows on the device: a function of (seed, task, epoch)
-                batch = strategy.extend_batch(learner, batch)            # may only append rows: replay
-                batch.view = normalize(augment(batch.x))                 # once, after the replayed rows are in
+            for batch in shuffled(data):                   # raw, on the device; order from (seed, task, epoch)
+                batch = strategy.extend_batch(learner, batch)            # may only append examples: replay
+                batch.view = normalize(augment(batch.x))                 # once, replayed examples included
                 features = strategy.encode(learner, batch.view)          # one owner; default: learner.backbone
                 logits = strategy.classify(learner, features)            # one owner; default: learner.head
                 loss = strategy.criterion(learner, batch, logits)        # one owner; default: the target's masked loss
@@ -21,23 +21,25 @@ Read this page first; it is the whole training protocol. A run, with each hook m
                 loss.backward()
                 strategy.project_gradients(learner)                      # in place on .grad, before clipping
                 optimizer.step()
-                strategy.after_step(learner, incoming_rows, their_logits)    # fill a memory, path integrals
+                strategy.after_step(learner, incoming, their_logits)     # fill a memory, path integrals
             strategy.after_epoch(learner, task, epoch)     # phases inside a task
         strategy.after_task(learner, task)                 # Fisher, bases, class means
         measure row i of R with strategy.predict(learner, view)          # one owner; default: learner(view)
         report, checkpoint
 
-Every hook is optional, and one that no strategy overrides costs nothing in the loop. Loss terms add; batches and
-gradients chain in the order of the configuration; a hook with one owner refuses two and names both. The engine alone
-calls `zero_grad`, `backward` and `step`: a strategy's extra gradients come from `torch.autograd.grad`. The learner is
-passed in and never stored. All state is a registered buffer, parameter or sub-module of final shape after `setup`, so
-a strategy has no checkpoint code of its own. What should be known beside a run's numbers, `remark` says.
+Every hook is optional, and one that no strategy overrides costs nothing in the loop. Loss terms add up; batches and
+gradients chain in the order of the configuration; two strategies that define the same hook with one owner are refused.
+The engine alone calls `zero_grad`, `backward` and `step`: a strategy computes further gradients by
+`torch.autograd.grad`. The learner is an argument of each hook and never stored. After `setup`, all state is in
+registered buffers, parameters or sub-modules of final shape, so that a strategy needs no checkpoint code. `remark`
+returns a sentence that reports show beside the results.
 
-In several processes (`trainer=ddp`) each sees its rows of every minibatch, and `.grad` is that of all rows when it is
-projected. Hooks between tasks see the whole task everywhere, and what they leave is taken from process 0, but for a
-`Memory`, which each has a share of. So little is left to say: `cl.distributed.mean_gradients` where a strategy takes a
-gradient of its own, `total` where it adds up in `after_step`, `share` for a number of rows to draw, and the attribute
-`distributed = False` where it cannot.
+In several processes (`trainer=ddp`) each process sees its share of every minibatch, and `project_gradients` sees in
+`.grad` the mean gradient over all examples. Hooks between tasks see the whole task in every process, and the state that
+they leave is taken from process 0, except that of a `Memory`, of which each process has its own share. A strategy that
+computes its own gradient calls `cl.distributed.mean_gradients`; one that accumulates in `after_step` calls `total`; one
+that draws a number of examples calls `share`. A strategy that cannot learn in several processes sets
+`distributed = False`.
 """
 
 from __future__ import annotations
@@ -63,14 +65,14 @@ if TYPE_CHECKING:
     from cl.data.target import Target
     from cl.data.task import Scenario, Stream, Task, TaskData
 
-# What a method may need of a run, for `Strategy.needs`.
+# What a method may need from a run, for `Strategy.needs`.
 NEEDS = {
     "memory": "room for examples of earlier tasks, which it stores",
     "boundaries": "tasks with a beginning and an end, where it acts",
     "transformer": "a backbone that takes prompts, such as backbone=vit",
     "sgd": "plain SGD, without momentum and weight decay, whose steps stay where gradients are projected",
 }
-_WITHIN = {  # what a method finds, or misses, in a scenario that it does not work in
+_WITHIN = {  # ends the sentence that refuses a scenario: why a method may not work in it
     "class": "where the task of a test example is not told",
     "domain": "where all tasks have the same classes, and the task of a test example is not told",
     "task": "where the task of each test example is told",
@@ -80,35 +82,37 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class LearnerLike(Protocol):
-    """What a strategy may use of the learner that each hook is given; it changes nothing here but weights.
+    """The members of the learner that a strategy may use; of these it may change the weights alone.
 
-    B is the rows of a batch, C the classes of the whole stream, K those that compete, D the features, T the tasks.
+    In the shapes, B is the number of examples in a batch, C of the classes in the whole stream, K of the classes that
+    compete, D of the features, and T of the tasks.
 
     Attributes:
         backbone: Prepared inputs (B, *input) to features (B, D), with the attribute `num_features`, D.
         head: Features (B, D) to logits (B, C).
-        strategies: All strategies of the run by name; `strategies.owned(hook)` says whether one of them owns a hook.
+        strategies: All strategies of the run by name; `strategies.owned(hook)` says whether one of them defines a hook
+            with one owner.
         scenario: "class", "task" or "domain".
-        train_mask: The scenario by which classes compete in the loss; by default the same.
+        train_mask: The scenario by which classes compete in the loss; by default that of the run.
         target: The kind of the stream's targets, see `cl.data.target`.
         num_tasks: T.
         num_classes: C.
         membership: The classes of each task, bool (T, C).
-        seen: The classes of the tasks so far, the present one among them once its training begins, bool (C,).
+        seen: The classes of the tasks so far, those of the present task included once its training begins, bool (C,).
         shared_outputs: Whether tasks have classes in common.
-        mixed: Whether rows of several tasks come together in one.
-        tasks_learned: Tasks that are finished, 0 to T.
-        step: Minibatches of the present task that are done.
-        task_labels: The rows' task labels (B,) in `encode` and `classify`: in training, and at test where the scenario
-            gives them; None means rows of the present task, or that nobody may know.
-        told: The task labels (B,) that a prediction is given; None in training, and where they are not told.
-        batch_size: Incoming rows a step.
-        eval_batch_size: Rows of a minibatch that is evaluated; None leaves it to `EvalLoader`.
-        accumulate: Minibatches that make one update of the weights.
+        mixed: Whether the training data of a task hold examples of other tasks.
+        tasks_learned: The number of finished tasks, 0 to T.
+        step: The number of finished minibatches of the present task.
+        task_labels: The task labels (B,) of the examples in `encode` and `classify`: in training, and at test if the
+            scenario gives them. None means that all are of the present task, or that the labels are not given.
+        told: The task labels (B,) that a prediction is given; None in training, and if the scenario gives none.
+        batch_size: Incoming examples per step.
+        eval_batch_size: Examples of an evaluation minibatch; None leaves it to `EvalLoader`.
+        accumulate: Minibatches per update of the weights.
         limit: Share (float) or number (int) of an epoch's minibatches that are trained on.
         gradient_clip: Largest norm of the gradient, or None.
-        seed: Of the run; strategies draw from a `cl.random.Random` of their own, which is seeded by it.
-        augment_random: What the augmentation draws from, seeded anew with each task.
+        seed: The seed of the run. A strategy draws from its own `cl.random.Random`, which is seeded from this.
+        augment_random: The generator of the augmentation, seeded at the start of each task.
     """
 
     backbone: nn.Module
@@ -137,7 +141,7 @@ class LearnerLike(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where backbone and head are."""
+        """The device of backbone and head."""
 
     @property
     def task_index(self) -> int:
@@ -159,34 +163,34 @@ class LearnerLike(Protocol):
         """Return backbone and head, without the strategies' own parameters."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield all parameters, those of the strategies among them."""
+        """Yield all parameters, those of the strategies included."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the same with their names."""
+        """Yield all parameters with their names."""
 
     def __call__(self, view: Tensor, task: Tensor | None = None) -> Tensor:
-        """Map prepared inputs (B, *input) to logits (B, C), with task labels (B,) where rows are of other tasks."""
+        """Map prepared inputs (B, *input) to logits (B, C); task labels (B,) are needed for examples of other tasks."""
 
     def with_weights(self, weights: Mapping[str, Tensor], view: Tensor, task: Tensor) -> Tensor:
-        """Return the same logits under other values of some parameters and buffers, by name."""
+        """Return the logits of a call with some parameters and buffers, given by name, replaced."""
 
     def features(self, x: Tensor, task: Tensor | None = None) -> Tensor:
-        """Return features (B, D) of raw inputs, under the task labels (B,) that may be told."""
+        """Return features (B, D) of raw inputs; task labels (B,) are used in scenario "task" alone."""
 
     def prepare(self, x: Tensor, augment: bool = False) -> Tensor:
-        """Map raw inputs (B, *input) to what the backbone receives, augmented or not."""
+        """Map raw inputs (B, *input) to what the backbone receives: normalised, and augmented if asked for."""
 
     def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of the stream's target over the classes that compete, a scalar."""
 
     def mask(self, logits: Tensor, task: Tensor, scenario: str | None = None) -> Tensor:
-        """Send the logits of classes that do not compete to minus infinity; by default in the run's scenario."""
+        """Set the logits (B, C) of classes that do not compete to minus infinity; by default in the run's scenario."""
 
     def competing(self, tasks: Task | Tensor) -> Tensor:
         """Return the classes that compete on a task's examples in training, (K,); for task labels (B,), bool (B, C)."""
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Put backbone and head in evaluation mode for a while, and back as they were."""
+        """Return a context in which backbone and head are in evaluation mode; on exit their modes are restored."""
 
     def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Build the configured optimizer over some parameters."""
@@ -196,23 +200,23 @@ class LearnerLike(Protocol):
 
     @property
     def keeps_optimizer(self) -> bool:
-        """Whether an optimizer goes on with what the one of the task before held."""
+        """Whether an optimizer starts with the state of the one of the previous task."""
 
     def forget_optimizer(self) -> None:
-        """Let the next optimizer begin anew: for a strategy that goes back to initial weights."""
+        """Let the next optimizer start without state: for a strategy that resets the weights."""
 
 
 class Strategy(nn.Module):
     """A method of continual learning; see the module's docstring for when each hook is called.
 
-    What a class says of itself is written as literals, so that `cl-list strategy scenario=class memory=no` reads it
-    from the source.
+    The class attributes below must be literals, because `cl-list strategy scenario=class memory=no` reads them from the
+    source.
 
     Attributes:
-        scenarios: Those that it works in, of "class", "task" and "domain"; a run in another one is refused.
-        targets: What it can learn, of "label", "multilabel" and "regression"; a stream of others is refused.
-        needs: What it needs of a run, words of `NEEDS`.
-        bound: "upper" or "lower" where its results bound those of the methods that are compared; else "".
+        scenarios: The scenarios that the method works in, of "class", "task" and "domain"; others are refused.
+        targets: The kinds of targets that it can learn, of "label", "multilabel" and "regression"; others are refused.
+        needs: What it needs from a run: keys of `NEEDS`.
+        bound: "upper" or "lower" if its results bound those of the compared methods; else "".
         distributed: Whether it can learn in several processes.
         uses_task: Whether its features or outputs use the task labels that a scenario gives at test.
 
@@ -234,13 +238,13 @@ class Strategy(nn.Module):
     uses_task: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let the constructor of each strategy refuse arguments outside of the ranges in its annotations."""
+        """Make the constructor refuse arguments outside of the ranges in its annotations."""
         super().__init_subclass__(**options)
         if "__init__" in vars(cls):
             checked(cls)
 
     def __repr__(self) -> str:
-        """Return the call that makes the strategy, with the arguments that differ from their defaults."""
+        """Return the constructor call, with the arguments that differ from their defaults."""
         plain = (bool, int, float, str, tuple, list, type(None))
         known = inspect.signature(type(self)).parameters.items()
         found = {name: getattr(self, name) for name, p in known if getattr(self, name, p.default) != p.default}
@@ -261,7 +265,7 @@ class Strategy(nn.Module):
             )
 
     def check_target(self, stream: Stream) -> None:
-        """Refuse a stream whose targets the method does not know.
+        """Refuse a stream whose kind of targets the method cannot learn.
 
         Raises:
             InputError: Naming both.
@@ -273,7 +277,7 @@ class Strategy(nn.Module):
             )
 
     def check_processes(self) -> None:
-        """Refuse several processes where the method does not know them.
+        """Refuse several processes if the method cannot learn in them.
 
         Raises:
             InputError: Naming the method.
@@ -284,9 +288,9 @@ class Strategy(nn.Module):
             )
 
     def remark(self, learner: LearnerLike) -> str | None:
-        """Return a sentence that belongs beside the numbers of a run, such as why the method cannot work there.
+        """Return a sentence that reports show beside the results, such as why the method cannot work well in this run.
 
-        It is asked for once, after every strategy's `setup`, and shown where the run's notes are.
+        Called once, after the `setup` of all strategies.
         """
         return None
 
@@ -300,7 +304,7 @@ class Strategy(nn.Module):
         """Act after the last batch of a task, on the training device."""
 
     def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
-        """Return what is trained on in this task; one owner."""
+        """Return the examples to train on in this task; one owner."""
         return task.train
 
     def configure_optimizer(self, learner: LearnerLike, factory: OptimizerFactory) -> Optimizer:
@@ -308,14 +312,14 @@ class Strategy(nn.Module):
         return factory(p for p in learner.parameters() if p.requires_grad)
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
-        """Return the batch with rows appended."""
+        """Return the batch with examples appended; the incoming ones must stay first and unchanged."""
         return batch
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Map prepared inputs (B, *input) to features (B, D); one owner.
 
-        `learner.task_labels` has the rows' task labels (B,) in training, and at test where the scenario gives them;
-        None means rows of the present task, or that nobody may know.
+        `learner.task_labels` holds the task labels (B,) in training, and at test if the scenario gives them. None means
+        that all examples are of the present task, or that the labels are not given.
         """
         features: Tensor = learner.backbone(view)
         return features
@@ -330,14 +334,20 @@ class Strategy(nn.Module):
         return learner.criterion(logits, batch)
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return a scalar, already weighted, to be added; None where there is nothing to add yet."""
+        """Return a scalar, already weighted, that is added to the loss; None adds nothing."""
         return None
 
     def project_gradients(self, learner: LearnerLike) -> None:
         """Change `.grad` in place, once per optimizer step, after unscaling and before clipping."""
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        """Act after a step; sees the rows that came from the stream and their logits before the step, detached."""
+        """Act after a step.
+
+        Args:
+            learner: With the weights after the step.
+            batch: The incoming examples, without those that `extend_batch` appended.
+            logits: Their logits (B, C) from the forward pass of the step, so before the update; detached.
+        """
 
     def after_epoch(self, learner: LearnerLike, task: Task, epoch: int) -> None:
         """Act after an epoch."""
@@ -354,12 +364,12 @@ HOOKS = (*CHAINED, *ONE_OWNER, "setup", "remark")
 
 
 def misspelt(kind: type, base: type = Strategy, hooks: Sequence[str] = HOOKS) -> str | None:
-    """Return a sentence on a method that nobody calls and whose name is nearly a hook's, None where there is none.
+    """Return a message about a method whose name is nearly that of a hook and that the class does not call; else None.
 
     Args:
-        kind: The class.
-        base: What defines its hooks.
-        hooks: Their names.
+        kind: The class to check.
+        base: The base class that defines the hooks.
+        hooks: The names of the hooks.
 
     Example:
         >>> class Mine(Strategy):
@@ -380,7 +390,7 @@ def misspelt(kind: type, base: type = Strategy, hooks: Sequence[str] = HOOKS) ->
 
 
 def _calls(kind: type, name: str) -> bool:
-    """Say whether the source of a class mentions one of its methods beside its definition, or cannot be read."""
+    """Say whether the source of a class mentions a method outside of its definition; True if it cannot be read."""
     try:
         return len(re.findall(rf"\b{name}\b", inspect.getsource(kind))) > 1
     except (OSError, TypeError):
@@ -388,19 +398,20 @@ def _calls(kind: type, name: str) -> bool:
 
 
 def overrides(strategy: Strategy, hook: str) -> bool:
-    """Say whether a strategy's class defines a hook itself."""
+    """Say whether a strategy's class overrides a hook."""
     return getattr(type(strategy), hook) is not getattr(Strategy, hook)
 
 
 class Composition(nn.ModuleDict):
-    """Strategies by name, and for each hook the methods to call, found once.
+    """Strategies by name, and for each hook the methods to call, collected once.
 
     Attributes:
-        chains: Hook to the (name, method) pairs of the strategies that define it, in order.
-        owners: Hook with one owner to its method, which is the default where nobody defines it.
+        chains: For each chained hook, the (name, method) pairs of the strategies that override it, in order.
+        owners: For each hook with one owner, its method; the default of `Strategy` if no strategy overrides it.
 
     Raises:
-        InputError: If two strategies own one hook, a name cannot be one, or a hook's is misspelt.
+        InputError: If two strategies override the same hook with one owner, a name is not allowed, or the name of a
+            hook is misspelt.
 
     Example:
         >>> Composition({"plain": Strategy()}).chains["loss"]
@@ -434,7 +445,7 @@ class Composition(nn.ModuleDict):
         return owner
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Let each strategy refuse the stream or allocate, and seed its generators by its name."""
+        """Check each strategy against the stream, call its `setup`, and seed its generators from its name."""
         for name, strategy in self.items():
             assert isinstance(strategy, Strategy)
             strategy.check_scenario(stream)
@@ -447,21 +458,21 @@ class Composition(nn.ModuleDict):
 
     @property
     def bound(self) -> str:
-        """The bound that all strategies agree on, "upper" or "lower"; else ""."""
+        """The `bound` of the strategies if all have the same, else ""."""
         found = {strategy.bound for strategy in self.values()}
         return str(found.pop()) if len(found) == 1 else ""
 
     def remarks(self, learner: LearnerLike) -> list[str]:
-        """Return the strategies' sentences on a run, each once."""
+        """Return the strategies' remarks on a run, without duplicates."""
         found = [strategy.remark(learner) for strategy in self.values()]  # type: ignore[operator]
-        told = [type(strategy).__name__ for strategy in self.values() if strategy.uses_task]
-        if told and learner.scenario == "task":
+        by_task = [type(strategy).__name__ for strategy in self.values() if strategy.uses_task]
+        if by_task and learner.scenario == "task":
             found.append(
-                f"{' and '.join(told)} has weights for each task and is told the task: R under the mask of all classes "
-                "is no class-incremental accuracy."
+                f"{' and '.join(by_task)} has weights for each task and is told the task: R under the mask of all "
+                "classes is no class-incremental accuracy."
             )
         return list(dict.fromkeys(text for text in found if text))
 
     def owned(self, hook: str) -> bool:
-        """Say whether a strategy defines a hook with one owner."""
+        """Say whether a strategy overrides a hook."""
         return any(overrides(s, hook) for s in self.values())  # type: ignore[arg-type]

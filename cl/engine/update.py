@@ -1,4 +1,4 @@
-"""One optimizer step, from the minibatches that make it."""
+"""One update of the weights, from one minibatch or several."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
 
 
 def update(learner: Learner, loss: Tensor, optimizer: Any) -> None:
-    """Backward; and, on every `accumulate`-th minibatch of an epoch and on its last, one optimizer step.
+    """Run the backward pass, and after every `accumulate`-th minibatch and the last one of an epoch an optimizer step.
 
-    Its gradient is that of the mean loss over the rows of all its minibatches, however many each of them has.
+    The gradient of a step is that of the mean loss over all examples of its minibatches, even if their sizes differ.
 
     Args:
-        learner: Whose `rows` are those of the minibatch.
-        loss: The mean over them.
-        optimizer: Torch's own where the learner is `plain`, else in Lightning's wrappers.
+        learner: With `rows`, the number of examples of the minibatch.
+        loss: The mean loss over them.
+        optimizer: Torch's own if the learner is `plain`, else in Lightning's wrapper.
     """
     plain, accumulate = learner.plain, learner.accumulate
-    place = learner.step % learner.steps_per_epoch if accumulate > 1 else 0
-    if place % accumulate == 0:
+    position = learner.step % learner.steps_per_epoch if accumulate > 1 else 0
+    if position % accumulate == 0:
         _zero_grad(optimizer) if plain else optimizer.zero_grad()
         learner.summed = 0.0
-    several = accumulate > 1 and world_size() == 1  # else the processes weigh by rows
+    several = accumulate > 1 and world_size() == 1  # several processes weigh by examples in reduce_gradients
     if several:
         loss = loss * (learner.rows / learner.batch_size) / accumulate
     learner.summed += learner.rows / learner.batch_size
     loss.backward() if plain else learner.manual_backward(loss)
-    if (place + 1) % accumulate and place + 1 < learner.steps_per_epoch:
+    if (position + 1) % accumulate and position + 1 < learner.steps_per_epoch:
         return
     if several and learner.summed != accumulate:
         for parameter in learner.parameters():

@@ -385,7 +385,7 @@ def test_a_branch_that_has_its_own_checkpoints_needs_its_parent_no_more(cl_run, 
     done = cl_run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     refused = cl_run(*[*command[:-2], "hydra.run.dir=new", "from=parent:task=1"], cwd=tmp_path)
-    assert refused.returncode == 1 and "nothing to begin from" in refused.stderr
+    assert refused.returncode == 1 and "is no run directory" in refused.stderr
     (tmp_path / "p2" / "config.yaml").write_text("a: [1")
     torn = cl_run(*[*command[:-2], "hydra.run.dir=new", "from=p2:task=1"], cwd=tmp_path)
     assert torn.returncode == 1 and "config.yaml cannot be read" in torn.stderr and "Traceback" not in torn.stderr

@@ -1,6 +1,6 @@
-"""Runs beside one another: what they share, a leaderboard, `comparison.csv` and `comparison.html`.
+"""Compare runs: align them, rank them in a leaderboard, and write `comparison.csv` and `comparison.html`.
 
-The package can be called: `cl.compare(...)` is `cl.compare.comparison.compare`.
+The package itself can be called: `cl.compare(...)` is `cl.compare.comparison.compare`.
 """
 
 import sys

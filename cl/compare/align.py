@@ -1,4 +1,4 @@
-"""What runs share: which are of one group, on one stream, under one order, and in which seeds they meet."""
+"""Align runs: which belong to one group, which learned one stream in one order of tasks, and which seeds they share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Unit = tuple[str, ...]
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but the seed, the order of tasks and the stream.
+    """Runs that differ only in the seed, the order of tasks and the stream.
 
     Attributes:
-        name: The shortest distinguishing part of the configuration.
-        config: What makes it a group, flat.
-        runs: Of all streams.
-        bound: "upper bound", "lower bound", or "" for what is compared.
-        learned: Tasks learned where the runs are unfinished, else None.
+        name: The shortest part of the configuration that distinguishes the group from the others.
+        config: The part of the configuration that its runs share, flat, with dotted keys.
+        runs: Its runs, on all streams.
+        bound: "upper bound", "lower bound", or "" if it is not a bound.
+        learned: The number of tasks learned if its runs are unfinished, else None.
     """
 
     name: str
@@ -35,12 +35,13 @@ class Group:
 
 @dataclass
 class Stage:
-    """One stream with the runs on it: what may stand in one leaderboard.
+    """One stream with the runs on it, which share a leaderboard.
 
     Attributes:
-        name: The shortest distinguishing part of the stream's configuration.
-        runs: By group, then by unit: what a paired test pairs (seed, order, and what `by` leaves open).
-        layouts: Runs whose cells mean the same (same tasks in the same order), by label.
+        name: The shortest part of the stream's configuration that distinguishes it from the others.
+        runs: Its runs by group, then by unit. A unit is the seed, the order of tasks, and the keys that differ inside
+            groups because `by` does not name them; a paired test pairs runs of the same unit.
+        layouts: Runs with the same tasks in the same order, so that equal cells of R mean the same, by label.
     """
 
     name: str
@@ -48,14 +49,21 @@ class Stage:
     layouts: dict[str, list[RunFiles]] = field(default_factory=dict)
 
     def of(self, group: str, layout: str) -> dict[Unit, RunFiles]:
-        """Return the runs of a group whose tasks come in one layout."""
+        """Return the runs of a group that have a layout, by unit."""
         inside = {id(run) for run in self.layouts[layout]}
         return {unit: run for unit, run in self.runs.get(group, {}).items() if id(run) in inside}
 
 
 @dataclass
 class Comparison:
-    """Aligned runs: groups, streams, and sentences on what they do not share."""
+    """Aligned runs.
+
+    Attributes:
+        groups: The groups by name.
+        stages: The streams, with the runs on each.
+        differences: The keys in which groups differ, with the value of each group that has one.
+        notes: Sentences on the differences between the runs.
+    """
 
     groups: dict[str, Group]
     stages: list[Stage]
@@ -64,20 +72,21 @@ class Comparison:
 
     @property
     def runs(self) -> list[RunFiles]:
-        """Every run that is compared."""
+        """All runs of the comparison, of every stream and group."""
         return [run for stage in self.stages for units in stage.runs.values() for run in units.values()]
 
 
 def align(runs: Sequence[RunFiles], by: Sequence[str] = (), unfinished: bool = False) -> Comparison:
-    """Group runs and say what they do not share.
+    """Sort runs into groups and streams, and note their differences.
 
     Args:
-        runs: In any order.
-        by: Parts of the configuration that make a group ("strategy", "optimizer.lr"); empty means all that differ.
-        unfinished: Whether runs with tasks left to learn are kept, as groups of their own.
+        runs: Runs, in any order.
+        by: Parts of the configuration ("strategy", "optimizer.lr"); runs that agree in them form a group. Empty means
+            the whole configuration.
+        unfinished: Whether runs with tasks left to learn take part, as groups of their own.
 
     Raises:
-        InputError: If no run is finished, or a part in `by` is in no configuration.
+        InputError: If no run is finished, or no configuration has a part of `by`.
     """
     from cl.compare.notes import sentences
 
@@ -97,7 +106,7 @@ def align(runs: Sequence[RunFiles], by: Sequence[str] = (), unfinished: bool = F
 
 
 def method_config(run: RunFiles) -> dict[str, Any]:
-    """Return the part of a configuration that says how is learned: not the stream, the seed or places on a disk.
+    """Return the part of a configuration that describes the method: not the stream, the seed, paths or reports.
 
     Example:
         >>> from pathlib import Path
@@ -113,7 +122,9 @@ def method_config(run: RunFiles) -> dict[str, Any]:
 
 
 def stream_config(run: RunFiles) -> dict[str, Any]:
-    """Return the part of a configuration that says what is learned, but for the order and what follows the seed.
+    """Return the part of a configuration that describes the stream, without the order of tasks and seeds that vary.
+
+    A seed of the stream that is equal to the run's seed varies with it, and is left out.
 
     Example:
         >>> from pathlib import Path
@@ -130,19 +141,19 @@ def stream_config(run: RunFiles) -> dict[str, Any]:
         and setting(f"stream.{key}").kind != "place"
         and not (key.rpartition(".")[2] == "seed" and value == seed and not key.startswith("dataset"))
     }
-    # a protocol may leave tasks out: first and last ones are other streams, even where they are as many
+    # the first and the last tasks, which protocols of tuning select, are different streams even if equally many
     part = {"tune_first": "first", "score_rest": "last"}.get(str(run.config.get("protocol.name")))
     tasks = f"{part} {run.num_tasks}" if part and run.config.get("protocol.num_tasks") else run.num_tasks
     return {**kept, "scenario": run.scenario, "tasks": tasks}
 
 
 def _set(run: RunFiles) -> dict[str, Any]:
-    # runs of before there was a setting say nothing of it
+    # a run of an earlier version lacks the settings that are new, and their default is null
     return {key: value for key, value in run.config.items() if value is not None}
 
 
 def differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the keys whose values are not the same in all configurations, with the value of each that has one.
+    """Return the keys whose values differ between configurations, with the value of each configuration that has one.
 
     Example:
         >>> differing({"a": {"lr": 0.1, "epochs": 5}, "b": {"lr": 0.2, "epochs": 5}})
@@ -158,7 +169,7 @@ def differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
 
 
 def under(key: str, parts: Iterable[str]) -> bool:
-    """Say whether a dotted key is one of the parts or lies below one."""
+    """Return whether a dotted key is one of the parts, or inside one."""
     return any(key == part or key.startswith(f"{part}.") for part in parts)
 
 
@@ -167,7 +178,7 @@ def _signature(config: Mapping[str, Any]) -> Unit:
 
 
 def _groups(runs: Sequence[RunFiles], by: Sequence[str]) -> tuple[dict[str, Group], list[str]]:
-    """Return the groups by name, and the keys that `by` leaves open and that differ."""
+    """Return the groups by name, and the keys that differ between runs and that `by` does not name."""
     members: dict[tuple[Unit, int | None], list[RunFiles]] = {}
     configs: dict[tuple[Unit, int | None], dict[str, Any]] = {}
     for run in runs:
@@ -188,17 +199,17 @@ def _groups(runs: Sequence[RunFiles], by: Sequence[str]) -> tuple[dict[str, Grou
 
 
 def _bound(runs: Sequence[RunFiles]) -> str:
-    """Return what all runs of a group bound, "" where they are compared themselves."""
+    """Return "upper bound" or "lower bound" if the runs of a group are one, else ""."""
     found = {run.bound for run in runs} - {""}
     return f"{found.pop()} bound" if len(found) == 1 else ""
 
 
 def shortest_names(configs: Sequence[Mapping[str, Any]], base: Any) -> list[str]:
-    """Return one name a configuration: its base name, and where others share that, the fewest keys that part them.
+    """Return a name for each configuration: its base name and, if others share that, the keys that distinguish it.
 
     Args:
-        configs: All different.
-        base: Maps a configuration to the name that it has anyway.
+        configs: The configurations, all different.
+        base: Maps a configuration to its base name, such as that of its strategies.
 
     Example:
         >>> er = {"strategy.er.memory_size": 200, "lr": 0.1}
@@ -208,24 +219,24 @@ def shortest_names(configs: Sequence[Mapping[str, Any]], base: Any) -> list[str]
     bases = [base(config) or "run" for config in configs]
     names = list(bases)
     for name in dict.fromkeys(bases):
-        place = [i for i, other in enumerate(bases) if other == name]
-        if len(place) == 1:
+        sharing = [i for i, other in enumerate(bases) if other == name]
+        if len(sharing) == 1:
             continue
-        part = {str(i): configs[i] for i in place}
+        part = {str(i): configs[i] for i in sharing}
         keys = _parting_keys(part)
         words = _words(keys)
-        for digits in (4, None):  # of fractions, as a search draws them; all where fewer do not part them
-            for i in place:
+        for digits in (4, None):  # digits of fractions; all of them if four do not distinguish the names
+            for i in sharing:
                 has = configs[i]
                 shown = (f"{words[k]} {brief(has[k], digits)}" if k in has else f"no {words[k]}" for k in keys)
                 names[i] = " ".join([name, *shown])
-            if len({names[i] for i in place}) == len(place):
+            if len({names[i] for i in sharing}) == len(sharing):
                 break
     return [name if name not in names[:i] else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 def _parting_keys(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return few keys whose values together tell all configurations apart: the best first, then what is not needed."""
+    """Return few keys whose values together distinguish all configurations: add greedily, then remove needless ones."""
     candidates = differing(configs)
 
     def kinds(keys: Sequence[str]) -> int:
@@ -242,9 +253,9 @@ def _parting_keys(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _words(keys: Sequence[str]) -> dict[str, str]:
-    """Return short words for keys: the last part without "num_" and "_size", with the part above it where two agree.
+    """Return short words for keys: the last part without "num_" and "_size"; if two are equal, with the part before it.
 
-    A class or a name goes by what it is of: "protocol.name" is the protocol.
+    `_target_` and `name` at the end of a key are left out: "protocol.name" becomes "protocol".
     """
 
     def word(key: str, depth: int) -> str:
@@ -257,7 +268,7 @@ def _words(keys: Sequence[str]) -> dict[str, str]:
 
 
 def brief(value: Any, digits: int | None = None) -> str:
-    """Return a value of a configuration as text, of a class only its name, of a fraction so many digits, None for all.
+    """Return a value of a configuration as text: of a class only its name, of a float so many digits, or all for None.
 
     Example:
         >>> brief("cl.backbones.MLP"), brief(None), brief(0.1), brief(0.0123456, 4)
@@ -272,7 +283,7 @@ def brief(value: Any, digits: int | None = None) -> str:
 def _stages(
     runs: Sequence[RunFiles], groups: Mapping[str, Group], open_keys: Sequence[str]
 ) -> tuple[list[Stage], list[RunFiles]]:
-    """Return the streams with their runs, and the runs that repeat another one."""
+    """Return the streams with their runs, and the runs left out because they repeat another one's configuration."""
     group_of = {id(run): name for name, group in groups.items() for run in group.runs}
     configs: dict[Unit, dict[str, Any]] = {_signature(stream_config(run)): stream_config(run) for run in runs}
     names = shortest_names(list(configs.values()), stream_kind)
@@ -293,7 +304,7 @@ def _stages(
 
 
 def _layouts(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
-    """Return runs by what their cells mean; the label is the order, and the tasks' names where they differ too."""
+    """Return runs by layout; a label is the order of tasks, or the tasks' names if orders alone do not distinguish."""
     found: dict[tuple[tuple[int, ...], tuple[str, ...]], list[RunFiles]] = {}
     for run in runs:
         found.setdefault((run.order, run.task_names), []).append(run)

@@ -1,4 +1,4 @@
-"""The parts of the page that are over all streams: ranks, configurations, runs and definitions."""
+"""The parts of the page that concern all streams: ranks, configurations, runs and definitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cl.compare.tuning import chosen, found
 
 
 def ranks(over: Ranks | None) -> str:
-    """Return average ranks and who is not told apart, nothing for one stream."""
+    """Return a table of average ranks, and the groups whose ranks do not differ significantly; "" for one stream."""
     if over is None:
         return ""
     rows = "".join(
@@ -27,16 +27,16 @@ def ranks(over: Ranks | None) -> str:
     head = f'<th scope="col">group</th><th scope="col">{term("average-rank", "average rank")}</th>'
     made = table(f"Average rank over {over.num_streams} streams, 1 is best", head, rows)
     critical = datum(over.critical.mean, f"{over.critical.mean:.2f}")
-    alike = "; ".join(listed(clique) for clique in over.alike)
+    cliques = "; ".join(listed(clique) for clique in over.cliques)
     apart = f"{term('critical-difference', 'Critical difference')} (Nemenyi, 5%): {critical}."
     return (
         f'<section id="ranks"><h2>Ranks over streams</h2>{made}'
-        f"<p>{apart} Not told apart: {text(alike or 'none')}.</p></section>"
+        f"<p>{apart} Not significantly different: {text(cliques or 'none')}.</p></section>"
     )
 
 
 def configurations(comparison: Comparison, numbers: Numbers) -> str:
-    """Return a table of what the groups differ in, and one of how their hyper-parameters were chosen."""
+    """Return a table of the settings in which groups differ, and one of how their hyper-parameters were chosen."""
 
     def shown(values: dict[str, Any], group: str) -> str:
         return text(brief(values[group])) if group in values else '<span class="none">–</span>'
@@ -48,14 +48,12 @@ def configurations(comparison: Comparison, numbers: Numbers) -> str:
         for key, values in comparison.differences.items()
     )
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in ["key", *comparison.groups])
-    what = (
-        table("What the configurations of the groups differ in", head, rows) if rows else "<p>There is one group.</p>"
-    )
+    what = table("Settings in which the groups differ", head, rows) if rows else "<p>There is one group.</p>"
     return f'<section id="configurations"><h2>Configurations</h2>{what}{_tuning(comparison, numbers)}</section>'
 
 
 def _tuning(comparison: Comparison, numbers: Numbers) -> str:
-    """Return how hyper-parameters were chosen and what the search cost, nothing where no run says it."""
+    """Return a table of how hyper-parameters were chosen and of the search's cost; "" if no run was tuned."""
     tuned = [
         (stage, group)
         for stage in comparison.stages
@@ -68,8 +66,8 @@ def _tuning(comparison: Comparison, numbers: Numbers) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     titles = {"flops": "FLOPs"}
     head += "".join(f'<th scope="col">{term(f"tuning_{name}", titles.get(name, name))}</th>' for name in costs)
-    made = table("How hyper-parameters were chosen, and what the search cost in all its trials", head, rows)
-    return f"<h3>Tuning</h3>{made}" if tuned else ""
+    shown = table("How hyper-parameters were chosen, and the cost of all trials of the search", head, rows)
+    return f"<h3>Tuning</h3>{shown}" if tuned else ""
 
 
 def _choice(stage: Stage, group: str, costs: Sequence[str], numbers: Numbers) -> str:
@@ -80,7 +78,7 @@ def _choice(stage: Stage, group: str, costs: Sequence[str], numbers: Numbers) ->
     for name in costs:
         cost = numbers.one(stage.name, group, f"tuning_{name}")
         shown = datum(cost.mean, shown_number(cost.mean)) if cost else "–"
-        # runs of several searches may stand in one group
+        # the runs of a group may come from several searches, whose costs differ
         cells.append(f"{shown} ± {datum(cost.sd, shown_number(cost.sd))}" if cost and cost.sd > 0 else shown)
     return f'<tr><th scope="row">{text(group)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
@@ -95,14 +93,14 @@ def provenance(comparison: Comparison) -> str:
         for run in units.values()
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("group", "stream", "seed", "order", "directory"))
-    made = table("Every run that is compared", head, rows)
-    return f'<section id="runs"><h2>Runs</h2><details><summary>Directories</summary>{made}</details></section>'
+    shown = table("Every run of the comparison", head, rows)
+    return f'<section id="runs"><h2>Runs</h2><details><summary>Directories</summary>{shown}</details></section>'
 
 
 def definitions(
     comparison: Comparison, boards: Sequence[Board], numbers: Numbers, forecasts: Sequence[Forecast]
 ) -> str:
-    """Return what every term of the page means."""
+    """Return the definitions of all terms on the page."""
     known: dict[str, Entry] = {}
     for run in comparison.runs:
         known = {name: entry for (_, name), entry in entries(run).items()} | known
@@ -127,8 +125,8 @@ def definitions(
     )
     items["average-rank"] = "Rank of a group's mean on each stream, 1 is best, averaged over the streams. Demsar 2006."
     items["critical-difference"] = (
-        "Groups whose average ranks are closer than this are not told apart: q sqrt(k (k + 1) / (6 N)) for k groups and"
-        " N streams. Nemenyi 1963; Demsar 2006. With few streams little can be told apart."
+        "Groups whose average ranks are closer than this do not differ significantly: q sqrt(k (k + 1) / (6 N)) for k"
+        " groups and N streams. Nemenyi 1963; Demsar 2006. With few streams the test finds few differences."
     )
     if len(boards) < 2:
         del items["average-rank"], items["critical-difference"]

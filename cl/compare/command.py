@@ -1,4 +1,4 @@
-"""`cl-compare`: reads run directories, prints a leaderboard, writes `comparison.csv` and `comparison.html`."""
+"""`cl-compare`: read run directories, print a leaderboard, write `comparison.csv` and `comparison.html`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from cl.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `cl-compare`; errors of the user's are one sentence, without a traceback."""
+    """Run `cl-compare`; an error that the user can mend is printed as one sentence, without a traceback.
+
+    Args:
+        arguments: Its command line; None means that of the process.
+    """
     options = parser().parse_args(arguments)
     try:
         run(options)
@@ -20,31 +24,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    it = argparse.ArgumentParser("cl-compare", description="Compare runs of clsim: a leaderboard, a CSV and a page.")
-    it.add_argument("directories", nargs="+", metavar="DIR", help="a run directory, or a folder with runs below it")
-    it.add_argument("--out", metavar="DIR", default=".", help="where comparison.csv and comparison.html go")
-    it.add_argument(
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser("cl-compare", description="Compare runs of clsim: a leaderboard, a CSV and a page.")
+    found.add_argument("directories", nargs="+", metavar="DIR", help="a run directory, or a folder that contains some")
+    found.add_argument("--out", metavar="DIR", default=".", help="the folder for comparison.csv and comparison.html")
+    found.add_argument(
         "--by",
         metavar="PART",
         action="append",
         default=[],
-        help="part of the configuration that makes a group, such as strategy; may be repeated; default: all of it",
+        help="part of the configuration, such as strategy, in which the runs of a group agree; may be repeated; "
+        "default: all of it",
     )
-    it.add_argument("--scalar", metavar="NAME", default="average_accuracy", help="what ranks the groups")
-    it.add_argument("--level", metavar="SHARE", type=float, default=0.95, help="confidence of the intervals")
-    it.add_argument(
-        "--base", metavar="GROUP", help="what matrices are subtracted from; default: the lower bound, or the first"
+    found.add_argument("--scalar", metavar="NAME", default="average_accuracy", help="the scalar that ranks the groups")
+    found.add_argument("--level", metavar="SHARE", type=float, default=0.95, help="confidence level of the intervals")
+    found.add_argument(
+        "--base",
+        metavar="GROUP",
+        help="the group whose matrices are subtracted from the others; default: the lower bound, or the first",
     )
-    it.add_argument("--unfinished", action="store_true", help="keep runs with tasks left, as groups of their own")
-    return it
+    found.add_argument("--unfinished", action="store_true", help="include runs with tasks left, as groups of their own")
+    return found
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compare, print and write.
+    """Compare runs, print the leaderboards, and write the page and the numbers.
+
+    Args:
+        options: The parsed command line.
 
     Raises:
-        InputError: If there is nothing to compare, or what was asked for does not exist.
+        InputError: If there is no finished run, or a group, scalar or part of the configuration does not exist.
     """
     found = compare(
         *options.directories,

@@ -1,4 +1,4 @@
-"""`cl.compare`: a comparison of runs as an object, for Python and for `cl-compare`."""
+"""`cl.compare`: compare runs, from Python and for `cl-compare`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from cl.errors import InputError, unknown
 from cl.files import expand_path, write_text
 from cl.report.run import Run
 
-# What a table says with the definitions and the style sheet of the page, which a notebook does not have.
+# Parts of a table that need the definitions and the style sheet of the page, which a notebook does not have.
 _OF_THE_PAGE = re.compile(r'</?a\b[^>]*>|<span class="hidden">.*?</span>')
-MAX_NUMBERS = 100_000  # cells of differences up to which the page offers every group as a base
+MAX_NUMBERS = 100_000  # the page offers every group as a base up to this number of cells of differences
 
 
 @dataclass(repr=False)
 class Compared:
-    """Runs beside one another: what `cl-compare` makes of them.
+    """A comparison of runs, with everything that `cl-compare` prints and writes.
 
     Attributes:
-        comparison: The runs in their groups, and sentences on what they do not share.
+        comparison: The runs in their groups, and sentences on their differences.
         boards: A leaderboard for each stream.
-        over: Ranks over several streams, or None.
-        numbers: Every number with its spread, interval and test.
-        bases: Groups that the page can subtract from the others.
+        over: Average ranks over several streams, or None.
+        numbers: All numbers, with their spread, interval and test.
+        bases: The groups that the page can subtract from the others.
     """
 
     comparison: Comparison
@@ -45,11 +45,11 @@ class Compared:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences that belong beside the numbers."""
+        """Sentences that a reader of the numbers must know."""
         return [*caveats(self.boards), *self.comparison.notes]
 
     def save(self, directory: str | Path) -> Path:
-        """Write `comparison.html`, one file, and `comparison.csv`; return the path of the page."""
+        """Write `comparison.html`, a single file, and `comparison.csv` to a directory; return the path of the page."""
         out = expand_path(directory)
         found = {stage.name: forecasts(stage, self.numbers) for stage in self.comparison.stages}
         write_text(out / "comparison.csv", self.numbers.csv())
@@ -61,7 +61,7 @@ class Compared:
         """Print leaderboards, ranks and notes.
 
         Args:
-            console: Of rich; None is that of the terminal, 200 columns wide elsewhere.
+            console: A console of rich; None is that of the terminal, or one of 200 columns where there is no terminal.
         """
         from rich.console import Console
 
@@ -107,23 +107,25 @@ def compare(
     """Compare runs as `cl-compare` does: leaderboards with intervals, paired tests over shared seeds, ranks, a page.
 
     Args:
-        runs: Runs, as `cl.run` and `cl.load` return them; or directories, each of a run or with some below it.
-        by: Parts of the configuration that make a group, such as "strategy"; empty means all that differ.
-        scalar: What ranks the groups.
-        level: Confidence of the intervals, between 0 and 1.
-        base: The group that matrices are subtracted from; None is fine-tuning, or else the first.
-        unfinished: Whether runs with tasks left are kept, as groups of their own.
+        runs: Runs, as `cl.run` and `cl.load` return them; or directories, of a run each or with runs inside.
+        by: Parts of the configuration, such as "strategy"; runs that agree in them form a group. Empty means the whole
+            configuration.
+        scalar: The scalar that ranks the groups.
+        level: Confidence level of the intervals, in (0, 1).
+        base: The group whose matrices are subtracted from the others; None means the lower bound (fine-tuning), or the
+            first group if there is none.
+        unfinished: Whether runs with tasks left to learn take part, as groups of their own.
 
     Returns:
-        The comparison, which prints itself as tables; `.save(directory)` writes the page.
+        The comparison, which is printed as tables; `.save(directory)` writes the page.
 
     Raises:
-        InputError: If there is nothing to compare, or what was asked for does not exist.
+        InputError: If there is no finished run, or a group, scalar or part of the configuration does not exist.
 
     Example:
         >>> compare("no such place")
         Traceback (most recent call last):
-        cl.errors.InputError: There is no directory no such place: give a run directory, or a folder with some below it.
+        cl.errors.InputError: There is no directory no such place: give a run directory, or a folder that contains some.
     """
     if not 0 < level < 1:
         raise InputError(f"level={level} is not between 0 and 1: give, say, 0.95.")
@@ -142,11 +144,11 @@ def compare(
 
 
 def _read(runs: Sequence[Run | str | Path]) -> list[RunFiles]:
-    """Return what is known of runs; one that was in memory alone is written to a folder that is then removed."""
-    places = [
+    """Return the content of the files of runs; a run without files is written to a temporary folder first."""
+    given = [
         run.directory if isinstance(run, Run) else expand_path(run) for run in runs if getattr(run, "stored", True)
     ]
-    found = [read_run(path) for path in (find_runs(places) if places else ())]
+    found = [read_run(path) for path in (find_runs(given) if given else ())]
     for number, run in enumerate(runs, start=1):
         if isinstance(run, Run) and not run.stored:
             with TemporaryDirectory() as folder:
@@ -157,13 +159,13 @@ def _read(runs: Sequence[Run | str | Path]) -> list[RunFiles]:
 
 
 def _boards(comparison: Comparison, numbers: Numbers, scalar: str) -> list[Board]:
-    """Return the leaderboards of the streams whose runs have the scalar, and note the others."""
+    """Return the leaderboards of the streams whose runs have the scalar, and add a note on the other streams."""
     having = [stage for stage in comparison.stages if column(stage, scalar)]
     comparison.notes += [f"No run on {s.name} has {scalar}." for s in comparison.stages if having and s not in having]
     return [leaderboard(comparison, stage, numbers, scalar) for stage in having or comparison.stages]
 
 
 def _base(comparison: Comparison) -> str:
-    """Return the group to subtract: the lower bound, else the first."""
+    """Return the group to subtract: the lower bound, or the first group if there is none."""
     bounds = [name for name, group in comparison.groups.items() if group.bound == "lower bound"]
     return next(iter([*bounds, *comparison.groups]))

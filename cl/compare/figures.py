@@ -1,4 +1,4 @@
-"""Figures of a comparison in plotly's JSON: structure and colours of the data; the page adds those of its theme."""
+"""Figures of a comparison in plotly's JSON, with the colours of the data; the page's script adds those of its theme."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cl.compare.numbers import Number, Numbers
 from cl.compare.read import LOWER_IS_BETTER, PROBES
 from cl.report.terminal import DIVERGING, SEQUENTIAL
 
-# Okabe and Ito 2008 without black, which a dark page swallows, and with yellow last, which a light one does.
+# The palette of Okabe and Ito 2008 without black, which is invisible on a dark page, and with a darker yellow, last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A800")
 DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "hexagon")
@@ -21,14 +21,20 @@ BOUND_STYLES = {
     "upper bound": ("#808080", "dot", "triangle-up-open"),
     "lower bound": ("#808080", "dash", "triangle-down-open"),
 }
-MAX_WRITTEN = 8  # tasks up to which each cell carries its number
+MAX_WRITTEN = 8  # matrices of up to so many tasks have a number in each cell
 
 Figure = dict[str, Any]
 
 
 @dataclass
 class Panel:
-    """One drawing: a title in plain text, what plotly draws, and in words what it shows."""
+    """One drawing.
+
+    Attributes:
+        title: Its title, in plain text.
+        figure: Data and layout for plotly.
+        words: A description for readers who do not see it.
+    """
 
     title: str
     figure: Figure
@@ -37,7 +43,12 @@ class Panel:
 
 @dataclass
 class View:
-    """What a reader chooses inside a block: the value of each choice, such as a mask, and what it shows."""
+    """The drawings of a block that are shown together.
+
+    Attributes:
+        choice: The values under which a reader selects this view, such as that of the mask.
+        panels: Its drawings.
+    """
 
     choice: dict[str, str]
     panels: list[Panel]
@@ -45,7 +56,15 @@ class View:
 
 @dataclass
 class Block:
-    """A titled part of the page with its figures; `caption` says what ran, and stands on a figure that is saved."""
+    """A titled part of the page with figures.
+
+    Attributes:
+        id: Its identifier on the page.
+        title: Its title.
+        about: A paragraph that explains its figures.
+        views: Its figures, of which the reader selects one view at a time.
+        caption: The setting of the runs, which a saved figure carries.
+    """
 
     id: str
     title: str
@@ -54,13 +73,13 @@ class Block:
     caption: str = ""
 
     def json(self) -> dict[str, Any]:
-        """Return what the page's script reads."""
+        """Return the block as plain data, which the page's script reads."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a group looks in every figure."""
+    """The colour, dash and marker of a group in all figures."""
 
     colour: str
     dash: str
@@ -68,22 +87,22 @@ class Style:
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
-    """Return a colour, a dash and a marker a group; no two groups agree in all three up to 35 groups."""
+    """Return a style for each group; up to 35 groups that are not bounds, no two have the same."""
     found: dict[str, Style] = {}
     i = 0
     for name, group in comparison.groups.items():
         if group.bound and BOUND_STYLES[group.bound] not in [(s.colour, s.dash, s.marker) for s in found.values()]:
             found[name] = Style(*BOUND_STYLES[group.bound])
             continue
-        place = i % len(COLOURS)
-        dash = DASHES[(place + i // len(COLOURS)) % len(DASHES)]
-        found[name] = Style(COLOURS[place], dash, MARKERS[i % len(MARKERS)])
+        colour = i % len(COLOURS)
+        dash = DASHES[(colour + i // len(COLOURS)) % len(DASHES)]
+        found[name] = Style(COLOURS[colour], dash, MARKERS[i % len(MARKERS)])
         i += 1
     return found
 
 
 def palette(colours: Sequence[tuple[int, int, int]]) -> list[list[Any]]:
-    """Return a palette of the terminal report as a colour scale of plotly.
+    """Return a palette of RGB colours, such as those of the terminal report, as a colour scale of plotly.
 
     Example:
         >>> palette([(0, 0, 0), (255, 255, 255)])
@@ -93,12 +112,12 @@ def palette(colours: Sequence[tuple[int, int, int]]) -> list[list[Any]]:
 
 
 def plain(value: float | None) -> float | None:
-    """Return a number as JSON takes it: None for NaN."""
+    """Return a number for JSON, which has no NaN: None in its place."""
     return None if value is None or math.isnan(value) else value
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """Return an axis with a title."""
+    """Return an axis of plotly with a title and further properties."""
     return {"title": {"text": html.escape(title)}, "automargin": True, "zeroline": False, **more}
 
 
@@ -128,19 +147,25 @@ def points(x: Sequence[Any], y: Sequence[Any], group: str, style: Style, size: i
 
 
 def keys(stage: Stage) -> list[tuple[str, str]]:
-    """Return every (mask, metric) of a stream, that of the scenario first."""
+    """Return all (mask, metric) of the runs on a stream, that of the scenario first."""
     every = (run for units in stage.runs.values() for run in units.values())
     return list(dict.fromkeys(key for run in every for key in run.matrices))
 
 
 def choice(mask: str, metric: str, layout: str = "") -> dict[str, str]:
-    """Return what a reader chooses among."""
+    """Return the choice of a view by metric and mask, and by the order of tasks if there are several."""
     found = {"metric": f"{metric}, {mask} {'probe' if mask in PROBES else 'mask'}"}
     return found | ({"order": layout.removeprefix("order ")} if layout else {})
 
 
 def heatmap(cells: Sequence[Number], scale: dict[str, Any], signed: bool) -> Figure:
-    """Return a matrix: rows are tasks learned, columns tasks tested; unmeasured cells stay empty."""
+    """Return a matrix as a heat map: rows are tasks learned, columns tasks tested; unmeasured cells stay empty.
+
+    Args:
+        cells: The numbers of its cells.
+        scale: The colour scale, with `zmin` and `zmax`.
+        signed: Whether numbers are written with their sign.
+    """
     height = max(n.after_task or 0 for n in cells) + 1
     width = max(n.task or 0 for n in cells)
     values: list[list[float | None]] = [[None] * width for _ in range(height)]
@@ -179,10 +204,10 @@ def _title(group: str, cells: Sequence[Number]) -> str:
 
 
 def matrices(stage: Stage, numbers: Numbers) -> Block:
-    """Return R of every group side by side, on one scale."""
+    """Return a block with R of every group, on one colour scale."""
     about = (
-        "Each cell is the metric on one task (column) after so many tasks have been learned (row, 0 is the untrained"
-        " learner), as the mean over runs; its standard deviation shows on hover. All groups share one scale."
+        "Each cell is the metric on one task (column) after so many tasks have been learned (row; 0 is the untrained"
+        " learner), as the mean over runs. Its standard deviation is shown on hover. All groups share one colour scale."
     )
     block = Block("matrices", "Transfer matrices", about)
     for mask, metric in keys(stage):
@@ -205,7 +230,7 @@ def _means(parts: Iterable[Sequence[Number]]) -> list[float]:
 
 
 def differences(stage: Stage, numbers: Numbers, bases: Sequence[str]) -> Block:
-    """Return R of every group minus that of a base, over the runs of shared seeds."""
+    """Return a block with R of every group minus that of each base, over the runs of shared seeds."""
     about = (
         "Each cell is the mean over the runs that the group and the base share (same seed, same order) of the group's"
         " entry minus the base's. Purple is above the base, orange below."
@@ -218,7 +243,7 @@ def differences(stage: Stage, numbers: Numbers, bases: Sequence[str]) -> Block:
                     g: numbers.find(stage.name, g, metric, mask, kind="difference", layout=layout, base=base)
                     for g in stage.runs
                 }
-                limit = max([0.05, *_means(found.values())])  # never below 5 points, so that noise stays pale
+                limit = max([0.05, *_means(found.values())])  # at least 5 percentage points, so that noise is pale
                 scale = {"colorscale": palette(DIVERGING), "zmin": -limit, "zmax": limit}
                 panels = [
                     Panel(

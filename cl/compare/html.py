@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that needs no network: tables, figures, definitions, and plotly inside."""
+"""The comparison as one HTML file that needs no network: tables, figures, definitions, and the code of plotly."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def page(
     """Return the whole page.
 
     Args:
-        comparison: What is compared.
-        boards: One a stream.
+        comparison: The aligned runs.
+        boards: The leaderboard of each stream.
         over: Ranks over the streams, if there are several.
-        numbers: All numbers; the page shows no other.
-        bases: Groups that matrices are subtracted from.
-        forecasts: By stream.
+        numbers: All numbers; the page shows no others.
+        bases: The groups whose matrices can be subtracted from the others.
+        forecasts: The forecasts of each stream, by its name.
     """
     stages = {stage.name: stage for stage in comparison.stages}
     parts, drawn = [], []
     for i, board in enumerate(boards, start=1):
         found = forecasts[board.stream]
-        made = blocks(comparison, stages[board.stream], board, numbers, bases, found, f"stream{i}")
-        drawn += made
-        parts.append(_stream(board, stages[board.stream], made, found, numbers, i))
+        figures = blocks(comparison, stages[board.stream], board, numbers, bases, found, f"stream{i}")
+        drawn += figures
+        parts.append(_stream(board, stages[board.stream], figures, found, numbers, i))
     runs = comparison.runs
     title = f"{len(runs)} runs of {listed(comparison.groups)}"
     body = [
@@ -68,9 +68,9 @@ def page(
         configurations(comparison, numbers),
         provenance(comparison),
         definitions(comparison, boards, numbers, [forecast for part in forecasts.values() for forecast in part]),
-        f"<footer><p>clsim {text(version('clsim'))}. Every number of this page stands in comparison.csv.</p></footer>",
+        f"<footer><p>clsim {text(version('clsim'))}. Every number of this page is in comparison.csv.</p></footer>",
     ]
-    figures = json.dumps([block.json() for block in drawn], allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps([block.json() for block in drawn], allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -79,7 +79,7 @@ def page(
     return (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n<a class="skip" href="#main">Skip to the'
         f' leaderboard</a>\n<div class="page">\n{chr(10).join(part for part in body if part)}\n</div>\n'
-        f'<script type="application/json" id="figures">{figures}</script>\n'
+        f'<script type="application/json" id="figures">{data}</script>\n'
         f"<script>{_asset('plotly-cartesian.min.js')}</script>\n"
         f"<script>{_asset('report.js')}</script>\n</body>\n</html>\n"
     )
@@ -93,9 +93,9 @@ def _summary(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) 
     lead = boards[0].columns[0]
     streams = f"{len(boards)} streams" if len(boards) > 1 else f"the stream {boards[0].stream}"
     return (
-        f"{len(comparison.groups)} groups on {streams}, ranked by {lead.title}. A cell holds mean ± standard deviation"
-        f" over the runs, below it the {100 * numbers.level:g}% t interval of the mean, on the logit"
-        " scale where a metric has a range, so that no end lies outside. Fractions are in percent."
+        f"{len(comparison.groups)} groups on {streams}, ranked by {lead.title}. A cell shows mean ± standard deviation"
+        f" over the runs and, below it, the {100 * numbers.level:g}% t interval of the mean. If a metric has a range,"
+        " the interval is computed on the logit scale, so that it stays inside. Fractions are in percent."
     )
 
 
@@ -135,17 +135,17 @@ def _swatch(style: Style) -> str:
 
 
 def _stream(
-    board: Board, stage: Stage, made: Sequence[Block], found: Sequence[Forecast], numbers: Numbers, place: int
+    board: Board, stage: Stage, figures: Sequence[Block], found: Sequence[Forecast], numbers: Numbers, number: int
 ) -> str:
-    first = ' id="main" tabindex="-1"' if place == 1 else ""
+    first = ' id="main" tabindex="-1"' if number == 1 else ""
     parts = [
-        f'<section id="stream{place}"><div{first}><h2>{text(board.stream)}</h2>',
+        f'<section id="stream{number}"><div{first}><h2>{text(board.stream)}</h2>',
         _caption(board),
         leaderboard_table(board, numbers),
         "</div>",
     ]
-    beside = {f"stream{place}-forecasts": taus(found, board.stream, numbers.level)}
-    parts += [_block(block, beside.get(block.id, "")) for block in made]
+    beside = {f"stream{number}-forecasts": taus(found, board.stream, numbers.level)}
+    parts += [_block(block, beside.get(block.id, "")) for block in figures]
     return "\n".join([*parts, _every_scalar(board, stage, numbers), "</section>"])
 
 
@@ -205,16 +205,16 @@ def _test(c: Column, row: Row, best: str) -> str:
 
 
 def _block(block: Block, beside: str) -> str:
-    """Return a block with a table before its figures, or none."""
+    """Return a block, with a table before its figures unless that is ""."""
     return (
         f'<section class="block" aria-labelledby="{block.id}"><h3 id="{block.id}">{text(block.title)}</h3>'
         f'<p>{text(block.about)}</p>{beside}<div class="choices"></div><div class="panels" data-block="{block.id}">'
-        "<noscript>Figures need JavaScript; their numbers stand in comparison.csv.</noscript></div></section>"
+        "<noscript>Figures need JavaScript; their numbers are in comparison.csv.</noscript></div></section>"
     )
 
 
 def _every_scalar(board: Board, stage: Stage, numbers: Numbers) -> str:
-    """Return a table of every scalar of the stream, by mask."""
+    """Return a table of all scalars of the stream, by mask, and the reasons why some were not measured."""
     groups = [row.group for row in board.rows]
     found: dict[tuple[str, str], Entry] = {}
     for units in stage.runs.values():
@@ -225,11 +225,11 @@ def _every_scalar(board: Board, stage: Stage, numbers: Numbers) -> str:
         c = Column(name, mask, entry)
         cells = [numbers.one(stage.name, group, name, mask) for group in groups]
         if any(cells):
-            shown = "".join(f"<td>{_cell(c, cell)}</td>" for cell in cells)
-            rows.append(f'<tr><th scope="row">{term(name, c.title)}</th><td>{text(mask) or "–"}</td>{shown}</tr>')
+            row = "".join(f"<td>{_cell(c, cell)}</td>" for cell in cells)
+            rows.append(f'<tr><th scope="row">{term(name, c.title)}</th><td>{text(mask) or "–"}</td>{row}</tr>')
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in ["scalar", "mask", *groups])
-    made = table(f"Every scalar of {stage.name}, mean ± standard deviation and interval", head, "".join(rows))
+    shown = table(f"All scalars of {stage.name}, mean ± standard deviation and interval", head, "".join(rows))
     absent = {name: why for units in stage.runs.values() for run in units.values() for name, why in run.absent.items()}
     why = "".join(f"<li>{text(Column(name, '', Entry(0)).title)}: {text(why)}</li>" for name, why in absent.items())
     left_out = f"<p>Not measured in every run:</p><ul>{why}</ul>" if why else ""
-    return f"<details><summary>Every scalar</summary>{made}{left_out}</details>"
+    return f"<details><summary>All scalars</summary>{shown}{left_out}</details>"

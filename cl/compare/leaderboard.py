@@ -1,4 +1,4 @@
-"""The leaderboard: which columns it has, who is best, who differs from the best, and ranks over streams."""
+"""The leaderboard of a stream: its columns, the best group, tests against the best, and ranks over streams."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Column:
     """A quantity of the leaderboard.
 
     Attributes:
-        quantity: Its name in the files.
-        mask: The mask that it is read under; "" for none.
-        entry: What it means.
+        quantity: Its name in the files of runs.
+        mask: The mask under which it was computed; "" for none.
+        entry: Its definition, scale and direction.
     """
 
     quantity: str
@@ -46,11 +46,11 @@ class Column:
 
     @property
     def title(self) -> str:
-        """Its name in words."""
+        """The quantity in words."""
         return TITLES.get(self.quantity, self.quantity.replace("_", " "))
 
     def show(self, value: float, spread: bool = False) -> str:
-        """Return a value as it is printed: fractions in percent, "-" where there is none."""
+        """Return a value as it is printed: fractions in percent, "-" for NaN; a spread with two digits, no sign."""
         if self.entry.scale.startswith("fraction"):
             signed = "[-" in self.entry.scale and self.entry.higher_is_better
             return percent(value, signed=signed and not spread)
@@ -58,7 +58,7 @@ class Column:
 
 
 def number(value: float) -> str:
-    """Return a number that is no fraction, with three digits at most before its unit.
+    """Return a number that is not a fraction with three significant digits, and a unit from ten thousand on.
 
     Example:
         >>> number(1.5), number(1234567.0), number(2.4e15), number(float("nan"))
@@ -79,11 +79,11 @@ class Row:
     Attributes:
         group: Its name.
         bound: "upper bound", "lower bound" or "".
-        num: Runs.
+        num: Number of its runs.
         cells: Its number in each column, None where unmeasured.
-        best: The columns in which it is the best of those that are no bounds.
-        test: Its test against the best group in the leading column, None for the best itself.
-        tuning: What must be said of how its hyper-parameters were chosen, or "".
+        best: For each column, whether the group is the best one that is not a bound.
+        test: Its test against the best group in the leading column, None for the best group itself.
+        tuning: A remark on how its hyper-parameters were chosen, or "".
     """
 
     group: str
@@ -96,12 +96,12 @@ class Row:
 
     @property
     def result(self) -> bool:
-        """Whether its numbers are a result, and not a means of choosing hyper-parameters."""
+        """Whether its numbers are a result, and not only those of a search for hyper-parameters."""
         return self.tuning != MARKS["tune_first"]
 
     @property
     def remarks(self) -> list[str]:
-        """What stands below its name."""
+        """The remarks below its name: the bound that it is, and how it was tuned."""
         return [remark for remark in (self.bound, self.tuning) if remark]
 
 
@@ -111,10 +111,10 @@ class Board:
 
     Attributes:
         stream: The name of the stream.
-        caption: What ran, over all groups.
-        columns: From the leading one on.
-        rows: One a group.
-        best: The best group, "" where none has a result.
+        caption: The setting of the runs of all groups.
+        columns: Its columns; the first ranks the groups.
+        rows: A row for each group.
+        best: The name of the best group, "" if none has a result.
     """
 
     stream: str
@@ -125,7 +125,7 @@ class Board:
 
     @property
     def title(self) -> str:
-        """What ran, below the name of the stream where that says more."""
+        """The caption, after the name of the stream unless the caption contains it."""
         return self.caption if self.stream in self.caption else f"{self.stream}: {self.caption}"
 
 
@@ -134,22 +134,23 @@ class Ranks:
     """Average ranks over streams, the best group first.
 
     Attributes:
-        groups: Its average rank, by group.
-        critical: How far apart two ranks must be to differ.
-        alike: Groups that are not told apart.
-        num_streams: Streams that were ranked.
+        groups: The average rank of each group.
+        critical: The critical difference: ranks that are further apart differ significantly.
+        cliques: Sets of groups whose ranks do not differ significantly.
+        num_streams: Number of streams.
     """
 
     groups: dict[str, Number]
     critical: Number
-    alike: list[tuple[str, ...]]
+    cliques: list[tuple[str, ...]]
     num_streams: int
 
 
 def column(stage: Stage, quantity: str) -> Column | None:
-    """Return a quantity's column, None where no run has it.
+    """Return the column of a quantity, or None if no run has it.
 
-    It is read under the scenario's mask; where that comes with a caveat, under the mask "task" if it has none there.
+    Its mask is that of the scenario; but if the quantity has a caveat there and none under the mask "task", it is
+    "task".
     """
     found: dict[str, Entry] = {}
     for units in stage.runs.values():
@@ -169,10 +170,10 @@ def leaderboard(comparison: Comparison, stage: Stage, numbers: Numbers, scalar: 
     """Return the leaderboard of one stream, and add the tests against the best to the numbers.
 
     Args:
-        comparison: What is compared.
+        comparison: The aligned runs.
         stage: The stream.
-        numbers: From `summarise`.
-        scalar: What ranks the groups and is tested.
+        numbers: All numbers, from `summarise`.
+        scalar: The scalar that ranks the groups and is tested.
 
     Raises:
         InputError: If no run has that scalar.
@@ -203,7 +204,7 @@ def leaderboard(comparison: Comparison, stage: Stage, numbers: Numbers, scalar: 
 
 
 def _rivals(comparison: Comparison, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that may be best: finished results that are no bounds; all results where none is left."""
+    """Return the rows that may be best: results of finished runs that are not bounds, or all results without these."""
     results = [row for row in rows if row.result]
     finished = [row for row in results if comparison.groups[row.group].learned is None] or results
     return [row for row in finished if not row.bound] or finished
@@ -216,15 +217,16 @@ def _merit(column: Column, cell: Number | None) -> float:
 
 
 def _against(stage: Stage, numbers: Numbers, lead: Column, best: str) -> dict[str, Number]:
-    """Test every group against the best on the units that both have.
+    """Return the paired test of each group against the best one, on the units that both have, by group.
 
-    The best is chosen from the same runs, so Holm's correction is over all pairs and not over those with the best.
+    The best group was chosen from the same runs, so Holm's correction is over all pairs of groups, and not only over
+    those with the best.
     """
-    places = {unit: i for i, unit in enumerate(dict.fromkeys(u for units in stage.runs.values() for u in units))}
+    positions = {unit: i for i, unit in enumerate(dict.fromkeys(u for units in stage.runs.values() for u in units))}
     table: dict[str, dict[int, float]] = {}
     for group, units in stage.runs.items():
-        values = {places[u]: entries(run).get((lead.mask, lead.quantity)) for u, run in units.items()}
-        table[group] = {place: entry.value for place, entry in values.items() if entry and math.isfinite(entry.value)}
+        values = {positions[u]: entries(run).get((lead.mask, lead.quantity)) for u, run in units.items()}
+        table[group] = {i: entry.value for i, entry in values.items() if entry and math.isfinite(entry.value)}
     tests = {}
     for result in pairwise_tests(table, level=numbers.level):
         if best not in (result.a, result.b):
@@ -233,13 +235,13 @@ def _against(stage: Stage, numbers: Numbers, lead: Column, best: str) -> dict[st
         found = vars(result.difference) | {"mean": sign * result.difference.mean}
         if sign < 0:
             found |= {"low": -result.difference.high, "high": -result.difference.low}
-        place = (stage.name, "", group, best, "", lead.mask, lead.quantity)
-        tests[group] = numbers.add(Number("test", *place, **found, p=result.p_holm))
+        of = (stage.name, "", group, best, "", lead.mask, lead.quantity)
+        tests[group] = numbers.add(Number("test", *of, **found, p=result.p_holm))
     return tests
 
 
 def ranks(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) -> Ranks | None:
-    """Return average ranks over the streams with results, None where fewer than two streams share two groups."""
+    """Return average ranks over the streams with results; None if these are fewer than two, or share fewer groups."""
     boards = [board for board in boards if board.best]
     table: dict[str, dict[str, float]] = {}
     for name, group in comparison.groups.items():
@@ -256,12 +258,12 @@ def ranks(comparison: Comparison, boards: Sequence[Board], numbers: Numbers) -> 
 
     groups = {name: add(name, lead.quantity, found[name]) for name in sorted(found, key=found.__getitem__)}
     critical = add("", "critical_difference", critical_difference(len(table), len(boards), ALPHA))
-    alike = [clique for clique in cliques(found, critical.mean) if len(clique) > 1]
-    return Ranks(groups, critical, alike, len(boards))
+    several = [clique for clique in cliques(found, critical.mean) if len(clique) > 1]
+    return Ranks(groups, critical, several, len(boards))
 
 
 def significance(test: Number | None, best: str, group: str) -> str:
-    """Return what a test against the best says, in a word."""
+    """Return the p-value of a test against the best group as it is printed; "best" for that group itself."""
     if group == best:
         return "best"
     if test is None or math.isnan(test.p):
@@ -270,14 +272,14 @@ def significance(test: Number | None, best: str, group: str) -> str:
 
 
 def terminal_tables(board: Board, width: int) -> list[Table]:
-    """Return a leaderboard as rich tables no wider than a terminal: mean ± sd over the runs, below it the interval.
+    """Return a leaderboard as tables of rich that fit into a terminal: mean ± sd over the runs, and the interval below.
 
-    Columns that do not fit stand in further tables, each with the groups, so that no number is cut. The best of a
-    column is bold.
+    Columns that do not fit go to further tables, each with the names of the groups, so that no number is cut. The best
+    of a column is bold.
 
     Args:
         board: The leaderboard.
-        width: Of the terminal, in characters.
+        width: The width of the terminal, in characters.
     """
     from rich.text import Text
 
@@ -327,7 +329,7 @@ def _width(cells: Iterable[Any]) -> int:
 
 
 def cell_text(c: Column, cell: Number | None) -> str:
-    """Return "mean ± sd" and, below it, the interval; only the mean of a single run."""
+    """Return "mean ± sd" and, on the next line, the interval; only the mean if there is a single run."""
     if cell is None:
         return "-"
     if math.isnan(cell.sd):
@@ -336,7 +338,7 @@ def cell_text(c: Column, cell: Number | None) -> str:
 
 
 def caveats(boards: Sequence[Board]) -> list[str]:
-    """Return what must be said beside the columns."""
+    """Return the caveats of the quantities in the columns, a sentence each."""
     found: Mapping[str, None] = dict.fromkeys(
         f"{c.title.capitalize()}, {c.entry.caveat.rstrip('.')}."
         for board in boards

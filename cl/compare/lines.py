@@ -39,22 +39,22 @@ def blocks(
     numbers: Numbers,
     bases: Sequence[str],
     found: Sequence[Forecast],
-    place: str,
+    prefix: str,
 ) -> list[Block]:
-    """Return the figures of one stream; a block without anything to show is left out.
+    """Return the blocks of figures of one stream; those without figures are left out.
 
     Args:
-        comparison: What is compared.
+        comparison: The aligned runs.
         stage: The stream.
         board: Its leaderboard.
         numbers: All numbers; nothing else is drawn.
-        bases: Groups that matrices are subtracted from, the first one shown first.
-        found: What estimators said.
-        place: Prefix of the identifiers on the page.
+        bases: The groups whose matrices are subtracted from the others; the first is shown first.
+        found: The forecasts of its runs.
+        prefix: Prefix of the blocks' identifiers on the page.
     """
     look = styles(comparison)
     stage = replace(stage, runs={row.group: stage.runs[row.group] for row in board.rows})  # the best first
-    made = [
+    found_blocks = [
         intervals(board, numbers, look),
         matrices(stage, numbers),
         differences(stage, numbers, bases),
@@ -63,13 +63,13 @@ def blocks(
         resources(stage, board, numbers, look),
         forecasts(found, look),
     ]
-    for block in made:
-        block.id, block.caption = f"{place}-{block.id}", board.title
-    return [block for block in made if block.views]
+    for block in found_blocks:
+        block.id, block.caption = f"{prefix}-{block.id}", board.title
+    return [block for block in found_blocks if block.views]
 
 
 def intervals(board: Board, numbers: Numbers, look: Mapping[str, Style]) -> Block:
-    """Return the leading column as points and intervals; open marks are single runs."""
+    """Return a block with the leading column: means with their intervals, and single runs as small marks."""
     lead = board.columns[0]
     traces: list[Figure] = []
     for row in reversed(board.rows):
@@ -107,7 +107,7 @@ def _format(c: Column) -> str:
 
 
 def _banded(x: Sequence[int], cells: Sequence[Number], group: str, style: Style, marked: bool) -> list[Figure]:
-    """Return a line of means and a band of intervals where there are any."""
+    """Return a line of means and, where there are intervals, a band of them."""
     name = html.escape(group)
     mean = line(x, [n.mean for n in cells], group, style)
     mean |= {"legendgroup": name, "showlegend": True, "hovertemplate": f"{name}: %{{y:.1%}}<extra></extra>"}
@@ -124,11 +124,11 @@ def _banded(x: Sequence[int], cells: Sequence[Number], group: str, style: Style,
 
 
 def over_tasks(stage: Stage, numbers: Numbers, look: Mapping[str, Style]) -> Block:
-    """Return the mean over the tasks learned so far, after each task."""
+    """Return a block with the mean of the metric over the tasks learned so far, after each task."""
     about = (
         "The mean of the metric over the tasks learned so far, after each task, as the mean over runs; bands are"
-        f" {100 * numbers.level:g}% t intervals (logit scale), point by point."
-        + (" Runs of all orders are together here: the mean is a metric of a run." if len(stage.layouts) > 1 else "")
+        f" {100 * numbers.level:g}% t intervals (logit scale), pointwise."
+        + (" Runs of all orders are averaged here." if len(stage.layouts) > 1 else "")
     )
     block = Block("over-tasks", "Over the tasks", about)
     for mask, metric in keys(stage):
@@ -146,14 +146,14 @@ def over_tasks(stage: Stage, numbers: Numbers, look: Mapping[str, Style]) -> Blo
             "height": 420,
             "hovermode": "x unified",
         }
-        words = f"Mean {metric} so far after 1 to {top} tasks, one line a group, {mask} mask."
+        words = f"Mean {metric} so far after 1 to {top} tasks, one line for each group, {mask} mask."
         panel = Panel(f"mean {metric} so far, {mask} mask", {"data": traces, "layout": layout}, words)
         block.views.append(View(choice(mask, metric), [panel]))
     return block
 
 
 def _range(metric: str, traces: Sequence[Figure]) -> dict[str, object]:
-    """Keep the axis to what means reach: an interval over few runs may leave the unit interval."""
+    """Return a range of the axis that shows all means in [0, 1]; wide intervals of few runs do not extend it."""
     if metric in LOWER_IS_BETTER:
         return {}
     means = [y for trace in traces if "fill" not in trace for y in trace["y"]]
@@ -161,10 +161,10 @@ def _range(metric: str, traces: Sequence[Figure]) -> dict[str, object]:
 
 
 def curves(stage: Stage, numbers: Numbers, look: Mapping[str, Style]) -> Block:
-    """Return accuracy on each task against the run's step, one drawing a task."""
+    """Return a block of learning curves: the metric on each task over the run's steps, with a drawing for each task."""
     about = (
-        "Accuracy on a fixed subset of each task's test set while the stream is trained, as the mean over runs."
-        " Dotted lines are where a task begins."
+        "Accuracy on a fixed subset of each task's test set during training, as the mean over runs."
+        " A dotted line marks the beginning of a task."
     )
     block = Block("curves", "Learning curves", about)
     every = [run for units in stage.runs.values() for run in units.values()]
@@ -208,20 +208,20 @@ def _curve(
         "yaxis": axis(metric, tickformat=".0%", **_range(metric, traces)),
         "height": 280,
         "hovermode": "x unified",
-        "showlegend": False,  # the page has one for all drawings
+        "showlegend": False,  # the page has one legend for all drawings
         "shapes": [{**shape, "x0": step, "x1": step} for step in starts],
     }
     return Panel(
-        f"task {task}", {"data": traces, "layout": layout}, f"{metric} on task {task} by step, one line a group."
+        f"task {task}", {"data": traces, "layout": layout}, f"{metric} on task {task} by step, one line for each group."
     )
 
 
 def resources(stage: Stage, board: Board, numbers: Numbers, look: Mapping[str, Style]) -> Block:
-    """Return the leading column against each resource, with the front of groups that none beats in both."""
+    """Return a block with the leading column over each resource, and the Pareto front of the groups."""
     lead = board.columns[0]
     about = (
-        "One mark a group: its mean, with the interval of the scalar. The dotted line is the front: no group is better"
-        " and cheaper than those on it."
+        "Each mark is the mean of a group, with the interval of the scalar. The dotted line is the Pareto front: no"
+        " group is both better and cheaper than one on it."
     )
     block = Block("resources", "Against resources", about)
     for name in RESOURCES:
@@ -243,7 +243,7 @@ def resources(stage: Stage, board: Board, numbers: Numbers, look: Mapping[str, S
             "height": 420,
         }
         figure = {"data": _front(marks, lead) + _marks(marks, lead, look), "layout": layout}
-        words = f"{_title(lead)} against {cost.title}, one mark a group."
+        words = f"{_title(lead)} against {cost.title}, one mark for each group."
         block.views.append(
             View({"resource": cost.title}, [Panel(f"{_title(lead)} against {cost.title}", figure, words)])
         )
@@ -263,7 +263,7 @@ def _marks(marks: Sequence[tuple[str, Number, Number]], lead: Column, look: Mapp
 
 
 def front(marks: Sequence[tuple[str, Number, Number]], higher_is_better: bool) -> list[tuple[float, float]]:
-    """Return the points (cost, merit) that no other beats in both, the cheapest first.
+    """Return the Pareto front, the points (cost, merit) that no other point beats in both, the cheapest first.
 
     Example:
         >>> from cl.compare.numbers import Number
@@ -282,7 +282,7 @@ def front(marks: Sequence[tuple[str, Number, Number]], higher_is_better: bool) -
 
 
 def _front(marks: Sequence[tuple[str, Number, Number]], lead: Column) -> list[Figure]:
-    """Return the front as steps."""
+    """Return the Pareto front as a line of steps."""
     found = front(marks, lead.entry.higher_is_better)
     trace = line([x for x, _ in found], [y for _, y in found], "front", Style("#808080", "dot", "circle"), width=1.5)
     trace |= {"hoverinfo": "skip"}

@@ -1,4 +1,4 @@
-"""Pieces of HTML that every part of the page uses."""
+"""Pieces of HTML that all parts of the page use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 
 def text(value: object) -> str:
-    """Return a text that HTML shows as it is.
+    """Return a value as text, escaped for HTML.
 
     Example:
         >>> text("<script>")
@@ -17,7 +17,7 @@ def text(value: object) -> str:
 
 
 def datum(value: float, shown: str) -> str:
-    """Return a number with its exact value beside what is shown, "–" where there is none.
+    """Return a number as HTML that shows a text and holds the exact value; "–" for NaN.
 
     Example:
         >>> datum(0.5, "50.0")
@@ -32,7 +32,7 @@ def term(name: str, shown: str) -> str:
 
 
 def table(caption: str, head: str, rows: str) -> str:
-    """Return a table that scrolls within its box."""
+    """Return a table with a caption, a head row and further rows, which scrolls inside its box."""
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}"><table>'
         f"<caption><span>{text(caption)}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"

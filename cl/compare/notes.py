@@ -1,4 +1,4 @@
-"""Sentences on what runs do not share: they stand beside the numbers of a comparison."""
+"""Notes on a comparison: sentences on the differences between its runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cl.compare.tuning import chosen
 from cl.rundir import FORMAT, LEARNING_CURVES, RESOURCES
 from cl.settings import setting
 
-MAX_NAMED = 4  # items that a sentence names before "and 3 more"
+MAX_NAMED = 4  # a sentence names at most so many items, and counts the others: "and 3 more"
 
 
 def listed(items: Iterable[object]) -> str:
-    """Return items as in a sentence.
+    """Join items to a part of a sentence; of more than four, the first four and the number of the others.
 
     Example:
         >>> listed("ab"), listed("abcdef")
@@ -30,14 +30,14 @@ def listed(items: Iterable[object]) -> str:
 def sentences(
     comparison: Comparison, runs: Sequence[RunFiles], twice: Sequence[RunFiles], by: Sequence[str], left: Sequence[str]
 ) -> list[str]:
-    """Return what runs do not share, the most important first.
+    """Return notes on the differences between runs, the most important first, and then the notes of the runs.
 
     Args:
-        comparison: Without its notes.
-        runs: All that were found, the unfinished ones too.
-        twice: Those that repeat another.
-        by: What makes a group.
-        left: Keys that differ inside a group because `by` leaves them open.
+        comparison: The aligned runs.
+        runs: All runs that were found, also unfinished ones.
+        twice: Runs that repeat another one.
+        by: Parts of the configuration in which the runs of a group agree.
+        left: Keys that differ inside a group because `by` does not name them.
     """
     notes = [*_unfinished(comparison, runs), *_streams(comparison), *_seeds(comparison), *_files(comparison)]
     if twice:
@@ -45,13 +45,16 @@ def sentences(
         notes.append(f"{listed(run.directory for run in twice)} {verb} left out.")
     if left:
         notes.append(
-            f"Grouped by {listed(by)}, runs of one group differ in {listed(left)}; tests pair those that agree."
+            f"Grouped by {listed(by)}, runs of one group differ in {listed(left)}; tests pair runs that agree in them."
         )
     notes += _tuning(comparison)
     many = [key for key in comparison.differences if not key.startswith("strategy.")]
     if many and not by:
         notes.append(f"Groups differ in more than the strategy: {listed(many)}.")
-    consequences = {"measured": "what is measured beside R depends on it", "rounding": "it moves R by rounding alone"}
+    consequences = {
+        "measured": "measurements beside R depend on it",
+        "rounding": "it changes R only by rounding",
+    }
     for kind, so_what in consequences.items():
         parts = {
             str(i): {key: value for key, value in run.config.items() if setting(key).kind == kind}
@@ -75,7 +78,7 @@ def _unfinished(comparison: Comparison, runs: Sequence[RunFiles]) -> list[str]:
         if run.finished:
             continue
         done = f"has learned {max(run.tasks_learned, 0)} of {run.num_tasks or '?'} tasks"
-        end = "it is a row of its own" if id(run) in kept else "it is left out (--unfinished keeps it)"
+        end = "it is a row of its own" if id(run) in kept else "it is left out (--unfinished includes it)"
         notes.append(f"{run.directory} {done}: {end}.")
     more = len(notes) - MAX_NAMED
     return notes[:MAX_NAMED] + ([f"{more} more runs are unfinished."] if more > 0 else [])
@@ -93,8 +96,8 @@ def _streams(comparison: Comparison) -> list[str]:
         where = f"On {stage.name}, tasks" if len(stages) > 1 else "Tasks"
         if len(stage.layouts) > 1:
             notes.append(
-                f"{where} come in {len(stage.layouts)} orders: each run gives its scalars first, and these are"
-                " averaged; matrices and curves of different orders are never averaged."
+                f"{where} come in {len(stage.layouts)} orders: the scalars of runs are averaged over orders; matrices"
+                " and curves of different orders are never averaged."
             )
         absent = [name for name in comparison.groups if name not in stage.runs]
         if absent:
@@ -108,7 +111,9 @@ def _streams(comparison: Comparison) -> list[str]:
             for layout in stage.layouts:
                 tested = [{key: c.steps for key, c in r.curves.items()} for r in stage.of(group, layout).values()]
                 if any(steps != tested[0] for steps in tested if steps and tested[0]):
-                    notes.append(f"{group} was tested at other steps in each run: its curves hold the shared ones.")
+                    notes.append(
+                        f"{group} was tested at different steps in each run: its curves show the steps that all share."
+                    )
     return notes
 
 
@@ -122,7 +127,7 @@ def _seeds(comparison: Comparison) -> list[str]:
             if missing:
                 plural = "seeds" if len(missing) > 1 else "seed"
                 notes.append(
-                    f"{group} has no run of {plural} {listed(missing)}{where}: a test pairs only what both groups have."
+                    f"{group} has no run of {plural} {listed(missing)}{where}: tests pair runs that both groups have."
                 )
         alone = [group for group, units in stage.runs.items() if len(units) == 1]
         if alone:
@@ -140,11 +145,14 @@ def _tuning(comparison: Comparison) -> list[str]:
         for group, units in stage.runs.items():
             for run in units.values():
                 ways.setdefault(chosen(run), {})[group] = None
-                # not the seconds: they are never the same twice
+                # seconds are left out, since they differ in every run
                 costs = [f"{run.tuning[name]:g} {name}" for name in ("trials", "steps") if name in run.tuning]
                 if costs:
                     budgets.setdefault(", ".join(costs), {})[group] = None
-        for what, by in (("Hyper-parameters were chosen differently", ways), ("Searches had other budgets", budgets)):
+        for what, by in (
+            ("Hyper-parameters were chosen differently", ways),
+            ("Searches had different budgets", budgets),
+        ):
             if len(by) > 1:
                 parts = "; ".join(f"{key} ({listed(groups)})" for key, groups in by.items())
                 notes.append(f"{what}{where}: {parts}.")
@@ -154,7 +162,7 @@ def _tuning(comparison: Comparison) -> list[str]:
 def _files(comparison: Comparison) -> list[str]:
     earlier = [run.directory for run in comparison.runs if run.format < FORMAT]
     verb = "was written by an earlier version" if len(earlier) == 1 else "were written by earlier versions"
-    notes = [f"{listed(earlier)} {verb} of clsim: what is not in the files is not shown."] * bool(earlier)
+    notes = [f"{listed(earlier)} {verb} of clsim: numbers that the files lack are not shown."] * bool(earlier)
     parts: dict[str, Callable[[RunFiles], object]] = {
         LEARNING_CURVES.name: lambda run: run.curves,
         RESOURCES.name: lambda run: run.resources,
@@ -162,7 +170,7 @@ def _files(comparison: Comparison) -> list[str]:
     for name, has in parts.items():
         without = [run for run in comparison.runs if not has(run)]
         if len(without) == len(comparison.runs):
-            notes.append(f"No run has {name}: what is drawn from it is not in the report.")
+            notes.append(f"No run has {name}: figures of its numbers are left out.")
         elif without:
             notes.append(f"{len(without)} of {len(comparison.runs)} runs have no {name}.")
     return notes

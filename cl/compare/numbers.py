@@ -1,6 +1,6 @@
-"""Every number of a comparison, computed once: metrics per run first, aggregated after.
+"""All numbers of a comparison: the metrics of each run first, then their aggregates over runs.
 
-The table, the page and `comparison.csv` all read the same list, so nothing is shown that the file does not hold.
+The tables, the page and `comparison.csv` read the same list, so every number that is shown is in the file.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ class Number:
 
     Attributes:
         kind: "group" (over the runs of a group), "run" (one run), "difference" (from the base, over shared units),
-            "test" (against the best), "rank" (over streams), "forecast" (Kendall's tau over tasks and runs).
-        stream: Its name; "" for ranks.
-        layout: Order of the tasks, where a stream has several; "" where the number is over all of them.
-        group: Its name.
-        base: What is subtracted, or tested against; of a forward transfer, "experts" or "zero-shot".
-        seed: Of a run.
-        mask: Classes that competed; "" for what belongs to no mask.
-        quantity: Name of a scalar, resource or metric of a cell.
-        after_task: Tasks learned; empty means all.
-        task: Task tested; empty means over all.
+            "test" (against the best group), "rank" (over streams) or "forecast" (Kendall's tau over tasks and runs).
+        stream: Name of the stream; "" for ranks.
+        layout: Order of the tasks, if a stream has several; "" if the number is over all of them.
+        group: Name of the group.
+        base: The group that is subtracted or tested against; for a forward transfer, "experts" or "zero-shot".
+        seed: The seed of a single run; else "".
+        mask: The mask of competing classes; "" for quantities that depend on none.
+        quantity: Name of a scalar, resource or metric.
+        after_task: Number of tasks learned; None means all.
+        task: Number of the task that is tested, from 1; None means all.
         step: Step of the run, for learning curves.
-        mean: Over runs; of a run, its value.
+        mean: Mean over runs; for a single run, its value.
         sd: Standard deviation over runs (divisor n - 1).
         low: Lower end of the t interval.
-        high: Upper end.
-        num: Runs, pairs, streams or points.
-        p: Of the paired test, adjusted by Holm; of tau.
+        high: Upper end of the t interval.
+        num: Number of runs, pairs, streams or points.
+        p: p-value of the paired test, adjusted by Holm; or of tau.
     """
 
     kind: str
@@ -68,12 +68,16 @@ class Number:
 
 @dataclass
 class Numbers:
-    """All numbers of a comparison, found by what they are of.
+    """All numbers of a comparison, found by stream, group, mask and quantity.
+
+    Attributes:
+        level: Confidence level of the intervals.
+        rows: The numbers, in the order of `comparison.csv`.
 
     Example:
         >>> numbers = Numbers(level=0.95)
-        >>> place = ("digits", "", "er", "", "", "class", "average_accuracy")
-        >>> _ = numbers.add(Number("group", *place, mean=0.84, num=3))
+        >>> key = ("digits", "", "er", "", "", "class", "average_accuracy")
+        >>> _ = numbers.add(Number("group", *key, mean=0.84, num=3))
         >>> numbers.one("digits", "er", "average_accuracy", "class").mean
         0.84
         >>> print(numbers.csv().splitlines()[1])
@@ -86,7 +90,7 @@ class Numbers:
     _runs: dict[tuple[str, str, str, str], list[Number]] = field(default_factory=dict)
 
     def add(self, number: Number) -> Number:
-        """Keep a number."""
+        """Add a number, and return it."""
         n = number
         self.rows.append(n)
         self._index.setdefault((n.kind, n.stream, n.layout, n.group, n.base, n.mask, n.quantity), []).append(n)
@@ -95,7 +99,7 @@ class Numbers:
         return n
 
     def runs(self, stream: str, group: str, quantity: str, mask: str) -> list[Number]:
-        """Return the values of the single runs of a group, under whatever order."""
+        """Return the values of the single runs of a group, of all orders of tasks."""
         return self._runs.get((stream, group, mask, quantity), [])
 
     def find(
@@ -108,16 +112,16 @@ class Numbers:
         layout: str = "",
         base: str = "",
     ) -> list[Number]:
-        """Return what is known of a quantity, in the order in which it was added."""
+        """Return all numbers of a quantity, in the order in which they were added."""
         return self._index.get((kind, stream, layout, group, base, mask, quantity), [])
 
     def one(self, stream: str, group: str, quantity: str, mask: str = "", **more: str) -> Number | None:
-        """Return the number over the whole stream, None where it was not measured."""
+        """Return the number of a quantity over the whole stream, or None if it was not measured."""
         rows = self.find(stream, group, quantity, mask, **more)
         return next((n for n in rows if n.after_task is None and n.task is None and n.step is None), None)
 
     def csv(self) -> str:
-        """Return `comparison.csv`; what is not known is an empty cell."""
+        """Return the text of `comparison.csv`, in which unknown values are empty cells."""
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(column.name for column in fields(Number))
@@ -133,12 +137,12 @@ def _cell(value: object) -> str:
 
 
 def summarise(comparison: Comparison, level: float, bases: Sequence[str]) -> Numbers:
-    """Compute scalars, resources, cells, curves and differences of every group on every stream.
+    """Return scalars, resources, cells, curves and differences of every group on every stream.
 
     Args:
-        comparison: From `align`.
-        level: Of the intervals, in (0, 1).
-        bases: Groups that the others are subtracted from, cell by cell.
+        comparison: The aligned runs, from `align`.
+        level: Confidence level of the intervals, in (0, 1).
+        bases: The groups whose matrices are subtracted from the others, cell by cell.
     """
     numbers = Numbers(level)
     for stage in comparison.stages:
@@ -158,7 +162,7 @@ def summarise(comparison: Comparison, level: float, bases: Sequence[str]) -> Num
 
 
 def entries(run: RunFiles) -> dict[tuple[str, str], Entry]:
-    """Return every scalar of a run by (mask, name), its resources and the cost of its search too."""
+    """Return all scalars of a run by (mask, name), with its resources and the cost of its search."""
     found = {(mask, name): entry for mask, part in run.scalars.items() for name, entry in part.items()}
     more = {("", name): _resource(name, value) for name, value in run.resources.items() if ("", name) not in found}
     budget = {f"tuning_{name}": run.tuning[name] for name in COSTS if name in run.tuning}
@@ -168,16 +172,16 @@ def entries(run: RunFiles) -> dict[tuple[str, str], Entry]:
 _RESOURCES = {
     "seconds": "seconds of training, summed over the tasks",
     "measuring_seconds": "seconds of evaluation, summed over the tasks",
-    "rows": "training rows that were passed, summed over the tasks",
+    "rows": "examples trained on, counted once a pass, summed over the tasks",
     "pass_flops": "operations of one pass over each task's training data, summed over the tasks",
     "steps": "optimiser steps, summed over the tasks",
     "flops": "floating-point operations of training, summed over the tasks",
     "parameters": "parameters at the end",
-    "state_bytes": "bytes of state beside the parameters at the end",
+    "state_bytes": "bytes of state other than parameters at the end",
     "memory_bytes": "bytes of the exemplar memory at the end",
     "stored_examples": "exemplars stored at the end",
     "peak_memory_bytes": "most bytes of memory in use at once",
-    "tuning_trials": "trials of the search that chose hyper-parameters, one search for all runs that took its values",
+    "tuning_trials": "trials of the search that chose the hyper-parameters, counted once for all runs that use them",
     "tuning_seconds": "seconds of training in all trials of that search",
     "tuning_steps": "optimiser steps in all trials of that search",
     "tuning_flops": "floating-point operations of training in all trials of that search",
@@ -189,7 +193,7 @@ def _resource(name: str, value: float) -> Entry:
 
 
 def order_of(run: RunFiles, units: Mapping[Unit, RunFiles]) -> str:
-    """Return the order of a run where the runs beside it have several, else ""."""
+    """Return the order of a run's tasks if the runs of its group have several orders, else ""."""
     several = any(other.order != run.order for other in units.values())
     return "order " + ", ".join(str(i + 1) for i in run.order) if several else ""
 
@@ -210,7 +214,7 @@ def _scalars(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, Run
 
 
 def _over_tasks(numbers: Numbers, stream: str, group: str, units: Mapping[Unit, RunFiles]) -> None:
-    """Add the mean over the tasks learned, after each task: a metric of a run, so orders may be averaged."""
+    """Add the mean over the tasks learned, after each task; as one number of a run, it is averaged over orders."""
     values: dict[tuple[str, str, int], list[float]] = {}
     for run in units.values():
         for (mask, metric), R in run.matrices.items():
@@ -238,14 +242,14 @@ def _differences(numbers: Numbers, stage: Stage, layout: str, group: str, base: 
         stack = [a.matrices[key] - b.matrices[key] for a, b in pairs if key in a.matrices and key in b.matrices]
         least, most = range_of_metric(metric)
         for after, column, found in _by_cell(stack, numbers.level, least - most, most - least):
-            place = (stage.name, layout, group, base, "", mask, metric, after, column + 1)
-            numbers.add(Number("difference", *place, **found))
+            of = (stage.name, layout, group, base, "", mask, metric, after, column + 1)
+            numbers.add(Number("difference", *of, **found))
 
 
 def _by_cell(
     stack: Sequence[Array], level: float, low: float, high: float
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield row, column and interval of each measured cell of matrices, one a run."""
+    """Yield row, column and interval of each measured cell, from the matrices of the runs."""
     if not stack:
         return
     cells = vars(bounded(cell_intervals(np.stack(stack), level), low, high))
@@ -254,7 +258,7 @@ def _by_cell(
 
 
 def _curves(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequence[RunFiles]) -> None:
-    """Add learning curves at the steps that all runs of the group have, so that no point is over fewer runs."""
+    """Add learning curves at the steps that all runs of the group have, so that all points are over the same runs."""
     for key in dict.fromkeys(key for run in runs for key in run.curves):
         curves = [dict(zip(c.steps, c.values, strict=True)) for run in runs if (c := run.curves.get(key)) is not None]
         mask, metric, task = key
@@ -263,5 +267,5 @@ def _curves(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequen
         cells = vars(bounded(found_at, *range_of_metric(metric)))
         for i, step in enumerate(steps):
             found = {name: values[i].item() for name, values in cells.items()}
-            place = (stream, layout, group, "", "", mask, f"{metric}_curve", None, task, step)
-            numbers.add(Number("group", *place, **found))
+            of = (stream, layout, group, "", "", mask, f"{metric}_curve", None, task, step)
+            numbers.add(Number("group", *of, **found))

@@ -1,4 +1,4 @@
-"""Run directories as they are found on disk: what each file says, and one clear sentence where it cannot be read."""
+"""Find run directories, and read their files; a file that cannot be read is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from cl.report.config_file import read_config
 from cl.rundir import LEARNING_CURVES, RESOURCES, TRANSFER, Cell, read_json, unreadable
 
 Array = npt.NDArray[np.float64]
-LOWER_IS_BETTER = {"ece"}  # metrics of cells; a scalar says it itself
+LOWER_IS_BETTER = {"ece"}  # metrics of cells; the files of runs have the direction of a scalar
 _SUMMED = ("seconds", "measuring_seconds", "steps", "rows", "flops", "pass_flops")  # over the tasks of a run
-COSTS = ("trials", "seconds", "steps", "flops")  # of a search; beside them stand the values that it found
-PROBES = {"ridge", "knn", "cka"}  # what stands in the place of a mask where features were read
+COSTS = ("trials", "seconds", "steps", "flops")  # costs of a search, stored together with the values that it found
+PROBES = {"ridge", "knn", "cka"}  # matrices of features have one of these in place of a mask
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A scalar of a run beside its meaning.
+    """A scalar of a run with its definition.
 
     Attributes:
-        value: NaN where it is undefined.
-        definition: The formula, with its divisor.
-        source: Paper.
-        scale: Unit and range, such as "fraction, [0, 1]".
+        value: Its value, NaN if it is undefined.
+        definition: Its formula, with the divisor.
+        source: The paper that defines it.
+        scale: Its unit and range, such as "fraction, [0, 1]".
         higher_is_better: Its direction.
-        caveat: What must be said beside it, or None.
-        own: Whether it is a scalar of the user's own.
+        caveat: A remark that a reader of the value must know, or None.
+        own: Whether it is a user's own scalar.
     """
 
     value: float
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Curve:
-    """The accuracy on one task while the stream is trained: steps from the run's first, and values."""
+    """The metric on one task during training: the steps of the run at which it was measured, and its values."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
@@ -57,12 +57,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an estimator said of each task before it was learned, and the forward transfer that came.
+    """An estimator's estimate for each task before it was learned, and the forward transfer that was measured.
 
     Attributes:
-        estimate: (T,), NaN where there is none.
-        forward_transfer: (T,), NaN for the first task.
-        against: "experts" or "zero-shot".
+        estimate: The estimates (T,), NaN where there is none.
+        forward_transfer: Forward transfer (T,), NaN for the first task.
+        against: How forward transfer was measured, "experts" or "zero-shot".
     """
 
     estimate: tuple[float, ...]
@@ -72,30 +72,32 @@ class Forecast:
 
 @dataclass
 class RunFiles:
-    """What the files of one run directory say; what was not measured is absent.
+    """The content of the files of one run's directory; numbers that were not measured are absent.
 
     Attributes:
-        directory: Where it is.
-        config: The resolved configuration, flat: "strategy.er.memory_size" to its value.
-        scenario: "class", "task" or "domain"; "" where the run has not said it yet.
-        num_tasks: T.
-        tasks_learned: The last row of R, -1 before the first.
-        task_names: In the order of the stream.
+        directory: The run's directory.
+        config: The resolved configuration, flat, with keys such as "strategy.er.memory_size".
+        scenario: "class", "task" or "domain"; "" before the run has written a summary.
+        num_tasks: Number of tasks, T.
+        tasks_learned: Number of the last row of R, -1 before the first.
+        task_names: Names of the tasks, in the order of the stream.
         order: Positions of the tasks in the order of learning.
         matrices: R (T + 1, T) by (mask, metric), NaN where unmeasured.
-        scalars: By mask; the first is that of the scenario, and "" is for what belongs to no mask.
-        absent: Why a scalar could not be computed.
-        curves: By (mask, metric, task tested).
-        starts: Step of the run at which each task begins, where there are curves.
-        forecasts: By estimator.
-        tuning: The protocol of tuning, values that a search found by key, and its costs that are known; {} without one.
-        resources: Totals of the run: sums of seconds, steps, rows and flops, the largest peak, else the last task's.
-        notes: Sentences of the run.
-        versions: What it ran on.
-        format: The version of the format of its files.
-        stream: What the stream is called; "" where the run has not said it yet.
-        device: What it was trained on, such as "cuda"; "" where it has not said it.
-        bound: "upper" or "lower" where it bounds what is compared; "" where it does not, or has not said it.
+        scalars: Scalars by mask and name. The first mask is that of the scenario; scalars without a mask are under "".
+        absent: For each scalar that could not be computed, the reason.
+        curves: Learning curves by (mask, metric, task tested).
+        starts: Step of the run at which each task begins, if there are learning curves.
+        forecasts: Forecasts by estimator.
+        tuning: The protocol of tuning, the values that a search found by key, and its known costs; {} without a
+            protocol.
+        resources: Resources of the run: sums of seconds, steps, examples and FLOPs over the tasks, the largest peak of
+            memory, and of others the value after the last task.
+        notes: Notes of the run, a sentence each.
+        versions: Versions of the software that it ran on.
+        format: Version of the format of its files.
+        stream: Name of the stream; "" before the run has written a summary.
+        device: The device that it was trained on, such as "cuda"; "" if unknown.
+        bound: "upper" or "lower" if it is a bound for the runs that it is compared with; else "".
     """
 
     directory: Path
@@ -127,14 +129,14 @@ class RunFiles:
 
     @property
     def finished(self) -> bool:
-        """Whether every task has been learned and scored."""
+        """Whether all tasks have been learned and evaluated."""
         return 0 < self.num_tasks <= self.tasks_learned and bool(self.scalars)
 
 
 def find_runs(directories: Sequence[str | Path]) -> list[Path]:
-    """Return every run directory in or below the given ones, each once, in the order of their names.
+    """Return the run directories among the given ones and inside them, each once, in natural order of their names.
 
-    Hidden folders are not entered.
+    Hidden folders are skipped.
 
     Raises:
         InputError: If a directory does not exist, or holds no run.
@@ -142,7 +144,7 @@ def find_runs(directories: Sequence[str | Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for given in map(Path, directories):
         if not given.is_dir():
-            raise InputError(f"There is no directory {given}: give a run directory, or a folder with some below it.")
+            raise InputError(f"There is no directory {given}: give a run directory, or a folder that contains some.")
         here = [path for path in _walk(given) if rundir.is_run(path)]
         if not here:
             names = f"{rundir.CONFIG} and {TRANSFER.name}"
@@ -158,13 +160,13 @@ def _walk(top: Path) -> Iterator[Path]:
 
 
 def _natural(name: str) -> tuple[float, str]:
-    """Return a key that puts "10_b" after "9_a", and what has no number last."""
+    """Return a sort key that puts "10_b" after "9_a", and names that do not begin with a number last."""
     head = name[: len(name) - len(name.lstrip("0123456789"))]
     return (int(head) if head else math.inf, name)
 
 
 def read_run(directory: Path) -> RunFiles:
-    """Read one run directory.
+    """Return the content of the files in one run directory.
 
     Raises:
         InputError: If a file in it cannot be read, or a later version of clsim has written it.
@@ -247,7 +249,7 @@ def _read_summary(run: RunFiles, path: Path) -> None:
         run.tuning = _tuning(content.get("tuning") or {})
         run.absent = {str(name): str(why) for name, why in (content.get("absent") or {}).items()}
     except KeyError as error:
-        raise unreadable(path, f"it says nothing of {error.args[0]!r}") from error
+        raise unreadable(path, f"it lacks {error.args[0]!r}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise unreadable(path, error) from error
 
@@ -274,7 +276,7 @@ def _read_curves(run: RunFiles, path: Path) -> None:
     starts: dict[int, int] = {}
     for point in LEARNING_CURVES.read(path):
         starts.setdefault(point.task, point.total_step)
-        # a task's last point and the next one's step 0 are of one moment: the later line stays
+        # a task's last point and step 0 of the next task have the same step of the run: the later line is kept
         points.setdefault((point.mask, point.metric, point.tested), {})[point.total_step] = point.value
     run.starts = tuple(starts[task] for task in sorted(starts))
     for key, curve in points.items():

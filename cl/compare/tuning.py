@@ -1,4 +1,4 @@
-"""How the hyper-parameters of runs were chosen, in words, and what may be said of such runs."""
+"""How the hyper-parameters of runs were chosen, in words, and the remarks that follow for a leaderboard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = {
 
 
 def protocol(run: RunFiles) -> str:
-    """Return the protocol of a run, "" without one."""
+    """Return the name of a run's protocol of tuning, or ""."""
     return str(run.tuning.get("protocol") or "")
 
 
@@ -32,7 +32,7 @@ def found(run: RunFiles) -> dict[str, Any]:
 
 
 def chosen(run: RunFiles) -> str:
-    """Return how the hyper-parameters of a run were chosen.
+    """Return in words how the hyper-parameters of a run were chosen.
 
     Example:
         >>> from pathlib import Path
@@ -47,7 +47,7 @@ def chosen(run: RunFiles) -> str:
 
 
 def mark(runs: Iterable[RunFiles]) -> str:
-    """Return what must stand beside a group in a leaderboard: the gravest of what holds for its runs, "" for nothing.
+    """Return the remark on the tuning of a group in a leaderboard: the gravest of those that hold for its runs, or "".
 
     Example:
         >>> from pathlib import Path

@@ -151,7 +151,7 @@ def test_a_run_of_an_earlier_version_is_told_and_goes_on(tmp_path):
     place = written_by(finished(tmp_path / "a", [FileReport()]), None)
     assert rundir.format_of(place) == 1
     comparison = align([read_run(path) for path in find_runs([place])])
-    assert f"{place} was written by an earlier version of clsim: what is not in the files is not shown." in (
+    assert f"{place} was written by an earlier version of clsim: numbers that the files lack are not shown." in (
         comparison.notes
     )
     version = f"an earlier version of clsim (format 1 of a run's files, now {rundir.FORMAT})"

@@ -296,7 +296,7 @@ def test_learning_curves_average_only_steps_that_all_runs_have(tmp_path):
     curve = select(rows, kind="group", quantity="accuracy_curve")
     assert [(r["step"], float(r["mean"]), r["num"]) for r in curve] == [("0", 0.125, "2"), ("9", 0.625, "2")]
     notes = align([read_run(path) for path in find_runs([tmp_path / "runs"])]).notes
-    assert any(note.startswith("er was tested at other steps") for note in notes)
+    assert any(note.startswith("er was tested at different steps") for note in notes)
 
 
 def test_resources_are_summed_where_they_add_up(tmp_path):
@@ -474,7 +474,7 @@ def test_budgets_of_searches_are_in_the_csv_and_differences_are_said(tmp_path):
     def notes() -> list[str]:
         return align([read_run(path) for path in find_runs([tmp_path / "runs"])]).notes
 
-    assert "Searches had other budgets: 30 trials, 4711 steps (er); 10 trials, 4711 steps (ewc)." in notes()
+    assert "Searches had different budgets: 30 trials, 4711 steps (er); 10 trials, 4711 steps (ewc)." in notes()
     assert not any(note.startswith("Hyper-parameters") for note in notes())
     for seed in (0, 1):  # other seconds are no other budget
         edit(tmp_path / "runs" / f"ewc{seed}", tuning=SEARCH | {"seconds": 1.0})
@@ -523,7 +523,7 @@ def test_a_cadence_of_its_own_is_named_and_other_reports_are_not(tmp_path):
     cadence, picture = (
         align([read_run(path) for path in find_runs([tmp_path / name])]).notes for name in ("cadence", "picture")
     )
-    assert "Runs differ in report.every: what is measured beside R depends on it." in cadence
+    assert "Runs differ in report.every: measurements beside R depend on it." in cadence
     assert not any("differ in report" in note for note in picture)
 
 
@@ -652,7 +652,7 @@ def test_versions_that_differ_are_said(tmp_path):
 # --------------------------------------------------------------------------- the page
 
 
-CHECKED = ("Leaderboard", "How estimates")
+CHECKED = ("Leaderboard", "Rank correlation")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
@@ -929,9 +929,9 @@ HEAD = "after_task,task,mask,metric,value\n"
         ("config.yaml", "[1, 2]", r"config.yaml cannot be read \(it holds no configuration\)"),
         ("transfer.json", "{", "transfer.json cannot be read"),
         ("transfer.json", "[]", "transfer.json cannot be read: it holds no object"),
-        ("transfer.json", '{"scenario": "class"}', "says nothing of 'num_tasks'"),
+        ("transfer.json", '{"scenario": "class"}', "it lacks 'num_tasks'"),
         ("transfer.json", {"tuning": {"trials": "many"}}, "transfer.json cannot be read: .*many"),
-        ("transfer.json", {"forecasts": {"vci": {"estimate": [1.0]}}}, "says nothing of 'forward_transfer'"),
+        ("transfer.json", {"forecasts": {"vci": {"estimate": [1.0]}}}, "it lacks 'forward_transfer'"),
         ("transfer.json", {"forecasts": forecast({"vci": [1.0]}, [1, 2])}, "vci has 1 estimates"),
         ("transfer.json", {"forecasts": forecast({"vci": ["a"]}, [1])}, "transfer.json cannot be read: .*'a'"),
         ("transfer.csv", "after_task,task,mask,value\n", "has no column 'metric'"),

@@ -37,9 +37,9 @@ def _main() -> None:
     import hydra
     from hydra.errors import ConfigCompositionException, MissingConfigException
 
-    from cl import explain
-    from cl.app import plugins, sweep
+    from cl.app import explain, plugins, sweep
     from cl.app.quote import at_home, quote_paths
+    from cl.trainer.failures import cause
 
     plugins.register()
     jobs = sweep.watch()
@@ -59,7 +59,7 @@ def _main() -> None:
     except ConfigCompositionException as error:
         sys.exit(explain.readable(error))
     except Exception as error:  # from a launcher, or from a search that found nothing
-        reason = explain.before_run(error) or explain.cause(error)
+        reason = explain.before_run(error) or cause(error)
         verdict = " ".join(str(part) for part in (reason, sweep.verdict(jobs)) if part)
         if not verdict:
             raise
@@ -76,12 +76,12 @@ def run(cfg: Any) -> float | str:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from cl import explain
     from cl.app import sweep
     from cl.app.instantiate import instantiate
     from cl.app.validate import store, validate
     from cl.report.result import changed_since, read_result
     from cl.report.wording import percent
+    from cl.trainer.failures import cause
     from cl.trainer.processes import run as run_in_processes
 
     directory = Path(HydraConfig.get().runtime.output_dir)
@@ -105,10 +105,10 @@ def run(cfg: Any) -> float | str:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweep.failed(error, directory)
-        cause = explain.cause(error)
-        if cause is None:
+        reason = cause(error)
+        if reason is None:
             raise
-        sys.exit(str(cause))  # an exception would be printed by Hydra with a header and a traceback
+        sys.exit(str(reason))  # an exception would be printed by Hydra with a header and a traceback
 
 
 def refuse_changed(cfg: Any, config: dict[str, Any], directory: Path) -> None:

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl import explain
 from cl.errors import InputError
 from cl.settings import setting
+from cl.trainer.failures import cause
 
 _LISTED = 5
 _FOLDERS = re.compile(r"[^,\[\]{}:]*/(?=[^/])")  # all of a path but its last part
@@ -29,10 +29,10 @@ _ODD = re.compile(r"[^\w.,=+@-]+")
 
 def failed(error: Exception, directory: Path) -> str:
     """Print and return the reason why a job failed, in a sentence; if it is a bug, print the traceback, too."""
-    cause = explain.cause(error)
-    if cause is None:
+    reason = cause(error)
+    if reason is None:
         traceback.print_exception(error)
-    sentence = " ".join(str(cause or f"{type(error).__name__}: {error}").split())
+    sentence = " ".join(str(reason or f"{type(error).__name__}: {error}").split())
     print(f"{_short(directory)}: {sentence}", file=sys.stderr, flush=True)
     return sentence
 

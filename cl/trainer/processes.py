@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from cl import distributed
 from cl.errors import InputError
-from cl.explain import cause
 from cl.trainer.arguments import TrainerFactory, check_arguments, quiet, quiet_trainer
+from cl.trainer.failures import cause
 
 _PATIENCE = timedelta(hours=6)  # that the others have with process 0, which may wait for another run's reference
 _GRACE = 5.0  # seconds to end by oneself, once another process has failed

@@ -15,7 +15,6 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
-from cl import explain
 from cl.app.cli import main
 from cl.data.task import Stream, Task, TaskData
 from cl.engine import checkpoint
@@ -31,6 +30,7 @@ from cl.report.tables import FileReport
 from cl.strategies.er import ER
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.toolkit.memory import Memory
+from cl.trainer.failures import cause
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 TASKS = 3
@@ -109,7 +109,7 @@ def test_an_exception_in_a_strategy_comes_through_as_it_is_and_the_run_goes_on_l
     monkeypatch.setattr(Armed, "now", True)
     with pytest.raises(Bad, match="on purpose") as caught:
         experiment(tmp_path, {"bad": fragile(hook)}).run()
-    assert explain.cause(caught.value) is None, "a bug keeps its traceback"
+    assert cause(caught.value) is None, "a bug keeps its traceback"
     assert caught.traceback[-1].name == "__call__", "down to where it happened"
     assert_intact(tmp_path, tasks=1)
     monkeypatch.setattr(Armed, "now", False)
@@ -265,7 +265,7 @@ def test_a_full_disk_at_any_write_leaves_whole_files_and_a_run_to_go_on(
             experiment(folder).run()
             break  # there are fewer writes than n
         except OSError as error:
-            said = explain.cause(error)
+            said = cause(error)
             assert "no room left for" in str(said) and str(folder) in str(said) and "run again" in str(said)
         limit[0] = 0
         assert not list(folder.rglob("*.tmp"))
@@ -288,7 +288,7 @@ def test_a_full_disk_while_torch_writes_is_a_sentence(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="No space left") as caught:
         run.run()
-    assert "no room left for" in str(explain.cause(caught.value))
+    assert "no room left for" in str(cause(caught.value))
     assert_intact(tmp_path, tasks=1)
 
 

@@ -16,9 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from cl import explain
+from cl.app import explain
 from cl.app.cli import main
 from cl.files import alone
+from cl.trainer.failures import cause
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 SMALL = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu"]
@@ -105,8 +106,8 @@ def test_two_processes_do_not_run_in_one_directory(cl_run, tmp_path):
 def test_a_single_row_for_batch_norm_is_one_sentence():
     with pytest.raises(ValueError, match="more than 1 value") as raised:
         torch.nn.BatchNorm1d(2)(torch.zeros(1, 2))
-    assert "choose another batch_size" in str(explain.cause(raised.value))
-    assert explain.cause(ValueError("another")) is None
+    assert "choose another batch_size" in str(cause(raised.value))
+    assert cause(ValueError("another")) is None
 
 
 @pytest.mark.parametrize("key", ["trainer.check_val_every_n_epoch=2"])

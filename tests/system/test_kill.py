@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 
 import cl.engine.experiment
 from checkout import HARNESS
-from cl import explain
 from cl.app import resume
 from cl.app.validate import store, validate
 from cl.engine import checkpoint
@@ -32,6 +31,7 @@ from cl.report.tables import FileReport
 from cl.report.training import TrainingReport
 from cl.strategies.er import ER
 from cl.testing import toy_learner, toy_stream
+from cl.trainer.failures import cause
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 
@@ -246,8 +246,8 @@ def test_a_file_that_cannot_be_written_is_named_in_one_sentence(tmp_path, write)
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(OSError) as error:
         write(tmp_path / "a.csv", "x\n")
-    assert "a.csv cannot be used (Is a directory)" in str(explain.cause(error.value))
-    assert explain.cause(FileNotFoundError(2, "No such file", "x")) is None  # may be a mistake in somebody's code
+    assert "a.csv cannot be used (Is a directory)" in str(cause(error.value))
+    assert cause(FileNotFoundError(2, "No such file", "x")) is None  # may be a mistake in somebody's code
 
 
 def test_a_sealed_file_in_the_place_of_another_is_told(tmp_path):

@@ -1,4 +1,4 @@
-"""clsim: streams of tasks, strategies that learn them, and transfer matrices that can be trusted.
+"""clsim: continual learning on streams of tasks, measured by transfer matrices.
 
 From Python, a whole run is::
 

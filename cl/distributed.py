@@ -1,9 +1,9 @@
-"""One learner in several processes: whose rows are whose, and what is summed. In one process all of it is nothing.
+"""One learner in several processes: how examples are divided and results combined. In one process nothing happens.
 
-Every process builds the same stream and learner. Of a minibatch of B rows process r of W takes the rows r, r + W, ...;
-gradients are the mean over all B rows, before anybody projects or clips them, so that the weights are the same
-everywhere. A memory holds its process's share of the exemplars. What is computed between tasks is computed by all from
-the same rows, and then taken from process 0. Test rows are dealt out, and what is counted of them is summed.
+Every process builds the same stream and learner. Of a minibatch of B examples, process r of W trains on the examples
+r, r + W, ... Gradients are averaged over all B examples before they are projected or clipped, so that the weights stay
+equal in all processes. A memory holds its process's share of the exemplars. Between tasks every process computes on the
+same examples, and then takes the result of process 0. Test examples are divided too, and their counts are summed.
 """
 
 from __future__ import annotations
@@ -36,23 +36,27 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the place of this process among all, 0 to W - 1; process 0 writes the files."""
+    """Return the number of this process, 0 to W - 1; process 0 writes the files."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def rank_position() -> tuple[int, ...]:
-    """Return what a seed that differs by process is derived from beside the rest; nothing where there is one."""
+    """Return a position for `cl.random.derive` that differs by process: the rank, or () if there is one process."""
     return (rank(),) if world_size() > 1 else ()
 
 
-# ---- whose rows are whose -------------------------------------------------------------------------------------------
+# ---- dividing examples ----------------------------------------------------------------------------------------------
 
 
 def share(name: str, number: int) -> int:
-    """Return this process's part of a number of rows; the parts add up to it.
+    """Return this process's share of a number of examples; the shares of all processes add up to it.
+
+    Args:
+        name: The setting that gives the number.
+        number: The number of examples for all processes together.
 
     Raises:
-        InputError: If a process would get none, naming the setting.
+        InputError: If a process would get no example; the message names the setting.
 
     Example:
         >>> share("memory_size", 200)
@@ -67,7 +71,10 @@ def share(name: str, number: int) -> int:
 
 
 def own(rows: int) -> Tensor:
-    """Return which of some rows are this process's, in order; all of them where there are fewer than processes.
+    """Return the positions of this process's examples, int64 in order; all if there are fewer than processes.
+
+    Args:
+        rows: The number of examples.
 
     Example:
         >>> own(3)
@@ -77,10 +84,16 @@ def own(rows: int) -> Tensor:
 
 
 def deal(rows: Indices, batch_size: int) -> tuple[Indices, int, bool]:
-    """Return of the rows of minibatches, one after the other, this process's; how many it has of each but the last.
+    """Return this process's share of consecutive minibatches.
 
-    The third says that it has none of the last. Then it is given one of another's, so that it stays in step, which
-    weighs nothing (`Batch.idle`).
+    Args:
+        rows: The positions of all examples, minibatch by minibatch.
+        batch_size: Examples of a minibatch; the last one may be smaller.
+
+    Returns:
+        The positions of this process's examples; how many of them each minibatch but the last has; and whether the last
+        minibatch has none for this process. In that case the process receives an example of another one, so that it
+        takes the same number of steps; the example has no weight (`Batch.idle`).
 
     Example:
         >>> deal(np.arange(5), 2)
@@ -96,7 +109,7 @@ def deal(rows: Indices, batch_size: int) -> tuple[Indices, int, bool]:
     return np.concatenate(mine), share("batch_size", batch_size), idle
 
 
-# ---- what is summed -------------------------------------------------------------------------------------------------
+# ---- combining results ----------------------------------------------------------------------------------------------
 
 
 def _device() -> torch.device:
@@ -104,7 +117,7 @@ def _device() -> torch.device:
 
 
 def total(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes, the same bits in each.
+    """Return the sum of a tensor over all processes, equal to the bit in each.
 
     Example:
         >>> total(torch.ones(2))
@@ -123,7 +136,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def anywhere(flag: bool) -> bool:
-    """Say whether something holds in any process.
+    """Say whether a flag is true in any process.
 
     Example:
         >>> anywhere(True), everywhere(False)
@@ -133,12 +146,16 @@ def anywhere(flag: bool) -> bool:
 
 
 def everywhere(flag: bool) -> bool:
-    """Say whether something holds in all processes."""
+    """Say whether a flag is true in all processes."""
     return not anywhere(not flag)
 
 
 def gathered(columns: Sequence[Tensor]) -> list[Tensor]:
-    """Return the rows of all processes, those of process 0 first."""
+    """Return tensors with the rows of all processes, in order of rank.
+
+    Args:
+        columns: Tensors of this process; all processes have as many, of the same shapes but for the first dimension.
+    """
     if world_size() == 1:
         return list(columns)
     parts: list[Any] = [None] * world_size()
@@ -146,26 +163,26 @@ def gathered(columns: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(column).to(own.device) for own, column in zip(columns, zip(*parts, strict=True), strict=True)]
 
 
-def from_first(make: Callable[[], Value]) -> Value:
-    """Return what process 0 makes; the others wait for it.
+def from_first(function: Callable[[], Value]) -> Value:
+    """Call a function in process 0 alone, and return its result in every process.
 
     Example:
         >>> from_first(lambda: 3)
         3
     """
     if world_size() == 1:
-        return make()
-    made = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    return made[0]  # type: ignore[return-value]
+        return function()
+    result = [function() if rank() == 0 else None]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
 
 
 def mean_gradients(gradients: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
-    """Return the gradients of the mean over all processes' rows; for a strategy that takes one of its own.
+    """Return the gradients of a mean over the examples of all processes, for a strategy that computes its own gradient.
 
     Args:
-        gradients: Of the mean over this process's rows, in the same order in each.
-        rows: How many these are.
+        gradients: The gradients of the mean over this process's examples, in the same order in each process.
+        rows: The number of these examples.
     """
     if world_size() == 1:
         return gradients
@@ -176,15 +193,15 @@ def mean_gradients(gradients: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
 
 @torch.no_grad()
 def reduce_gradients(module: nn.Module, weight: float | Tensor) -> None:
-    """Make gradients of weighted losses those of the weighted mean, and take that of what batch norm keeps, too.
+    """Replace gradients, and the running statistics of batch norm, by their weighted mean over all processes, in place.
 
     Args:
-        module: Whose `.grad` is of this process's mean loss times its weight.
-        weight: In proportion to this process's rows.
+        module: A module whose `.grad` is the gradient of this process's mean loss times `weight`.
+        weight: Proportional to the number of this process's examples.
     """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    kept = [b for m in module.modules() if isinstance(m, _NormBase) for b in (m.running_mean, m.running_var)]
-    running = [buffer for buffer in kept if buffer is not None]
+    statistics = [b for m in module.modules() if isinstance(m, _NormBase) for b in (m.running_mean, m.running_var)]
+    running = [buffer for buffer in statistics if buffer is not None]
     for buffer in running:
         buffer.mul_(weight)
     mine = torch.as_tensor(weight, dtype=torch.float32)
@@ -193,14 +210,14 @@ def reduce_gradients(module: nn.Module, weight: float | Tensor) -> None:
 
 @torch.no_grad()
 def _weighted_mean(tensors: list[Tensor], weight: Tensor) -> None:
-    """Divide the sums of weighted tensors by that of the weights, in place; it travels with them."""
+    """Replace weighted tensors by their sum over all processes divided by the sum of the weights, in place."""
     _sum_in_place([*tensors, weight])
     for tensor in tensors:
         tensor.div_(weight)
 
 
 def _sum_in_place(tensors: Sequence[Tensor]) -> None:
-    """Sum tensors over all processes, those of one type at once."""
+    """Sum tensors over all processes in place, with one call for each dtype."""
     for dtype in {tensor.dtype: None for tensor in tensors}:
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in some])
@@ -209,12 +226,12 @@ def _sum_in_place(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(part.view(tensor.shape))
 
 
-# ---- what is the same, and what differs -----------------------------------------------------------------------------
+# ---- state that is equal in all processes, and state that differs ---------------------------------------------------
 
 
 @torch.no_grad()
 def align(module: nn.Module) -> None:
-    """Take all parameters and buffers from process 0, but those of modules that say `by_rank`."""
+    """Copy all parameters and buffers from process 0, except the buffers of modules with a true attribute `by_rank`."""
     if world_size() == 1:
         return
     apart = {id(t) for m in module.modules() if getattr(m, "by_rank", False) for t in m.buffers()}
@@ -226,7 +243,10 @@ def align(module: nn.Module) -> None:
 
 
 def pack(content: dict[str, Any]) -> dict[str, Any]:
-    """Return process 0's state, with all processes' of what differs under "ranks"; to be saved by process 0."""
+    """Return the state of all processes as one dict, to be saved by process 0.
+
+    It is the state of process 0, with the entries in which processes differ, for each of them, under "ranks".
+    """
     if world_size() == 1:
         return content
     leaves = _leaves(content)
@@ -239,10 +259,10 @@ def pack(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(content: dict[str, Any]) -> dict[str, Any]:
-    """Return this process's state from what `pack` returned.
+    """Return this process's state from the result of `pack`.
 
     Raises:
-        InputError: If it is of another number of processes.
+        InputError: If it was saved by another number of processes.
 
     Example:
         >>> unpack({"state_dict": {"a": 1}})

@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Raised before any training starts; its message is shown to the user without a traceback."""
+    """Raised for bad input, before anything is written; its message is shown to the user without a traceback."""
 
 
 class DivergenceError(RuntimeError):
-    """Raised when a loss is NaN or infinite; its message is shown without a traceback."""
+    """Raised when a loss or a weight is NaN or infinite; its message is shown without a traceback."""
 
 
 class Preempted(SystemExit):
-    """Raised where a signal stops a run; the exit status is 128 and the signal's number, as shells have it.
+    """Raised when a signal stops a run; the exit status is 128 plus the number of the signal, as in shells.
 
     Args:
-        number: Of the signal.
-        saved: Whether the task in training was saved, too.
+        number: The number of the signal.
+        saved: Whether the task in training was saved.
 
     Example:
         >>> Preempted(15, saved=True).code
@@ -32,7 +32,12 @@ class Preempted(SystemExit):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """Return the error for a name that does not exist, with the nearest ones that do.
+    """Return the error for an unknown name, which suggests similar names and lists all.
+
+    Args:
+        kind: What the name stands for, such as "strategy".
+        name: The unknown name.
+        known: All names that exist.
 
     Example:
         >>> print(unknown("strategy", "dep", ["derpp", "er", "ewc"]))

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written whole or not at all, and digests that detect a change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cl.rundir import LOCK
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path in which a leading ~ is the user's own folder, as in a shell.
+    """Return a path in which a leading ~ is replaced by the user's home directory, as in a shell.
 
     Example:
         >>> expand_path("~/data") == Path.home() / "data", expand_path("data/~")
@@ -24,14 +24,18 @@ def expand_path(path: str | Path) -> Path:
     """
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # ~name, of nobody
+    except RuntimeError:  # ~name of an unknown user
         return Path(path)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, then rename: a reader sees the old file or the whole new one.
 
-    Both are on the disk before and after the rename, so that this holds when the power fails, too.
+    The file is synced to the disk before the rename, and the folder after it, so that this holds in a power failure.
+
+    Args:
+        path: The file; its folder is created if it does not exist.
+        write: Writes the content to the path that it is given.
 
     Example:
         >>> import tempfile
@@ -44,11 +48,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _named(path):
         try:
-            temporary.unlink(missing_ok=True)  # a link there would be written through
+            temporary.unlink(missing_ok=True)  # writing to a link would change the file that it points to
             write(temporary)
             sync(temporary)
             os.replace(temporary, path)
-            if os.name != "nt":  # where a folder cannot be opened
+            if os.name != "nt":  # Windows cannot open a folder
                 sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -62,7 +66,7 @@ def append_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Give an error of the file system the name of the file that it is about: a full disk names none."""
+    """Add the name of the file to an OSError raised in this context: that of a full disk has none."""
     try:
         yield
     except OSError as error:
@@ -74,19 +78,19 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def gone(folder: Path) -> InputError:
-    """Return the sentence on a run's folder that somebody has renamed or removed."""
+    """Return the error for a run's folder that was renamed or removed during the run."""
     return InputError(
-        f"{folder} is not there any more, since it was renamed or removed while the run went on: name its new place "
+        f"{folder} is not there any more: it was renamed or removed while the run went on. Name its new path "
         "(hydra.run.dir), and the run goes on from its last checkpoint."
     )
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files of `replace_file` that writers have left who were killed.
+    """Remove the temporary files that a killed process left behind in `replace_file`.
 
     Args:
-        folder: Where nobody but the caller writes.
-        name: Of the one file whose temporary ones are meant; None means all.
+        folder: A folder that no other process writes to.
+        name: The file whose temporary files are removed; None means those of all files.
 
     Example:
         >>> import tempfile
@@ -104,10 +108,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while other processes get a sentence; a killed process lets it go.
+    """Lock a run's folder in this context against other processes; the lock of a killed process is released.
 
     Raises:
-        InputError: If another process holds it.
+        InputError: If another process holds the lock.
 
     Example:
         >>> import tempfile
@@ -132,7 +136,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,7 +150,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict as JSON beside its SHA-256, so that `read_sealed` tells when a byte, or the name, has changed.
+    """Write a dict as JSON with its SHA-256, so that `read_sealed` detects a change of the content or the file's name.
 
     Example:
         >>> import tempfile
@@ -162,7 +166,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """Return what `write_sealed` wrote, or None where the file is not there, torn or changed."""
+    """Return what `write_sealed` wrote, or None if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         content: dict[str, Any] = found["content"]
@@ -176,7 +180,7 @@ def _digest(name: str, content: Any) -> str:
 
 
 def relative(tree: Any, directory: Path) -> Any:
-    """Return nested dicts and lists in which paths inside a directory begin with ".", so that it can be moved.
+    """Return nested dicts and lists with paths inside a directory written from ".", so that the directory can be moved.
 
     Example:
         >>> relative({"a": "/runs/x/refs", "b": ["/runs/x_refs", "/runs/x"]}, Path("/runs/x"))
@@ -193,12 +197,12 @@ def relative(tree: Any, directory: Path) -> Any:
 
 
 def digest_of(path: Path, size: int | None = None, name: str = "") -> str:
-    """Return the SHA-256 of a name and the first bytes of a file in hexadecimal, empty where there is no file.
+    """Return the SHA-256 of a name and the first bytes of a file in hexadecimal; "" if there is no file.
 
     Args:
         path: The file.
         size: How many bytes; None means all.
-        name: What the digest covers, too, so that one file cannot stand in the place of another.
+        name: A name that the digest covers too, so that a renamed file is detected.
 
     Example:
         >>> import tempfile

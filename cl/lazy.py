@@ -1,4 +1,4 @@
-"""Names that are imported when they are first used, and modules that can be called; nothing heavy is imported here."""
+"""Imports at first use, and modules that can be called like a function; this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def imported(path: str) -> Any:
-    """Return what a path such as "cl.data.task:Stream" names, or the module that one without a colon names.
+    """Return the object that a path such as "cl.data.task:Stream" names; without a colon, the module.
 
     Example:
         >>> imported("cl.errors:InputError").__name__
@@ -20,16 +20,18 @@ def imported(path: str) -> Any:
 
 
 class _Callable(ModuleType):
-    """A module that can be called like one function of it."""
+    """A module that can be called like a function."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return imported(vars(self)["__call_path__"])(*arguments, **options)
 
 
 def make_callable(module: ModuleType, path: str) -> None:
-    """Let a module be called like a function, which is imported at the first call.
+    """Let a module be called like a function, for a function that has the name of its module or package.
 
-    For a function that is offered under the name of the module or package that it lies in.
+    Args:
+        module: The module to change.
+        path: The function, as `imported` takes it; it is imported at the first call.
 
     Example:
         >>> textwrap = ModuleType("textwrap")
@@ -42,7 +44,7 @@ def make_callable(module: ModuleType, path: str) -> None:
 
 
 class _Functions(ModuleType):
-    """A package whose modules can each be called like the function of their name, whoever imports them."""
+    """A package each of whose modules can be called like its function of the same name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}":
@@ -51,5 +53,5 @@ class _Functions(ModuleType):
 
 
 def callable_modules(package: str) -> None:
-    """Let each module of a package be called like the function of its name."""
+    """Let each module of a package be called like its function of the same name."""
     sys.modules[package].__class__ = _Functions

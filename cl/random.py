@@ -1,4 +1,4 @@
-"""Random numbers that a run can resume: seeds as functions of position, and generators whose state is saved."""
+"""Random numbers that a run can resume: seeds derived from a position in the run, and generators with saved state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from cl.errors import InputError
 
 
 def derive(seed: int, *position: int | str) -> int:
-    """Return a seed that depends on `seed` and a position only, never on what ran before.
+    """Return a seed in [0, 2^63) that depends on `seed` and a position alone, never on what ran before.
+
+    Args:
+        seed: 0 or more.
+        position: Names and numbers that say where in the run the draws are made.
+
+    Raises:
+        InputError: If the seed is negative.
 
     Example:
         >>> derive(0, "order", 3, 1) == derive(0, "order", 3, 1) != derive(0, "order", 3, 2)
@@ -26,12 +33,12 @@ def derive(seed: int, *position: int | str) -> int:
 
 
 class Random(nn.Module):
-    """A numpy generator as a module, so that its state travels in the checkpoint.
+    """A numpy generator as a module, so that its state is part of the checkpoint.
 
-    The draws are the same on every device, and a draw on the host needs no synchronisation with it.
+    The draws are the same for every device, and a draw on the host needs no synchronisation with the device.
 
     Args:
-        by_rank: Whether each of several processes draws its own; for what each has rows of its own of.
+        by_rank: Whether each of several processes has its own draws, because it draws for its own examples.
 
     Example:
         >>> a, b = Random(), Random()
@@ -48,7 +55,7 @@ class Random(nn.Module):
         self.seed(0)
 
     def seed(self, seed: int) -> None:
-        """Start again from a seed."""
+        """Restart the generator from a seed."""
         if self.by_rank and distributed.world_size() > 1:
             seed = derive(seed, "rank", *distributed.rank_position())
         self.generator = np.random.Generator(np.random.PCG64(seed))

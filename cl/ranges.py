@@ -24,16 +24,17 @@ Bound = Ge | Gt | Le | Lt
 
 
 def checked(thing: F) -> F:
-    """Return a function that refuses arguments outside of the ranges that their annotations give; decorates.
+    """Decorate a function or class to refuse arguments outside of the ranges in their annotations.
 
-    Signature, documentation and name stay. A class checks what its constructor receives, also from a subclass. A
-    `Strategy` needs no decorator: each of its subclasses is checked.
+    Signature, documentation and name are preserved. A decorated class checks the arguments of its constructor, also if
+    a subclass calls it. Subclasses of `Strategy` are checked without a decorator.
 
     Args:
         thing: A function or a class.
 
     Raises:
-        InputError: By what is returned: it names function or class, argument and value.
+        InputError: When the result is called with an argument out of range; the message names function or class,
+            argument and value.
 
     Example:
         >>> @checked
@@ -55,13 +56,13 @@ def checked(thing: F) -> F:
         arguments.check(given, named)
         return function(*given, **named)
 
-    # With the globals of the module that it stands for, as doctest tells a module's own functions by them.
+    # With the globals of the original's module: by them doctest recognises the functions of a module.
     wrapped = types.FunctionType(call.__code__, function.__globals__, closure=call.__closure__)
     return typing.cast(F, functools.update_wrapper(wrapped, function))
 
 
 class _Arguments:
-    """The arguments of a function, and the ranges that they have."""
+    """The arguments of a function and their ranges."""
 
     def __init__(self, function: types.FunctionType) -> None:
         self.function = function
@@ -69,18 +70,18 @@ class _Arguments:
 
     @functools.cached_property
     def ranged(self) -> dict[str, Any]:
-        """The annotations with a range, by argument; read at the first call, when all of their names are defined."""
+        """The annotations with a range, by argument; read at the first call, when all names in them are defined."""
         found = ((name, annotation_of(self.function, name)) for name in self.signature.parameters)
         return {name: annotation for name, annotation in found if range_of(annotation)}
 
     @functools.cached_property
     def owner(self) -> str:
-        """Whose they are: the function, or the class of a constructor, by the name of its file where both agree."""
+        """The name of the function, or of the class of a constructor, as `option_name` gives it."""
         name = self.function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
         return option_name(self.function.__module__, name)
 
     def check(self, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Refuse what is out of range; that the arguments are not the function's is left to Python to say."""
+        """Refuse a value out of range. Missing or unknown arguments are left to Python's own TypeError."""
         if not self.ranged:
             return
         try:
@@ -93,7 +94,7 @@ class _Arguments:
 
 
 def option_name(module: str, name: str) -> str:
-    """Return the name that the configuration has for a class or function: its file's, where both agree; else its own.
+    """Return the name of a class or function in the configuration: that of its file if both agree, else its own.
 
     Example:
         >>> option_name("cl.strategies.online_ewc", "OnlineEWC"), option_name("cl.backbones.networks", "MLP")
@@ -104,11 +105,11 @@ def option_name(module: str, name: str) -> str:
 
 
 def annotation_of(thing: Callable[..., Any], name: str) -> Any:
-    """Return the annotation of an argument as a type, Any where it names what is not imported at run time.
+    """Return the annotation of an argument as a type; Any if it uses a name that is not imported at run time.
 
     Args:
         thing: A function or a class.
-        name: Of the argument.
+        name: The name of the argument.
 
     Example:
         >>> annotation_of(check_range, "name")
@@ -129,15 +130,15 @@ def annotation_of(thing: Callable[..., Any], name: str) -> Any:
 
 
 def check_range(name: str, value: Any, annotation: Any) -> None:
-    """Refuse a number outside of the range in its annotation, which NaN is; of a sequence, each number counts.
+    """Refuse a number outside of the range in its annotation; NaN is outside of every range.
 
     Args:
-        name: As the user writes it.
-        value: A number, a sequence of numbers, or what else the annotation allows, such as None or text.
+        name: The name of the argument, as the user writes it.
+        value: A number, a sequence of numbers, each of which is checked, or another value, such as None or text.
         annotation: Such as `Annotated[int, Ge(1)] | None` or `Sequence[Annotated[float, Interval(ge=0, le=1)]]`.
 
     Raises:
-        InputError: Naming value and range.
+        InputError: Naming the value and the range.
 
     Example:
         >>> check_range("ewc.weight", 100.0, Annotated[float, Ge(0)])
@@ -152,7 +153,7 @@ def check_range(name: str, value: Any, annotation: Any) -> None:
 
 
 def range_of(annotation: Any) -> str:
-    """Return the range of the numbers that an annotation allows, in words; "" where it gives none.
+    """Return the range of the numbers that an annotation allows, in words; "" if it gives none.
 
     Example:
         >>> range_of(Annotated[float, Interval(gt=0, le=1)] | None), range_of(int)
@@ -166,7 +167,7 @@ def range_of(annotation: Any) -> str:
 
 
 def _pairs(value: Any, annotation: Any) -> Iterator[tuple[Any, list[Bound]]]:
-    """Yield each number in a value with the bounds that its annotation gives."""
+    """Yield each number in a value with the bounds in its annotation."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield value, _bounds(annotation)

@@ -1,6 +1,6 @@
 """The run directory: the names of its files, the columns of its tables, and the version of its format.
 
-Whoever writes or reads one of these files takes its name and its columns from here.
+All code that writes or reads one of these files takes its name and its columns from this module.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 from cl.errors import InputError
 
-FORMAT = 2  # version of what is described here; stands in the manifest from 2 on
+FORMAT = 2  # version of the format described in this module; the manifest holds it from version 2 on
 
 CONFIG = "config.yaml"  # the resolved configuration
-COMMAND = "command.json"  # the overrides that the run was begun with
-HYDRA = ".hydra"  # the same, where those who know Hydra look
+COMMAND = "command.json"  # the overrides that the run was started with
+HYDRA = ".hydra"  # configuration and overrides, as Hydra writes them
 PROVENANCE = "provenance.json"  # digests of data and code
-MANIFEST = "manifest.json"  # format, versions and hardware, sitting by sitting
+MANIFEST = "manifest.json"  # format, versions and hardware, for each session of the run
 SUMMARY = "transfer.json"  # every scalar with its definition
-REFERENCES = "references.json"  # what the run is compared with, one of each kind a task
-RESULT = "result.json"  # the final averages; by this file a finished run is known
+REFERENCES = "references.json"  # the references of the run, one of each kind for every task
+RESULT = "result.json"  # the final averages; a run with this file is finished
 PICTURE = "transfer.png"  # accuracy, backward transfer, forward transfer and step effect
 CURVES_PICTURE = "learning_curves.png"  # accuracy inside tasks
-CHECKPOINTS = "checkpoints"  # directory: the states that a run goes on from
+CHECKPOINTS = "checkpoints"  # directory: the checkpoints that a run resumes from
 L2_LOG = "l2log"  # directory: the log files of l2metrics
-LOCK = ".lock"  # held while the run is in progress, so that nobody else writes here
-WANDB = "wandb"  # directory: what Weights & Biases is sent
-WANDB_POINTS = "points.jsonl"  # in wandb: every point, a line each
-WANDB_ID = "run_id.txt"  # in wandb: the name under which the run goes on there
+LOCK = ".lock"  # locked while the run is in progress, so that no other process writes here
+WANDB = "wandb"  # directory: the files of Weights & Biases
+WANDB_POINTS = "points.jsonl"  # in wandb: every point of the history, one per line
+WANDB_ID = "run_id.txt"  # in wandb: the id of the run in Weights & Biases
 
 _CHECKPOINT = re.compile(r"after_task_(\d+)\.ckpt|in_task_(\d+)_step_(\d+)\.ckpt")
 
 
 class Cell(NamedTuple):
-    """An entry of R: the metric on a task after so many tasks (0: the untrained learner)."""
+    """An entry of R: the metric on a task, from 1, after `after_task` tasks (0: the untrained learner)."""
 
     after_task: int
     task: int
@@ -51,7 +51,7 @@ class Cell(NamedTuple):
 
 
 class TrainingPoint(NamedTuple):
-    """A point of a training curve: steps over the stream, number of the task, name of the curve."""
+    """A point of a training curve: steps over the stream, number of the task, name and value of the curve."""
 
     step: int
     task: int
@@ -60,7 +60,7 @@ class TrainingPoint(NamedTuple):
 
 
 class CurvePoint(NamedTuple):
-    """The metric on a task tested while another is trained: steps into that task, and over the stream."""
+    """The metric on task `tested` while `task` is trained, after `step` steps of it and `total_step` of the stream."""
 
     task: int
     step: int
@@ -72,7 +72,7 @@ class CurvePoint(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What an estimator says of a task before it is trained."""
+    """The value of an estimator of transferability for a task, before the task is trained."""
 
     task: int
     estimator: str
@@ -80,7 +80,7 @@ class Estimate(NamedTuple):
 
 
 class TaskCosts(NamedTuple):
-    """What a task took, see `cl.measure.resources`; a run of an earlier version may lack columns."""
+    """The costs of a task, see `cl.measure.resources`; a run of an earlier version may lack columns, which are NaN."""
 
     task: int
     seconds: float = math.nan
@@ -104,8 +104,8 @@ class Table(Generic[Row]):
     """A CSV file with a header.
 
     Attributes:
-        name: Of the file.
-        row: A NamedTuple of int, float and str: one field a column. Columns with a default may be absent.
+        name: The name of the file.
+        row: A NamedTuple of int, float and str, with one field for each column. Columns with a default may be absent.
 
     Example:
         >>> TRANSFER.columns
@@ -124,7 +124,7 @@ class Table(Generic[Row]):
 
     @cached_property
     def kinds(self) -> dict[str, type]:
-        """The columns, and what stands in them."""
+        """The type of each column, by name."""
         return get_type_hints(self.row)
 
     @property
@@ -134,14 +134,14 @@ class Table(Generic[Row]):
 
     @property
     def header(self) -> str:
-        """The first line."""
+        """The first line of the file."""
         return csv_text([self.columns])
 
     def parse(self, line: str) -> Row:
-        """Return a row of text that has every column.
+        """Return the row in a line of text that has every column, in order.
 
         Raises:
-            ValueError: If it is no such row.
+            ValueError: If the number of cells or the type of one is wrong.
         """
         try:
             cells = next(csv.reader([line]), [])
@@ -150,10 +150,10 @@ class Table(Generic[Row]):
         return self._make([_value(kind, cell) for kind, cell in zip(self.kinds.values(), cells, strict=True)])
 
     def read(self, path: Path) -> Iterator[Row]:
-        """Yield the rows of a file; a last line that is still being written is left out.
+        """Yield the rows of a file; a last line without its end, which is still being written, is left out.
 
         Raises:
-            InputError: If the file cannot be read, lacks a column, or a cell holds no number where one is due.
+            InputError: If the file cannot be read, lacks a column, or a cell of a numeric column holds no number.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -197,7 +197,7 @@ def _value(kind: Any, text: str) -> Any:
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    r"""Return rows as lines of CSV; floats are exact, a cell that is NaN is empty.
+    r"""Return rows as lines of CSV; floats are written exactly, and NaN as an empty cell.
 
     Example:
         >>> csv_text([(1, 0.5), (2, math.nan)])
@@ -212,10 +212,10 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a file of JSON holds.
+    """Return the content of a JSON file that holds an object.
 
     Raises:
-        InputError: If it cannot be read, or holds no object.
+        InputError: If the file cannot be read, or holds no object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: object) -> InputError:
-    """Return the sentence on a file of a run that cannot be read."""
+    """Return the error for a file of a run that cannot be read."""
     reason = " ".join(str(error).split()).rstrip(".")
     return InputError(f"{path} cannot be read: {reason}. Mend the file, or leave its run out.")
 
@@ -236,7 +236,7 @@ def unreadable(path: Path, error: object) -> InputError:
 
 
 def checkpoint_after(task: int) -> str:
-    """Return the name of the checkpoint after so many tasks.
+    """Return the name of the checkpoint after `task` tasks.
 
     Example:
         >>> checkpoint_after(3)
@@ -246,12 +246,12 @@ def checkpoint_after(task: int) -> str:
 
 
 def checkpoint_inside(task: int, step: int) -> str:
-    """Return the name of the checkpoint so many steps into the task of a number, from 1."""
+    """Return the name of the checkpoint after `step` steps of a task, which is counted from 1."""
     return f"in_task_{task:03d}_step_{step:08d}.ckpt"
 
 
 def numbers_in(name: str) -> tuple[int, ...]:
-    """Return the tasks, and inside one the steps, in the name of a checkpoint; nothing where it is none.
+    """Return the numbers in the name of a checkpoint: (task,), or (task, step) inside one; () for other files.
 
     Example:
         >>> numbers_in(checkpoint_after(3)), numbers_in(checkpoint_inside(4, 50)), numbers_in("best.ckpt")
@@ -265,7 +265,7 @@ def numbers_in(name: str) -> tuple[int, ...]:
 
 
 def is_run(directory: Path) -> bool:
-    """Say whether a directory holds a run: its configuration beside any other file that every run has."""
+    """Say whether a directory holds a run: a configuration and any other file that runs write."""
     return (directory / CONFIG).is_file() and _has_files(directory)
 
 
@@ -274,12 +274,12 @@ def _has_files(directory: Path) -> bool:
 
 
 def is_begun(directory: Path) -> bool:
-    """Say whether a run that is started in a directory goes on with one that is there."""
+    """Say whether a run that is started in a directory resumes one that is there."""
     return any((directory / name).exists() for name in (CHECKPOINTS, RESULT))
 
 
 def format_of(directory: Path) -> int:
-    """Return the version of the format of a run's files: 1 where they do not say it, the present one without a run.
+    """Return the version of the format of a run's files: 1 if they do not name it, the present one without a run.
 
     Example:
         >>> format_of(Path("no such place")) == FORMAT
@@ -290,7 +290,7 @@ def format_of(directory: Path) -> int:
         return 1 if _has_files(directory) else FORMAT
     try:
         return int(read_json(path).get("format", 1))
-    except (InputError, TypeError, ValueError):  # a damaged one says nothing, and is written anew
+    except (InputError, TypeError, ValueError):  # a damaged manifest is ignored, and written again
         return FORMAT
 
 
@@ -298,7 +298,7 @@ def refuse_later(directory: Path) -> None:
     """Refuse a run that a later version of clsim has written.
 
     Raises:
-        InputError: If its format is not known here.
+        InputError: If the format is later than `FORMAT`.
     """
     found = format_of(directory)
     if found > FORMAT:
@@ -309,7 +309,7 @@ def refuse_later(directory: Path) -> None:
 
 
 def earlier_version(directory: Path) -> str:
-    """Return by what version a run was begun, as words of a sentence; empty where by the present one.
+    """Return words for a note if an earlier version of clsim has written a run's files; else "".
 
     Example:
         >>> earlier_version(Path("no such place"))

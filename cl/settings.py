@@ -1,7 +1,7 @@
-"""The settings of a run: what each key of its configuration is for, its type, and a line of help.
+"""The settings of a run: the purpose of each key of its configuration, its type, and a line of help.
 
-One table for all who ask: whether an unfinished run may go on, whether a reference may be used again, whether a branch
-fits, which runs a comparison puts into one group, how the jobs of a sweep are named, and what the help says.
+This table decides whether an unfinished run may resume, whether a reference can be reused, whether a branch fits, which
+runs a comparison groups together, how the jobs of a sweep are named, and what the help shows.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ Text, Options = str | None, dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Setting:
-    """What a key of the configuration is for.
+    """The purpose and the type of a key of the configuration.
 
     Attributes:
-        kind: `result` changes R; `rounding` changes results by rounding alone; `measured` says what is measured beside
-            R, whose state a checkpoint holds; `shown` says what is written, kept and printed; `place` says where things
-            lie.
-        help: A line.
-        type: Of the value, as an annotation with its range; None for a group, which the class that its `_target_` names
-            checks.
-        part: Of the learning, what a `result` belongs to: the `stream`, the `network`, the `start` (weights that
-            learning begins with), the `method` (what the references do without), or all else, the `training`.
-        is_path: Whether a `result` is what lies at a place; the same content elsewhere is the same.
-        is_tuned: Whether a search may choose it, or what is below it.
+        kind: `result`: the key changes R. `rounding`: it changes results by rounding alone. `measured`: it chooses what
+            is measured beside R, and checkpoints hold state for it. `shown`: it chooses what is written or printed.
+            `place`: it says where files are stored, which does not affect results.
+        help: A line of help.
+        type: The type of the value, as an annotation with its range; None for a group, whose values the class in its
+            `_target_` checks.
+        part: The part of learning that a `result` belongs to: the `stream`, the `network`, the `start` (initial
+            weights), the `method` (which references leave out), or else the `training`.
+        is_path: Whether the value is a path whose content decides the result, so that the same content at another path
+            counts as equal.
+        is_tuned: Whether a search may choose the key, or keys below it.
     """
 
     kind: Literal["result", "rounding", "measured", "shown", "place"]
@@ -46,10 +47,10 @@ def _result(help: str, type: Any = None, part: Any = "training", **flags: bool) 
     return Setting("result", help, type, part, **flags)
 
 
-# A dotted key is an exception from what its group is.
+# A dotted key is an exception from the row of its group.
 SETTINGS: Mapping[str, Setting] = {
     "stream": _result("which tasks, in which order", part="stream"),
-    "dataset": _result("what most streams are made of", part="stream"),
+    "dataset": _result("the data that most streams divide into tasks", part="stream"),
     "scenario": _result("class, task or domain; null leaves it to the stream", Text, "stream"),
     "strategy": _result("methods by name; several are composed", Options, "method", is_tuned=True),
     "backbone": _result("the network below the head", part="network", is_tuned=True),
@@ -64,10 +65,10 @@ SETTINGS: Mapping[str, Setting] = {
     "trainer.deterministic": Setting("rounding", "as the setting deterministic"),
     "trainer.benchmark": Setting("rounding", "whether cuDNN chooses the fastest convolution"),
     "trainer.profiler": Setting("shown", "what Lightning times"),
-    "trainer.detect_anomaly": Setting("shown", "whether the operation that made a NaN is named"),
-    "seed": _result("of all that is drawn", Annotated[int, Ge(0)]),
+    "trainer.detect_anomaly": Setting("shown", "whether to name the operation that produced a NaN"),
+    "seed": _result("the seed of all random draws", Annotated[int, Ge(0)]),
     "epochs": _result("passes over each task's training data", Annotated[int, Ge(0)], is_tuned=True),
-    "batch_size": _result("incoming rows a step", Count, is_tuned=True),
+    "batch_size": _result("incoming examples per step", Count, is_tuned=True),
     "gradient_clip": _result(
         "largest norm of the gradient; null for any", Annotated[float, Gt(0)] | None, is_tuned=True
     ),
@@ -75,28 +76,30 @@ SETTINGS: Mapping[str, Setting] = {
         "classes that compete in the loss: class (all seen), task, domain (all); null: as at test", Text, is_tuned=True
     ),
     "optimizer_state": _result(
-        "at a boundary of tasks: reset, or keep (momentum, Adam's moments); without boundaries it goes on",
+        "at a boundary between tasks: reset, or keep (momentum, Adam's moments); without boundaries it continues",
         Literal["reset", "keep"],
         is_tuned=True,
     ),
     "scheduler_interval": _result(
-        "after what the schedule moves: epoch, or step (of the optimizer)", Literal["epoch", "step"], is_tuned=True
+        "when the schedule moves: after each epoch, or each step of the optimizer",
+        Literal["epoch", "step"],
+        is_tuned=True,
     ),
     "init": _result(
         "xavier: Xavier-uniform weights, zero biases; null: as each layer does by itself", Text, "start", is_tuned=True
     ),
     "weights": _result("a checkpoint of clsim whose backbone to start from", Text, "start", is_path=True),
-    "from": _result("a run to begin from, and the tasks that it has learned: DIR:task=3", Text, "start", is_path=True),
-    "freeze": _result("whether the backbone stays as it is", bool),
+    "from": _result("start from a run after some of its tasks: DIR:task=3", Text, "start", is_path=True),
+    "freeze": _result("whether the weights of the backbone stay fixed", bool),
     "protocol": _result("on which tasks hyper-parameters are chosen, and on which they are scored", Options, "method"),
-    "protocol.name": _result("as in the results", str, "method"),
+    "protocol.name": _result("the name that the results show", str, "method"),
     "protocol.num_tasks": _result("how many tasks are for tuning", int | None, "method"),
     "protocol.tuned": Setting("place", "directory of the search whose values are used", Text),
     "compile": Setting(
         "rounding", "torch.compile of backbone and head: default, reduce-overhead (CUDA graphs), max-autotune", Text
     ),
     "deterministic": Setting(
-        "rounding", "the same bits on a GPU too, where an operation can; on a CPU they are anyway", bool
+        "rounding", "the same bits on a GPU too, for operations that can; on a CPU they are the same anyway", bool
     ),
     "eval_batch_size": Setting("rounding", "null: 256 on a CPU, 1024 elsewhere", Count | None),
     "chunk_size": Setting(
@@ -107,17 +110,19 @@ SETTINGS: Mapping[str, Setting] = {
         "measured", "forecasts of transfer before each task: tmi, log_me, ped, vci, knn, covariance", Sequence[str]
     ),
     "instrument": Setting(
-        "measured", "your own, beside R: an option, or +instrument.NAME._target_=package.module.Class", Options
+        "measured",
+        "your own instruments, beside R: an option, or +instrument.NAME._target_=package.module.Class",
+        Options,
     ),
     "scalar": Setting(
         "shown",
-        "your own, of what a run has measured: an option, or +scalar.NAME._target_=package.module.function",
+        "your own scalars of a run: an option, or +scalar.NAME._target_=package.module.function",
         Options,
     ),
     "references": Setting(
         "shown", "what the run is compared with: experts (each task alone), joint (tasks 1 to k)", Sequence[str]
     ),
-    "reference_dir": Setting("place", "where all runs keep theirs", str),
+    "reference_dir": Setting("place", "directory of the references, which all runs share", str),
     "report": Setting("shown", "bar, tables, pictures and files", Options),
     "report.columns": Setting(
         "shown",
@@ -126,7 +131,9 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "report.every": Setting("measured", "steps between two evaluations inside tasks", Count | None),
     "report.points": Setting("measured", "evaluations inside each task", Count | None),
-    "report.subset": Setting("measured", "rows of each task that those, the probes and the estimators look at", Count),
+    "report.subset": Setting(
+        "measured", "examples of each task for the evaluations inside tasks, the probes and the estimators", Count
+    ),
     "report.flops": Setting("measured", "count operations", bool),
     "logger": Setting(
         "shown", "of the training curves: csv, wandb, or one of Lightning by +logger.NAME._target_=...", Options
@@ -135,28 +142,30 @@ SETTINGS: Mapping[str, Setting] = {
         "of Lightning: early_stopping, model_summary, or +callbacks.NAME._target_=...", Options, "method"
     ),
     "log_every": Setting("shown", "steps between two points of the training curves", Count),
-    "checkpoint": Setting("shown", "what is kept to go on from", dict[str, Any]),
+    "checkpoint": Setting("shown", "which checkpoints are written, to resume from", dict[str, Any]),
     "checkpoint.keep": Setting(
         "shown",
-        "of those at the ends of tasks, the newest that stay; null keeps all; auto, too, up to ten gibibytes",
+        "how many checkpoints of ends of tasks stay; null: all; auto: all up to ten gibibytes, else three",
         int | Literal["auto"] | None,
     ),
     "checkpoint.every": Setting(
         "shown",
-        "between two inside a task: steps (500) or a time (30s, 10min, 2h); null keeps none there",
+        "interval between checkpoints inside a task: steps (500) or a time (30s, 10min, 2h); null: none",
         int | str | None,
     ),
-    "allow_changed": Setting("shown", "go on although data or your code have changed; told beside the numbers", bool),
-    "group": Setting("shown", "runs of one comparison stand together under it in Weights & Biases", Text),
-    "tags": Setting("shown", "of the run in Weights & Biases", Sequence[str]),
+    "allow_changed": Setting(
+        "shown", "resume although data or your code have changed; a note beside the results says so", bool
+    ),
+    "group": Setting("shown", "group of the run in Weights & Biases, such as the name of a comparison", Text),
+    "tags": Setting("shown", "tags of the run in Weights & Biases", Sequence[str]),
 }
 
-# Arguments of datasets, streams and loggers that say where things lie, whatever has them.
+# Arguments, of whatever class, that are paths or concern storage, and so are of kind `place`.
 _PLACES = {"root", "cache", "cache_dir", "download", "save_dir", "storage"}
 
 
 def setting(key: str) -> Setting:
-    """Return what a dotted key is for: its own row, or that of the group that it stands in.
+    """Return the setting of a dotted key: its own row of the table, or that of the nearest group above it.
 
     Example:
         >>> setting("optimizer.lr").kind, setting("trainer.accelerator").kind, setting("dataset.root").kind
@@ -173,11 +182,12 @@ def setting(key: str) -> Setting:
 def results(config: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
     """Return the settings of a flat configuration that decide R.
 
-    Places are left out. A path to data or weights is replaced by "a path": who compares digests their content.
+    Settings of kind `place` are left out. A path to data or weights is replaced by "a path": the caller compares the
+    digest of the content instead.
 
     Args:
-        config: By dotted key.
-        without: Parts that are left out, as `Setting.part` names them.
+        config: The values by dotted key.
+        without: Parts to leave out, as in `Setting.part`.
 
     Example:
         >>> results({"seed": 1, "group": "a", "stream.root": "data", "stream.train_x": "data/x.npy"})
@@ -205,12 +215,14 @@ def is_path(key: str, value: Any) -> bool:
 
 
 def changes(there: Mapping[str, Any], here: Mapping[str, Any], kinds: Sequence[str] = ("result", "measured")) -> str:
-    """Return the first values in which two flat configurations differ so that a run cannot go on; nothing if it can.
+    """Return the differences of two flat configurations in some kinds of settings, the first five; "" if there is none.
+
+    With the default kinds, a difference means that a run cannot resume.
 
     Args:
-        there: Of before.
-        here: Of now.
-        kinds: Of the settings that are compared.
+        there: The configuration of the earlier run.
+        here: The present configuration.
+        kinds: The kinds of settings to compare.
 
     Example:
         >>> changes({"seed": 0, "checkpoint.keep": 1}, {"seed": 3})
@@ -240,12 +252,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(key: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Return the known keys that a key was probably meant to be: alike as a whole, or in their last word.
+    """Return the known keys that are similar to a misspelt one: as a whole, or else in the last word.
 
     Args:
-        key: Dotted, as it was written.
-        known: The dotted keys of values; groups are found, too.
-        count: The most that are returned.
+        key: The dotted key as it was written.
+        known: The dotted keys of values; their groups are candidates too.
+        count: How many keys to return at most.
 
     Example:
         >>> known = ["optimizer.lr", "strategy.er.memory_size", "probes"]

@@ -9,7 +9,7 @@ from typing import Any
 from cl.errors import unknown
 from cl.settings import flatten, nearest
 
-# Plugins of Hydra that are installed with an extra.
+# Options of Hydra plugins, by group and name: what needs the plugin, and the extra of clsim that installs it.
 _EXTRAS = {
     "hydra/sweeper/optuna": ("hydra/sweeper=tune searches with Optuna", "tune"),
     "hydra/launcher/joblib": ("launcher=joblib starts processes with joblib", "joblib"),
@@ -20,7 +20,11 @@ _EXTRAS = {
 
 
 def missing(error: Any) -> str:
-    """Name the nearest options where a group has none of that name."""
+    """Return the message for an option that a group of the configuration does not have, with similar options.
+
+    Args:
+        error: Hydra's error.
+    """
     from importlib.resources import files
 
     found = re.search(r"Could not (?:find|load) '([^']+)'", str(error))
@@ -37,14 +41,14 @@ def missing(error: Any) -> str:
 
 
 def before_run(error: BaseException) -> str | None:
-    """Return a sentence for what Hydra could not compose or write before any run; None for what happened in one."""
+    """Return a message if Hydra failed to compose the configuration or to write before the run; None for others."""
     import hydra.core.utils as jobs
     from hydra._internal import config_loader_impl as loader
 
-    frames, place = set(), error.__traceback__
-    while place is not None:
-        frames.add((place.tb_frame.f_globals.get("__name__"), place.tb_frame.f_code.co_name))
-        place = place.tb_next
+    frames, frame = set(), error.__traceback__
+    while frame is not None:
+        frames.add((frame.tb_frame.f_globals.get("__name__"), frame.tb_frame.f_code.co_name))
+        frame = frame.tb_next
     modules = {module for module, _ in frames}
     if loader.__name__ in modules:
         hint = "a group takes names, as strategy=one or strategy=[one,other], and ~group leaves it out"
@@ -60,7 +64,11 @@ def _one_line(text: str) -> str:
 
 
 def readable(error: Exception) -> str:
-    """Name the nearest keys where an override names a key that does not exist."""
+    """Return the message for an override of a key that does not exist, with similar keys.
+
+    Args:
+        error: Hydra's error.
+    """
     from importlib.resources import files
 
     from hydra import compose, initialize_config_module
@@ -87,7 +95,7 @@ def readable(error: Exception) -> str:
         options = sorted(entry.name[:-5] for entry in own.iterdir() if entry.name.endswith(".yaml"))
         return f"{key} takes the name of an option, in a list where it takes several: {', '.join(options)}."
     near = nearest(key, [*known, *groups_there()])
-    if key in known:  # in a sweep, of another job
+    if key in known:  # in a sweep, the key exists for the choices of another job
         return f"There is no key {key!r} with this choice of groups, as there is with others: leave it out here."
     hint = f"did you mean {' or '.join(near)}?" if near else "see cl-run --help for the keys."
     group, _, rest = key.partition(".")
@@ -100,7 +108,7 @@ def readable(error: Exception) -> str:
 
 
 def groups_there() -> list[str]:
-    """Return the groups of the configuration."""
+    """Return the names of the groups of the configuration."""
     from importlib.resources import files
 
     return sorted(entry.name for entry in files("cl.conf").iterdir() if entry.is_dir() and entry.name[0].isalpha())

@@ -1,4 +1,4 @@
-"""What an instrument or a scalar must keep to, checked."""
+"""Checks that an instrument or a scalar keeps its contract."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ from cl.testing.toys import Halt, Halted, Replay, reaches, toy_learner, trainer
 def check_instrument(make: Callable[..., Instrument], *, ignore: Sequence[str] = (), **options: Any) -> None:
     """Check that an instrument keeps the contract; raise an AssertionError that says where it does not.
 
-    On a small stream, with batch norm, dropout and a replay: no hook of it may change a weight, a gradient, a
-    batch-norm statistic, a mode, or the state of a random generator, and R is, to the bit, that of a run without it. It
-    keeps no reference to the learner, no name of its methods is nearly that of a hook, and its records match its
-    columns. Killed inside a task and resumed, it has the records and matrices of a run that was not stopped.
+    The check runs a small stream with batch norm, dropout and a replay. No hook may change a weight, a gradient, a
+    batch-norm statistic, a mode, or the state of a random generator, and R must equal, to the bit, that of a run
+    without the instrument. The instrument must hold no reference to the learner, have no method with nearly the name of
+    a hook, and add records that fit its columns. After a kill inside a task and a resume, it must have the records and
+    matrices of a run that was not stopped.
 
     Args:
         make: Builds the instrument: a class or a function.
-        ignore: Columns that no two runs have alike, such as seconds.
+        ignore: Columns that differ between any two runs, such as seconds.
         options: Passed to `make`.
 
     Raises:
-        AssertionError: One sentence.
+        AssertionError: With one sentence on what is wrong.
 
     Example:
         >>> check_instrument(Instrument)
@@ -65,10 +66,10 @@ def check_instrument(make: Callable[..., Instrument], *, ignore: Sequence[str] =
             resumed, _ = _measure({"checked": make(**options)}, Path(folder))
         except InputError as error:
             raise AssertionError(f"{name}: {error}") from error
-    one, two = (_kept(run.instruments["checked"], ignore) for run in (whole, resumed))
+    one, two = (_records(run.instruments["checked"], ignore) for run in (whole, resumed))
     assert one == two, (
-        f"{name} has other records after a kill inside a task: what it keeps belongs into buffers, or into "
-        "get_extra_state and set_extra_state."
+        f"{name} has other records after a kill inside a task: put its state into buffers, or into get_extra_state "
+        "and set_extra_state."
     )
     for mask, matrix in whole.matrices.items():
         assert same(matrix.R, resumed.matrices[mask].R), f"{name}: the matrix {mask!r} differs after a kill in a task."
@@ -83,7 +84,7 @@ def _measure(
 
 
 def _guarded(instrument: Instrument) -> Instrument:
-    """Return the instrument, each of whose hooks is checked to leave the learner and all generators as they were."""
+    """Return the instrument with hooks that check that the learner and all generators are unchanged after each call."""
     kind = type(instrument)
 
     def guard(hook: str) -> Callable[..., Any]:
@@ -105,7 +106,7 @@ _CAREFUL = "an instrument may only look, inside `cl.engine.instrument.watching(l
 
 
 def _traces(learner: Learner) -> dict[str, Any]:
-    """Return a copy of all that an instrument must leave as it was."""
+    """Return a copy of everything that an instrument must not change."""
     state = {f"the state {name}": value.clone() for name, value in learner.state_dict().items() if _is_tensor(value)}
     gradients = [p.grad.clone() for p in learner.parameters() if p.grad is not None]
     return {
@@ -130,24 +131,24 @@ def _check_records(name: str, instrument: Any) -> None:
         assert fits, f"{name} has the record {record!r}: give a number or text for each of {instrument.columns}."
 
 
-def _kept(instrument: Any, ignore: Sequence[str]) -> str:
-    """Return the records, but for some columns, as text, in which NaN equals NaN."""
-    places = [i for i, column in enumerate(instrument.columns) if column not in ignore]
-    return str([[record[i] for i in places] for record in instrument.records()])
+def _records(instrument: Any, ignore: Sequence[str]) -> str:
+    """Return the records without the ignored columns, as text, in which NaN equals NaN."""
+    positions = [i for i, column in enumerate(instrument.columns) if column not in ignore]
+    return str([[record[i] for i in positions] for record in instrument.records()])
 
 
 def check_scalar(scalar: AnyScalar, *, instruments: Mapping[str, Instrument] | None = None) -> None:
     """Check that a scalar keeps the contract; raise an AssertionError that says where it does not.
 
-    On a small run it must give a number inside its range, the same one again, and leave what was measured as it was.
-    Where R is unmeasured it is NaN, unless it does not read R.
+    On a small run the scalar must be a number inside its range, be the same when computed again, and not change the
+    measurements. If R is unmeasured, it must be NaN, unless it does not read R.
 
     Args:
-        scalar: A function under `cl.scalar`.
-        instruments: By name, those that it needs.
+        scalar: A function decorated by `cl.scalar`.
+        instruments: The instruments that it needs, by name.
 
     Raises:
-        AssertionError: One sentence.
+        AssertionError: With one sentence on what is wrong.
 
     Example:
         >>> from cl.metrics.scalar import scalar

@@ -1,4 +1,4 @@
-"""What a strategy must keep to, checked."""
+"""Checks that a strategy keeps its contract."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ def check_strategy(
 ) -> None:
     """Check that a strategy keeps the contract; raise an AssertionError that says where it does not.
 
-    It must train in each scenario; resume at a task boundary, in a newly built learner, to the same bits and the same
-    predictions, from a file that loads strictly with `weights_only=True`; do so beside a replay too; give the same
-    weights for every chunk size; keep its state's shapes; only append rows to a batch; leave the global generator, the
-    modules' modes and the learner where they are; refuse a run in a scenario that its class does not list; and, where
-    the author says so, be fine-tuning in the first task.
+    In each scenario the strategy must train, alone and together with a replay, and resume at a task boundary in a newly
+    built learner with the same bits and predictions, from a file that loads strictly with `weights_only=True`. It must
+    resume inside a task with the same bits, give the same weights for every chunk size, keep the shapes of its state,
+    and only append examples to a batch. It must not draw from torch's global generator, leave modules in evaluation
+    mode, or store the learner. A run in a scenario that its class does not list must be refused.
 
     Args:
         make: Builds the strategy, or several by name: a class or a function.
-        scenarios: Those to train in; None means all that its class lists.
+        scenarios: The scenarios to train in; None means all that its class lists.
         backbone: "mlp" or "vit", see `toy_learner`.
-        first_task_is_finetuning: Whether the weights after the first task must be those of fine-tuning, to the bit.
+        first_task_is_finetuning: Whether to check that the weights after the first task equal those of fine-tuning, to
+            the bit.
         options: Passed to `make`.
 
     Raises:
-        AssertionError: One sentence.
+        AssertionError: With one sentence on what is wrong.
 
     Example:
         >>> check_strategy(Strategy, first_task_is_finetuning=True)
@@ -79,10 +80,10 @@ def check_strategy(
 
 
 def _check_card(build: Build) -> tuple[Scenario, ...]:
-    """Check what the classes say of themselves; return the scenarios that they all work in."""
+    """Check the class attributes of the strategies; return the scenarios that all of them work in."""
     for strategy in build().values():
-        said = misspelt(type(strategy))
-        assert said is None, said
+        message = misspelt(type(strategy))
+        assert message is None, message
         for name, words, known in (
             ("scenarios", strategy.scenarios, SCENARIOS),
             ("targets", strategy.targets, TARGETS),
@@ -114,23 +115,23 @@ def _names(learner: Learner) -> str:
     return " + ".join(type(s).__name__ for s in learner.strategies.values() if not isinstance(s, Replay))
 
 
-# ---- what a strategy may not touch ----------------------------------------------------------------------------------
+# ---- what a strategy may not change ---------------------------------------------------------------------------------
 
 
 def _check_manners(build: Build, toy: Toy) -> None:
     learner, stream = toy(build())
     _check_no_reference(learner)
-    with suppress(RecursionError):  # of a learner that became a module of its own strategy: found two lines on
+    with suppress(RecursionError):  # if the learner became a sub-module of its strategy, which is checked below
         _learn(learner, stream, range(1))
     learner.trainer = None
     _check_no_reference(learner)
     x, y, task = columns = [column[:8] for column in stream[1].train.tensors()]
     for strategy in learner.strategies.values():
         batch: Batch = strategy.extend_batch(learner, Batch(x.clone(), y.clone(), task.clone()))  # type: ignore[operator]
-        kept = batch.num_incoming == 8 and all(
+        unchanged = batch.num_incoming == 8 and all(
             torch.equal(new[:8], old) for new, old in zip((batch.x, batch.y, batch.task), columns, strict=True)
         )
-        assert kept, f"{type(strategy).__name__}.extend_batch changes incoming rows: only append to them."
+        assert unchanged, f"{type(strategy).__name__}.extend_batch changes incoming rows: only append to them."
 
 
 def _check_no_reference(learner: Learner) -> None:
@@ -141,7 +142,7 @@ def _check_no_reference(learner: Learner) -> None:
 
 
 def _check_leftovers(learner: Learner, where: str) -> None:
-    """Check what a run leaves behind: the engine seeds torch's generator and a toy draws nothing from it."""
+    """Check that nothing was drawn from torch's global generator, and that all modules are in training mode."""
     state = torch.get_rng_state()
     torch.manual_seed(torch.initial_seed())
     assert torch.equal(state, torch.get_rng_state()), (
@@ -156,7 +157,7 @@ def _check_leftovers(learner: Learner, where: str) -> None:
 
 
 def _check_run(build: Build, toy: Toy, where: str) -> list[dict[str, Any]]:
-    """Run a toy experiment whole and resumed; return the state before the first task and after each."""
+    """Compare a toy run with one resumed before its last task; return the states of its checkpoints."""
     with TemporaryDirectory() as folder:
         whole, stream = toy(build())
         before = _shapes(whole)
@@ -186,7 +187,7 @@ def _shapes(learner: Learner) -> dict[str, torch.Size | None]:
 
 def _checksame(whole: Learner, resumed: Learner, stream: Stream, where: str) -> None:
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        # the errors of calibration follow the predictions, which are compared below
+        # calibration errors are computed from the predictions, which are compared below
         assert name.startswith("calibration.") or same(a, b), (
             f"{_names(whole)} ({where}): {name} differs after resuming at a task boundary: keep all state in buffers."
         )
@@ -209,7 +210,7 @@ def _check_chunks(build: Build, toy: Toy, state: dict[str, Any]) -> None:
 
 
 def _check_inside(build: Build, toy: Toy, state: dict[str, Any]) -> None:
-    """Stop a run inside a task, and compare where it ends with the state of one that was not stopped."""
+    """Stop a run inside a task, resume it, and compare its final state with that of a run that was not stopped."""
     with TemporaryDirectory() as folder:
         learner, stream = toy(build(), chunk_size=1)
         options: dict[str, Any] = {"epochs": 2, "directory": Path(folder)}
@@ -219,7 +220,7 @@ def _check_inside(build: Build, toy: Toy, state: dict[str, Any]) -> None:
         Experiment(learner, stream, trainer, **options).run()
     for name, value in learner.state_dict().items():
         assert name.startswith("calibration.") or same(value, state[name]), (
-            f"{_names(learner)}: {name} differs after resuming inside a task: keep what changes there in buffers."
+            f"{_names(learner)}: {name} differs after resuming inside a task: keep state that changes there in buffers."
         )
 
 

@@ -1,4 +1,4 @@
-"""Small streams, learners and runs that checks and examples use, and what disturbs them."""
+"""Small streams, learners and runs for checks and examples, and a replay and a kill to test strategies with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, barebo
 
 
 class ToyBackbone(nn.Module):
-    """Two small layers without biases, (B, 1, 4, 4) -> (B, 16); a stand-in that every strategy can take."""
+    """Two small layers without biases, (B, 1, 4, 4) -> (B, 16), which every strategy can train."""
 
     num_features = 16
 
@@ -39,7 +39,7 @@ class ToyBackbone(nn.Module):
 
 
 class Restless(ToyBackbone):
-    """The same with batch norm and dropout: what evaluates it carelessly leaves traces."""
+    """The same network with batch norm and dropout, which reveal an evaluation in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,13 @@ class Restless(ToyBackbone):
 
 
 def toy_stream(num_tasks: int = 3, scenario: Scenario = "class", num_rows: int = 48, seed: int = 0) -> Stream:
-    """Return separable uint8 images (1, 4, 4), two classes a task.
+    """Return a stream of separable uint8 images (1, 4, 4) with two classes per task.
+
+    Args:
+        num_tasks: T.
+        scenario: "class", "task" or "domain".
+        num_rows: Training examples of a task; it has 24 test examples.
+        seed: Seed of the images.
 
     Example:
         >>> [task.classes for task in toy_stream(2)]
@@ -79,13 +85,13 @@ def toy_learner(
     """Return a small learner and its stream, the same for the same arguments.
 
     Args:
-        strategies: By name.
+        strategies: By name; None means fine-tuning.
         num_tasks: T.
         scenario: "class", "task" or "domain".
         backbone: "mlp"; "vit" for strategies that need a transformer; "restless", with batch norm and dropout.
         seed: Seed of weights and draws.
         lr: Learning rate of SGD.
-        options: For `Learner`.
+        options: Further arguments of `Learner`.
 
     Example:
         >>> learner, stream = toy_learner(num_tasks=2)
@@ -117,7 +123,7 @@ def toy_run(*strategies: Strategy, epochs: int = 2, **options: Any) -> Run:
 
 
 class Replay(Strategy):
-    """A replay that any strategy must live beside: appends the last batch."""
+    """A replay to combine with any strategy: appends four examples of the last batch."""
 
     x: Tensor
     y: Tensor
@@ -125,18 +131,18 @@ class Replay(Strategy):
     full: Tensor
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate four rows."""
+        """Allocate four examples."""
         self.register_buffer("x", torch.zeros(4, *stream.input_shape, dtype=stream.input_dtype))
         self.register_buffer("y", torch.zeros(4, dtype=torch.int64))
         self.register_buffer("task", torch.zeros(4, dtype=torch.int64))
         self.register_buffer("full", torch.zeros((), dtype=torch.bool))
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
-        """Append them."""
+        """Append the stored examples."""
         return batch.append(Batch(self.x, self.y, self.task)) if bool(self.full) else batch
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        """Keep the first four that came in."""
+        """Store the first four incoming examples."""
         for old, new in ((self.x, batch.x), (self.y, batch.y), (self.task, batch.task)):
             old.copy_(new[:4])
         self.full.fill_(True)
@@ -147,7 +153,7 @@ class Halted(Exception):
 
 
 class Halt(pl.Callback):
-    """Ends a run in the second epoch of its second task."""
+    """Ends a run inside its second task by an exception."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Raise at the ninth step of the second task."""
@@ -156,7 +162,7 @@ class Halt(pl.Callback):
 
 
 def reaches(strategy: nn.Module, learner: Learner) -> bool:
-    """Follow what a strategy's attributes hold: containers, objects, closures, bound methods."""
+    """Say whether a strategy holds the learner: in attributes, containers, objects, closures or bound methods."""
     seen: set[int] = set()
     frontier: list[Any] = [value for module in strategy.modules() for value in vars(module).values()]
     while frontier:

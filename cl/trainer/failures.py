@@ -1,4 +1,4 @@
-"""What went wrong in a run, in a sentence for the user instead of a traceback."""
+"""Translation of the exceptions of a run into one sentence for the user, shown instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 
 from cl.errors import DivergenceError, InputError
 
-# No room, no right, no file where a folder should be, or the other way round. A file that is missing is not among them:
-# it may be a mistake in somebody's code, which a traceback finds.
+# Errors of the file system that are no bug: a full or failing disk, no permission, a file in place of a folder or the
+# reverse. A missing file is not among them: it may be a bug in the user's code, which a traceback shows.
 _DENIED = {
     *(errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
@@ -16,7 +16,7 @@ _DENIED = {
 
 
 def cause(error: BaseException | None) -> BaseException | None:
-    """Return the error in a chain of causes that is meant for the user, or None where there is none.
+    """Return the error in a chain of causes whose message is meant for the user, or None if the chain has none.
 
     Example:
         >>> error = RuntimeError("Error in call to target")
@@ -37,7 +37,7 @@ _TOO_MUCH = ("not enough memory", "can't allocate memory", "Cannot allocate memo
 
 
 def _unwatched(error: BaseException | None) -> InputError | None:
-    """Return a sentence where Lightning's EarlyStopping watches what nothing measures."""
+    """Return an InputError if Lightning's EarlyStopping watches a metric that nothing measures."""
     found = re.match(r"Early stopping conditioned on metric `(.*)` which is not available", str(error))
     if found is None:
         return None
@@ -48,11 +48,11 @@ def _unwatched(error: BaseException | None) -> InputError | None:
 
 
 def _exhausted(error: BaseException | None) -> InputError | None:
-    """Return a sentence where the disk or the memory is full, which nobody's code is to blame for."""
+    """Return an InputError if the disk or the memory is full."""
     import torch
 
-    made = re.search(r"full_key: (\S+)", str(error))
-    while error is not None:  # not through __context__: what fails while a full memory is handled is a bug
+    built = re.search(r"full_key: (\S+)", str(error))
+    while error is not None:  # not through __context__: an error while a full memory is handled is a bug
         text = str(error).strip()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {error.filename}" if error.filename else ""
@@ -60,15 +60,15 @@ def _exhausted(error: BaseException | None) -> InputError | None:
         allocator = isinstance(error, RuntimeError) and any(words in text for words in _TOO_MUCH)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or allocator:
             reason = " ".join(text.split())[:200].rstrip(".") or "the system gives no more"
-            if made is not None:
-                return InputError(f"{made.group(1)} takes more memory than there is ({reason}): ask for less.")
+            if built is not None:
+                return InputError(f"{built.group(1)} takes more memory than there is ({reason}): ask for less.")
             return InputError(f"Out of memory ({reason}): free some, or ask for less of it. {_GO_ON}.")
         error = error.__cause__
     return None
 
 
 def denied(error: BaseException | None) -> InputError | None:
-    """Return a sentence on a file that the system does not let be written or read, None for all other errors.
+    """Return an InputError if the system refused to read or write a file; None for all other errors.
 
     Example:
         >>> print(denied(OSError(errno.ENOSPC, "No space left on device", "out/transfer.csv")))
@@ -83,17 +83,17 @@ def denied(error: BaseException | None) -> InputError | None:
 
 
 def _one_row(error: BaseException | None) -> InputError | None:
-    """Return a sentence where batch norm was given one row in training, which has no variance."""
+    """Return an InputError if batch norm received one example in training, which has no variance."""
     if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)):
         return None
     return InputError(
-        "A single row came to batch norm, which needs two or more: of a minibatch (then choose another batch_size), or "
-        "of a memory that holds or draws one (make it larger). Or use a backbone without batch norm."
+        "Batch norm received a single row and needs two or more: choose another batch_size if a minibatch has one, "
+        "enlarge a memory that holds or draws one, or use a backbone without batch norm."
     )
 
 
 def _wrong_call(error: BaseException | None) -> InputError | None:
-    """Return a sentence on a `_target_` that is not there or takes other arguments, not on what failed inside it."""
+    """Return an InputError if a `_target_` does not exist or takes other arguments; None if it failed inside."""
     from hydra.errors import InstantiationException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -105,11 +105,11 @@ def _wrong_call(error: BaseException | None) -> InputError | None:
     if not isinstance(error, InstantiationException):
         return None
     inner = error.__cause__ or error.__context__ or error
-    place = inner.__traceback__ if inner is not None else None
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
+    frame = inner.__traceback__ if inner is not None else None
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
     key = str(error).partition("full_key: ")[2] or "the configuration"
-    if place is None or "hydra" not in place.tb_frame.f_code.co_filename:
+    if frame is None or "hydra" not in frame.tb_frame.f_code.co_filename:
         return None
     reason = " ".join(str(inner).partition("full_key: ")[0].split())
     return InputError(f"{key} cannot be built ({reason}): correct its _target_ or its arguments.")

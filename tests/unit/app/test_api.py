@@ -388,7 +388,10 @@ class Bare(nn.Module):
         (lambda: cl.run(toy_stream(), [], trainer={"acelerator": "cpu"}), "did you mean 'accelerator'"),
         (lambda: cl.run(toy_stream(), [], trainer={"accelerator": "cpuu"}), "cannot be built"),
         (lambda: cl.run(toy_stream(), [], trainer={"precision": "3-true"}), "trainer.precision='3-true' must be"),
-        (lambda: cl.run(toy_stream(), [], optimizer=0.1), "optimizer=float makes no optimizer: give what does"),
+        (
+            lambda: cl.run(toy_stream(), [], optimizer=0.1),
+            "optimizer=float makes no optimizer: give a function that does",
+        ),
         (lambda: cl.run(toy_stream(), [], optimizer=lambda parameters: None), "makes a NoneType, not an optimizer"),
         (lambda: cl.run(toy_stream(), [], probes=["rigde"]), "did you mean 'ridge'"),
         (lambda: cl.run(toy_stream(), [], directory=Path(__file__)), "holds no run"),

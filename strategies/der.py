@@ -1,18 +1,20 @@
 r"""Dark Experience Replay (Buzzega et al. 2020, equation 4).
 
-With the logits z that the network gave when an example was stored, of rows drawn from the memory M:
+Each example is stored in the memory M together with the logits z that the network gave for it at that time. Training
+keeps the present logits of replayed examples near the stored ones:
 
 .. math:: L = \mathrm{CE}(f(B), y) + \alpha \, \mathbb{E}_{(x', z') \sim M} \lVert f(x') - z' \rVert^2_{\text{mean}}
 
-No label of the past is used and no boundary between tasks.
+The method uses neither labels of past examples nor task boundaries.
 
-Differences from the paper: the squared distance is averaged over the classes as well as the rows, as the released
-code does; its alpha is tuned for that (the paper's norm would need alpha / C).
-Differences from the reference code (Mammoth): the cross-entropy runs over the classes that compete, not over the
-whole head. Like there, the draw has a forward pass of its own, so batch norm sees two batches a step, and every epoch
-offers its rows to the reservoir, which replaces the poor logits of the first.
+Defaults: alpha = 0.3 is Mammoth's value for Split-CIFAR-10 with 200 exemplars.
+Differences from the paper: the squared distance is averaged over the classes as well as over the examples, as in the
+released code, for which alpha is tuned. With the squared norm of the paper it would have to be alpha / C.
+Differences from the reference code (Mammoth): the cross-entropy runs over the classes that compete, not over the whole
+head. As in Mammoth, the replayed examples have a forward pass of their own, so that batch norm sees two batches per
+step; and every epoch offers its examples to the reservoir, which gradually replaces the poor logits of the first epoch.
 
-State: the memory, M rows with C logits each. Scenarios: all. DER++ (`derpp`) with beta = 0 is the same to the bit.
+State: the memory, |M| examples with C logits each. Scenarios: all. DER++ (`derpp`) with beta = 0 gives the same bits.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ if TYPE_CHECKING:
 
 
 class DER(Strategy):
-    """Replays stored logits beside the incoming rows.
+    """Keeps the logits of replayed examples near those stored with them.
 
     Args:
-        memory_size: Exemplars in all, |M|.
-        alpha: Weight of the stored logits.
-        batch_size: Rows of the draw, of all processes together; None means as many as come in.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, |M|.
+        alpha: Weight of the distance from the stored logits.
+        batch_size: Replayed examples per step, over all processes; None means as many as there are incoming examples.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Example:
         >>> DER(memory_size=20)
@@ -61,14 +63,14 @@ class DER(Strategy):
         self.memory_size, self.alpha, self.batch_size, self.storage = memory_size, alpha, batch_size, storage
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate the memory, with a row of logits beside each exemplar."""
+        """Allocate the memory, with C logits beside each exemplar."""
         check_draws("der", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
         if self.batch_size is not None:
             self.batch_size = share("der.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, extras={"logits": (stream.num_classes,)}, storage=self.storage)
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return the distance from stored logits, once something is remembered."""
+        """Return the weighted distance from the stored logits, or None while the memory is empty or alpha is 0."""
         if len(self.memory) == 0 or self.alpha == 0:
             return None
         old = self.memory.sample(self.batch_size or batch.num_incoming)
@@ -76,6 +78,6 @@ class DER(Strategy):
         return self.alpha * F.mse_loss(again, old.extras["logits"])
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        """Offer the incoming rows with the logits that they had before the step."""
+        """Offer the incoming examples to the memory, with the logits that they had before the step."""
         batch.extras["logits"] = logits
         self.memory.insert(batch)

@@ -1,13 +1,20 @@
 r"""Experience Replay (Rolnick et al. 2019; Chaudhry et al. 2019, "On Tiny Episodic Memories", algorithm 1).
 
-Each step trains on the incoming rows B and as many drawn from a memory M:
+Each step trains on the incoming minibatch B together with a minibatch :math:`B_M` of the same size, drawn at random
+from a memory M of stored examples:
 
 .. math:: L = \frac{1}{|B| + |B_M|} \sum_{(x, y) \in B \cup B_M} \mathrm{CE}(f(x), y)
 
-Differences from the papers: none for one epoch. With several, an example is offered to the reservoir in the first
-epoch only, so that each is stored with the textbook's probability |M| / n.
-Differences from reference code: Mammoth offers every example again in each epoch (`every_epoch=true` does so), and
-computes the loss over all classes of the head instead of those that compete.
+By default the memory is a reservoir: after n examples each of them is stored with the same probability |M| / n. It
+needs neither task labels nor task boundaries.
+
+Defaults: 200 exemplars are the smallest memory in the experiments of Buzzega et al. 2020.
+Differences from the papers: none for one epoch. With several epochs, an example is offered to the reservoir in the
+first epoch only, so that the probability above stays right.
+Differences from the reference code: Mammoth offers every example again in each epoch (`every_epoch=true` does so), and
+computes the loss over all classes of the head instead of over the classes that compete.
+
+State: the memory, |M| examples with their labels. Scenarios: all.
 """
 
 from __future__ import annotations
@@ -27,14 +34,14 @@ if TYPE_CHECKING:
 
 
 class ER(Strategy):
-    """Appends remembered rows to every batch.
+    """Trains on each incoming batch together with examples replayed from a memory.
 
     Args:
-        memory_size: Exemplars in all, |M|.
-        batch_size: Remembered rows a step, of all processes together; None means as many as come in.
-        policy: What the memory keeps: "reservoir", "class_balanced" or "ring".
-        every_epoch: Offer each example to the memory in every epoch, not in the first only.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, |M|.
+        batch_size: Replayed examples per step, over all processes; None means as many as there are incoming examples.
+        policy: Rule by which the memory chooses what it stores: "reservoir", "class_balanced" or "ring".
+        every_epoch: Offer each example to the memory in every epoch instead of in the first epoch only.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Example:
         >>> ER(memory_size=20)
@@ -63,12 +70,12 @@ class ER(Strategy):
         self.memory = Memory(self.memory_size, stream, self.policy, storage=self.storage)
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
-        """Append remembered rows, once there are any."""
+        """Append replayed examples, if the memory holds any."""
         if len(self.memory) == 0:
             return batch
         return batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
+        """Offer the incoming examples to the memory, after the step, so that none is replayed in the same step."""
         if self.every_epoch or learner.current_epoch == 0:
             self.memory.insert(batch)

@@ -1,23 +1,27 @@
 r"""ER with asymmetric cross-entropy (Caccia et al. 2022, "New Insights on Reducing Abrupt Representation Change").
 
-Incoming rows B compete only among the classes that stand in B, so that new classes do not push old ones away; rows
-drawn from the memory M compete among all classes seen:
+In the loss of the incoming examples B only the classes present in B compete, so that learning new classes does not push
+the features of old classes away. In the loss of the examples :math:`B_M` replayed from the memory all classes seen so
+far compete:
 
 .. math:: L = \frac{1}{|B|} \sum_{(x, y) \in B} \mathrm{CE}(f(x), y; C_B)
           + \frac{1}{|B_M|} \sum_{(x, y) \in B_M} \mathrm{CE}(f(x), y; C_{seen})
 
-Both terms stand from the first step on, in the first task too: no boundary is used, but for the classes that compete on
-remembered rows, which are those of a task from its first step on.
+Both terms are used from the first step on, also in the first task. The method does not need task boundaries, except
+that the classes of a task count as seen from the first step of this task on.
 
-Differences from the paper: the head is linear, where the paper's has a cosine and a scale. With several epochs an
-example is offered to the reservoir in the first one only. Rows of other replays in the batch count as drawn from M.
-Differences from the reference code: it has one forward pass for B and one for the memory's rows, so batch norm sees
-them apart; here both are in one batch. Classes not seen yet compete there on incoming rows (those above the highest
-label seen, which is right only for an ascending order of classes): `train_mask=domain` does so in any order. Mammoth
-does neither, masking nor replay, in the first task.
+Defaults: 200 exemplars are the smallest memory in the experiments of Buzzega et al. 2020.
+Differences from the paper: the head is linear; the paper uses a cosine classifier with a scale factor. With several
+epochs an example is offered to the reservoir in the first epoch only. Examples that another strategy replays in the
+same batch are treated like those from the memory.
+Differences from the reference code: the code makes one forward pass for B and another for the replayed examples, so
+that batch norm normalises them separately; here both are in one batch. In the code, classes that have not been seen yet
+compete for incoming examples. It takes them to be those above the highest label seen, which is right only if classes
+arrive in ascending order; `train_mask=domain` lets them compete in any order. Mammoth neither masks nor replays in the
+first task.
 
-State: the memory, M rows with labels. Scenarios: all; in the domain-incremental the mask bites only where a batch
-lacks a class. Refuses targets other than labels.
+State: the memory, |M| examples with their labels. Scenarios: all; in the domain-incremental one the mask has an effect
+only where a batch lacks a class. Refused: targets other than single labels.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def without(logits: Tensor, classes: Tensor) -> Tensor:
-    """Send the logits (B, C) of some classes, bool (C,), to minus infinity.
+    """Return the logits (B, C) with minus infinity for the given classes, bool (C,), so that they do not compete.
 
     Example:
         >>> import torch.nn.functional as F
@@ -51,13 +55,13 @@ def without(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class ERACE(Strategy):
-    """Appends remembered rows to every batch, and keeps the old classes out of the incoming rows' loss.
+    """Replays examples from a memory, and keeps absent old classes out of the loss of incoming examples.
 
     Args:
-        memory_size: Exemplars in all, |M|.
-        batch_size: Remembered rows a step, of all processes together; None means as many as come in.
-        every_epoch: Offer each example to the memory in every epoch, not in the first only.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, |M|.
+        batch_size: Replayed examples per step, over all processes; None means as many as there are incoming examples.
+        every_epoch: Offer each example to the memory in every epoch instead of in the first epoch only.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Example:
         >>> ERACE(memory_size=20)
@@ -84,13 +88,13 @@ class ERACE(Strategy):
         self.memory = Memory(self.memory_size, stream, storage=self.storage)
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
-        """Append remembered rows, once there are any."""
+        """Append replayed examples, if the memory holds any."""
         if len(self.memory) == 0:
             return batch
         return batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the sum of both cross-entropies."""
+        """Return the cross-entropy of the incoming examples plus that of the replayed examples, a scalar."""
         n = batch.num_incoming
         present = total(logits.new_zeros(logits.shape[1]).index_fill(0, batch.y[:n], 1.0)) > 0
         incoming = without(logits[:n], learner.seen & ~present)
@@ -98,6 +102,6 @@ class ERACE(Strategy):
         return loss if n == len(batch) else loss + learner.criterion(logits[n:], batch.take(slice(n, None)))
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
+        """Offer the incoming examples to the memory, after the step, so that none is replayed in the same step."""
         if self.every_epoch or learner.current_epoch == 0:
             self.memory.insert(batch)

@@ -1,28 +1,30 @@
 r"""GDumb, greedy sampler and dumb learner (Prabhu, Torr and Dokania 2020, section 3, algorithm 1).
 
-The stream only fills a memory, in which classes are kept in balance: while there is room, everything is stored; then an
-example of a class with fewer exemplars than the largest evicts a random one of a largest class. The network is trained
-from its initial weights on the memory alone, whenever its predictions are wanted: here after every task. So nothing
-is transferred from task to task, and R says how good a memory of that size can be.
+The stream is used only to fill a memory whose classes are kept in balance: while there is room, every example is
+stored; after that, an example of a class that has fewer exemplars than the largest class replaces a random exemplar of
+a largest class. Whenever predictions are needed (here after every task), the network is trained on the memory alone,
+from its initial weights. So nothing is transferred from task to task, and R shows how good a memory of this size can
+be.
 
-Optionally pairs of a batch are mixed by CutMix (Yun et al. 2019, equation 1): a box of the partner's pixels stands in
-the image, and of its area the share 1 - s in the loss,
+Optionally, pairs of images of a batch are mixed by CutMix (Yun et al. 2019, equation 1): a box in the image is filled
+with the partner's pixels, and the share of the box in the area, 1 - s, is the weight of the partner's label:
 
 .. math:: L = s \, \mathrm{CE}(f(\tilde x), y) + (1 - s) \, \mathrm{CE}(f(\tilde x), y'), \quad
           s \sim \mathrm{Beta}(\alpha, \alpha)
 
-`epochs` are passes over the memory, whose length the configuration of the run gives, as it does optimizer, schedule
-(`scheduler=warm_restarts`) and clipping; `strategy=gdumb` sets them as the reference code does.
+`epochs` counts passes over the memory. It is set by the run, as are optimizer, schedule (`scheduler=warm_restarts`) and
+gradient clipping; `strategy=gdumb` sets them as the reference code does.
 
-Differences from the paper: a mixed batch has a forward pass of its own beside the plain one, whose loss it replaces.
-Differences from the reference code: its memory is not filled greedily but holds the first examples of every class of
-the stream; its schedule begins with an epoch at a tenth of the learning rate; and it reports the best epoch by test
-accuracy, where here the last one counts. Mammoth mixes every batch and trains after the last task alone.
+Defaults: 500 exemplars as in one of the paper's MNIST experiments; no CutMix, as there (0.5 on its other data).
+Differences from the paper: a mixed batch has a second forward pass, whose loss replaces that of the plain batch.
+Differences from the reference code: the code does not fill its memory greedily but stores the first examples of every
+class of the stream; its schedule begins with an epoch at a tenth of the learning rate; and it reports the best epoch by
+test accuracy, where here the last epoch counts. Mammoth mixes every batch and trains after the last task alone.
 
-State: the memory, M rows; the initial weights, once the network's size. A task's rows are read once, 4096 at a time,
-and the memory is copied once a task to be trained on. Scenarios: all; where tasks share classes (domain-incremental)
-it is the classes of each task that are in balance. Refuses targets other than labels; CutMix refuses inputs that are
-no images.
+State: the memory, M examples, and the initial weights, as many as the network has. The examples of a task are read
+once, 4096 at a time, and the memory is copied once per task to be trained on. Scenarios: all; in the domain-incremental
+one, where tasks share classes, the balance is between the classes of each task. Refused: targets other than single
+labels, and inputs that are not images together with CutMix.
 """
 
 from __future__ import annotations
@@ -48,10 +50,15 @@ if TYPE_CHECKING:
 
 
 def mix(view: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
-    """Put a box of another image of the batch into each, the same box in all.
+    """Fill a box in each image with the pixels of another image of the batch; all images have the same box.
+
+    Args:
+        view: Images, (B, C, H, W).
+        alpha: Parameter of the beta distribution of s.
+        rng: Generator for the box and the partners.
 
     Returns:
-        The mixed images (B, C, H, W), the partners' places (B,), and each image's own share of its pixels.
+        The mixed images (B, C, H, W), the indices of the partners (B,), and the share s of pixels that are left.
 
     Example:
         >>> view = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 4, 4)
@@ -71,16 +78,16 @@ def mix(view: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, T
 
 
 class GDumb(Strategy):
-    """Fills a balanced memory, and trains anew on it alone.
+    """Fills a memory with balanced classes, and trains from the initial weights on the memory alone.
 
     Args:
-        memory_size: Exemplars in all.
-        cutmix: Probability that a batch is mixed.
-        alpha: Of the beta distribution of a mixture's shares.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, M.
+        cutmix: Probability that CutMix is applied to a batch.
+        alpha: Parameter of the beta distribution of the share s.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Raises:
-        InputError: If inputs that are no images are to be mixed.
+        InputError: If CutMix is used and the inputs are not images.
 
     Example:
         >>> GDumb(memory_size=20)
@@ -100,7 +107,7 @@ class GDumb(Strategy):
         self.memory_size, self.cutmix, self.alpha, self.storage = memory_size, cutmix, alpha, storage
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate the memory; keep the initial weights."""
+        """Allocate the memory, and copy the initial weights."""
         if self.cutmix and len(stream.input_shape) != 3:
             raise InputError(f"gdumb.cutmix={self.cutmix} mixes images, but inputs are {stream.input_shape}: set it 0.")
         self.memory = Memory(self.memory_size, stream, policy="class_balanced", storage=self.storage)
@@ -113,9 +120,9 @@ class GDumb(Strategy):
         learner.forget_optimizer()
 
     def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
-        """Offer the task's rows to the memory, in random order, and return what it holds then."""
+        """Offer the task's examples to the memory in random order, and return all that it then stores."""
         order = from_first(lambda: self.memory.random.generator.permutation(len(task.train)))
-        for some in torch.from_numpy(order)[own(len(order))].split(4096):  # a task may stay in its file
+        for some in torch.from_numpy(order)[own(len(order))].split(4096):  # in parts: a task may be memory-mapped
             x, y, label = (column.to(learner.device) for column in task.train.take(some).tensors())
             self.memory.insert(Batch(x, y, label))
         held = self.memory.rows()
@@ -123,7 +130,7 @@ class GDumb(Strategy):
         return TaskData(x, y, label)
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the loss of the batch, or in its place that of its mixture."""
+        """Return the loss of the batch or, with probability `cutmix`, the loss of the mixed batch instead."""
         if not self.cutmix or self.random.generator.random() >= self.cutmix:
             return learner.criterion(logits, batch)
         assert batch.view is not None

@@ -1,22 +1,27 @@
 r"""Gradient Episodic Memory (Lopez-Paz and Ranzato 2017, equations 8 and 11).
 
-The gradient g of the incoming batch may not raise the loss on the memory of any earlier task k, whose gradient
-:math:`g_k` is row k of G. Where some product :math:`\langle g, g_k \rangle` is negative, g gives way to the nearest
-vector without one, found by the dual problem:
+A step may not, to first order, raise the loss on the exemplars of any earlier task k. Let g be the gradient of the
+incoming batch and :math:`g_k`, row k of G, the gradient on the exemplars of task k. If some product
+:math:`\langle g, g_k \rangle` is negative, g is replaced by the nearest vector that has no negative product with any
+:math:`g_k`, found by the dual problem:
 
 .. math:: \min_v \tfrac12 v^\top (G G^\top + \epsilon I) v + (G g)^\top v
           \quad \text{subject to } v \ge \gamma, \qquad \tilde g = G^\top v + g
 
-The margin :math:`\gamma > 0` acts on every constraint, violated or not, which favours backward transfer.
+The margin :math:`\gamma > 0` adds at least :math:`\gamma g_k` for every task k, whether its constraint is violated or
+not, which favours backward transfer.
 
-Differences from the paper: a task's exemplars are drawn at random from its training set when it ends, where the paper
-keeps the last ones that passed; the last task's are not kept, since nobody uses them. :math:`\epsilon` is not in the
-paper. Differences from the reference code: an active-set method in place of quadprog, of the same solution;
-`memory_size` counts all tasks' exemplars, there `n_memories` those of one.
-The k products reach the host once a step, where the problem is solved in double precision.
-State: the memory. Each step costs a forward and a backward pass over it, task by task.
-Scenarios: all; outputs that do not compete are masked, as in the reference code. Other optimizers than SGD rescale what
-is projected, which a remark says.
+Defaults: :math:`\gamma = 0.5` and :math:`\epsilon = 10^{-3}` are those of the released code.
+Differences from the paper: when a task ends, its exemplars are drawn at random from its training set, where the paper
+stores the last examples of the task; no exemplars of the last task are stored, since no later step would use them.
+:math:`\epsilon`, which makes the problem strictly convex, is in the released code but not in the paper.
+Differences from the reference code: an active-set method solves the dual problem in place of quadprog, with the same
+solution. `memory_size` counts the exemplars of all tasks; `n_memories` of the released code counts those of one task.
+
+State: the memory. Each step costs a forward and a backward pass over it, task by task, and one copy of the products of
+gradients to the CPU, where the problem is solved in double precision. Scenarios: all; outputs that do not compete are
+masked, as in the reference code. Optimizers other than SGD rescale the projected gradient, so that a step may still
+raise the loss on the memory; a remark beside the results says so.
 """
 
 from __future__ import annotations
@@ -46,14 +51,15 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 def bounded_minimum(A: Array, b: Array, low: float) -> Array:
     """Return the v that minimises v'Av / 2 + b'v subject to v >= low, for a positive definite A (k, k), b (k,).
 
-    The active-set method of Lawson and Hanson (1974, chapter 23): what may leave its bound with most gain does, and
-    what would pass it on the way to the free minimum stays there.
+    The active-set method of Lawson and Hanson (1974, chapter 23): free the variable at its bound whose increase lowers
+    the objective fastest, move to the minimum over the free variables, and fix again those that reach their bound on
+    the way; repeat until no variable at its bound can lower the objective.
 
     Example:
         >>> bounded_minimum(np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([-1.0, -0.5]), 0.0).tolist()
         [1.0, 0.0]
     """
-    scale = 1 / np.sqrt(np.diag(A))  # of unit diagonal, so that one tolerance serves all
+    scale = 1 / np.sqrt(np.diag(A))  # A then has a unit diagonal, so that one tolerance suits all
     A, b = A * np.outer(scale, scale), (b + A.sum(1) * low) * scale
     u, free, size = np.zeros(len(b)), np.zeros(len(b), dtype=bool), 1e-12 * (1 + np.abs(b).max())
     for _ in range(10 * len(b)):
@@ -75,11 +81,11 @@ def bounded_minimum(A: Array, b: Array, low: float) -> Array:
 
 
 def project(g: Tensor, G: Tensor, margin: float, ridge: float) -> Tensor:
-    """Return the gradient (P,) that gives way to those of earlier tasks (k, P); g itself where none is violated.
+    """Return the projected gradient (P,), which is g itself if its product with each row of G is 0 or positive.
 
     Args:
-        g: Gradient of the incoming batch.
-        G: Gradients of the earlier tasks.
+        g: Gradient of the incoming batch, (P,).
+        G: Gradients on the exemplars of the earlier tasks, (k, P).
         margin: gamma.
         ridge: epsilon.
 
@@ -98,16 +104,16 @@ def project(g: Tensor, G: Tensor, margin: float, ridge: float) -> Tensor:
 
 
 class GEM(Strategy):
-    """Projects gradients against those of every earlier task's exemplars.
+    """Projects the gradient so that a step does not raise the loss on the exemplars of any earlier task.
 
     Args:
-        memory_size: Exemplars in all, shared out evenly among the tasks.
-        margin: gamma, the least that each earlier task's gradient weighs in a projection.
-        ridge: epsilon.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, divided evenly among the tasks.
+        margin: gamma, the least weight v of each earlier task's gradient in a projection.
+        ridge: epsilon, added to the diagonal of the products of gradients.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Raises:
-        InputError: If there is less than one exemplar a task.
+        InputError: If the memory cannot hold one exemplar of each task.
 
     Example:
         >>> GEM(memory_size=30)
@@ -128,7 +134,7 @@ class GEM(Strategy):
         self.memory_size, self.margin, self.ridge, self.storage = memory_size, margin, ridge, storage
 
     def remark(self, learner: LearnerLike) -> str | None:
-        """Say so where steps do not follow the projected gradient."""
+        """Warn if the optimizer rescales gradients, so that steps do not follow the projected one."""
         return remark_rescaled("GEM", learner)
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
@@ -143,7 +149,7 @@ class GEM(Strategy):
         self.memories = nn.ModuleList(Memory(size, stream, storage=self.storage) for _ in range(len(stream) - 1))
 
     def project_gradients(self, learner: LearnerLike) -> None:
-        """Project the whole gradient, as one vector."""
+        """Project the gradient of all parameters, taken as one vector."""
         if learner.tasks_learned == 0:
             return
         parameters = [p for p in learner.parameters() if p.grad is not None]
@@ -160,7 +166,7 @@ class GEM(Strategy):
             grad.copy_(part.view_as(grad))
 
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Remember examples of the task, unless nobody comes after it."""
+        """Store a random sample of the task as exemplars, unless it is the last task."""
         if task.index + 1 == learner.num_tasks:
             return
         memory: Memory = self.memories[task.index]  # type: ignore[assignment]

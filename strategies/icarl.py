@@ -1,31 +1,35 @@
 r"""iCaRL, incremental classifier and representation learning (Rebuffi et al. 2017, algorithms 1 to 5).
 
-A network with one sigmoid a class is trained on the task's rows and all exemplars. Its targets are the labels for the
-classes of the task, and for older ones the sigmoids q that the network of before the task gives (algorithm 3):
+A network with one sigmoid output per class is trained on the examples of the task and all exemplars. For the classes of
+the task the targets are the labels; for older classes they are the outputs q of the network as it was before the task,
+the teacher (algorithm 3). With :math:`g_c` the output for class c:
 
 .. math:: L = -\frac{1}{C |B|} \sum_{x \in B} \Big( \sum_{c\ \mathrm{new}} \delta_{c=y} \log g_c + (1 - \delta_{c=y})
           \log (1 - g_c) + \sum_{c\ \mathrm{old}} q_c \log g_c + (1 - q_c) \log (1 - g_c) \Big)
 
-After the task each of the t classes seen keeps :math:`m = \lfloor K / t \rfloor` exemplars: the first m of an older
-one, and of a new one those that herding chooses (algorithms 4 and 5, `cl.toolkit.herding.herding`). The class of an
-input is that of the nearest mean of exemplars, of features of length 1 (algorithm 1).
+After the task each of the t classes seen has :math:`m = \lfloor K / t \rfloor` exemplars. Of an older class the first m
+in its ranking are retained; those of a new class are chosen and ranked by herding (algorithms 4 and 5,
+`cl.toolkit.herding.herding`). An input is assigned to the class with the nearest mean of exemplars, where all features
+are scaled to length 1 (algorithm 1):
 
 .. math:: \hat y = \arg\min_c \lVert \phi(x) - \mu_c \rVert, \qquad \mu_c \propto \sum_{p \in P_c} \phi(p)
 
-The scores in R are those of the means, not of the sigmoids. Means are taken when a task ends, with the network of then;
-what is measured inside a task still uses those of its beginning.
+R is measured with this nearest-mean rule, not with the sigmoids. The means are computed when a task ends, with the
+network of that time, so what is measured inside a task uses those of the task's beginning.
 
-Differences from the paper: its sums over rows and classes are divided by |B| and by the number C of all classes of
-the stream, as in the released code, whose learning rate of 2 belongs to that; weight decay is the optimizer's. K / t is
-rounded down, there up. A class that comes again is new: it is labelled, and herded among its present rows.
-Differences from the reference code: that (and Mammoth) trains the sigmoids of classes to come towards 0 as well, and
-takes the means over exemplars and their mirror images; its augmentation is the stream's here. Van de Ven's divides
-the teacher's logits by 2 before the sigmoid, but not the student's.
+Defaults: K = 200 exemplars; the paper has 2000 for CIFAR-100.
+Differences from the paper: the loss is divided by the batch size |B| and by the number C of all classes of the stream,
+as in the released code, whose learning rate of 2 fits that scale; weight decay is left to the optimizer. K / t is
+rounded down; the paper rounds it up. A class that comes again is treated as new: its targets are the labels, and its
+exemplars are chosen among its present examples.
+Differences from the reference code: the released code (and Mammoth) also trains the sigmoids of classes to come towards
+0, and computes the means over the exemplars and their mirror images. The augmentation here is that of the stream. The
+code of van de Ven et al. divides the teacher's logits by 2 before the sigmoid, but not the student's.
 
-State: K exemplars with their ranks; the teacher, once the network's size; the means, C x D. Between tasks the task's
-rows and the exemplars are copied into one array. Scenarios: class- and task-incremental. Refuses the
-domain-incremental, targets other than labels, a memory of less than one exemplar a class, and another owner of
-`encode`, which the teacher would not have.
+State: K exemplars with their ranks; the teacher, which is as large as the network; the means, C x D. Before a task its
+examples and the exemplars are copied into one array. Scenarios: class- and task-incremental. Refused: the
+domain-incremental scenario, targets other than single labels, a memory of less than one exemplar per class, and another
+strategy that implements `encode`, which the teacher would lack.
 """
 
 from __future__ import annotations
@@ -52,14 +56,14 @@ if TYPE_CHECKING:
 
 
 class ICaRL(Strategy):
-    """Predicts the nearest mean of herded exemplars, and distils the sigmoids of old classes.
+    """Predicts the class with the nearest mean of herded exemplars, and distils the outputs for old classes.
 
     Args:
-        memory_size: Exemplars in all, K.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, K.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Raises:
-        InputError: If every task has the same classes, or a class would have no exemplar, or another strategy owns
+        InputError: If every task has the same classes, a class would have no exemplar, or another strategy implements
             `encode`.
 
     Example:
@@ -76,7 +80,7 @@ class ICaRL(Strategy):
         self.memory_size, self.storage = memory_size, storage
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate exemplars, teacher and means."""
+        """Allocate the memory, the teacher and the means."""
         if learner.strategies.owned("encode"):
             raise InputError("iCaRL distils backbone and head, but another strategy owns encode: drop one of the two.")
         if self.memory_size < stream.num_classes:
@@ -89,21 +93,21 @@ class ICaRL(Strategy):
         self.register_buffer("means", torch.zeros(stream.num_classes, int(learner.backbone.num_features)))  # type: ignore[arg-type]
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Copy what has been learned into the teacher, and list the classes that it is asked for."""
+        """Copy backbone and head into the teacher, and list the old classes, whose targets it gives."""
         self.teacher.load_state_dict(learner.trunk().state_dict())
         self.teacher.eval()
         self._old = learner.seen.clone()
         self._old[list(classes_of(task.train.labels))] = False
 
     def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
-        """Return the task's rows and the exemplars."""
+        """Return the examples of the task together with all exemplars."""
         if len(self.memory) == 0:
             return task.train
         x, y, label, _ = self._exemplars()
         return TaskData.concat([task.train, TaskData(x.cpu(), y.cpu(), label.cpu())])
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the binary cross-entropy of the classes seen with labels and, for old ones, the teacher's sigmoids."""
+        """Return the binary cross-entropy of the classes seen with their targets (algorithm 3), a scalar."""
         targets = F.one_hot(batch.y, logits.shape[1]).to(logits.dtype)
         if learner.tasks_learned > 0:
             with torch.no_grad():
@@ -114,7 +118,7 @@ class ICaRL(Strategy):
 
     @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Shorten the old classes' lists, herd those of the new ones, and take the means."""
+        """Drop exemplars of old classes beyond the first m, choose those of new classes, and compute the means."""
         labels, features = task.train.labels, unit_features(learner, task.train)
         size = self.memory_size // int(learner.seen.sum())
         rows = [(labels == c).nonzero().flatten() for c in classes_of(labels)]
@@ -128,10 +132,10 @@ class ICaRL(Strategy):
         self.means.copy_(class_means(unit_features(learner, TaskData(x, y, label)), y, len(self.means)))
 
     def _exemplars(self) -> list[Tensor]:
-        """Return inputs, labels, task labels and ranks of all exemplars."""
+        """Return inputs, labels, task labels and ranks of the exemplars of all processes."""
         held = self.memory.rows()
         return gathered([held.x, held.y, held.task, held.extras["rank"]])
 
     def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return the negative squared distance from every class's mean, (B, C)."""
+        """Return the negative squared distance of each feature to each class's mean, (B, C)."""
         return nearness(learner.backbone(view), self.means)

@@ -1,25 +1,28 @@
 r"""Maximally interfered retrieval (Aljundi et al. 2019, section 3.1, algorithm 1).
 
-Of candidates drawn from the memory M those are replayed whose loss a plain SGD step on the incoming rows B alone would
-raise the most:
+Like ER, but the replayed examples are chosen: candidates are drawn at random from the memory M, and those k are
+replayed whose loss would rise the most if a plain SGD step were made on the incoming examples B alone:
 
 .. math:: \theta^v = \theta - \eta \nabla_\theta L(B; \theta), \qquad
           s(x, y) = \mathrm{CE}(f_{\theta^v}(x), y) - \mathrm{CE}(f_\theta(x), y)
 
 .. math:: L = \mathrm{CE}(f(B), y) + \frac1k \sum_{(x', y') \in \mathrm{top}_k(s)} \mathrm{CE}(f(x'), y')
 
-:math:`\eta` is the optimizer's present rate, of each parameter its own. The scores are taken of plain images and in
-training mode, as the losses are, but leave no trace in what batch norm keeps.
+:math:`\eta` is the present learning rate of the optimizer, for each parameter its own. The scores s are computed on
+images without augmentation and in training mode, as the losses are, but leave the running statistics of batch norm
+unchanged.
 
-Differences from the paper: the means over B and over the chosen rows are added, as the released code does, where one
-mean over the union would be half of it: halve the learning rate to compare with `er`. With several epochs an example is
-offered to the reservoir in the first one only.
-Differences from the reference code: candidates are drawn from the first step on and from the whole memory, where it
-leaves out the present task's rows. Its MNIST scripts compare with the lowest loss of a row so far, and its forward
-passes for the scores move the running statistics of batch norm.
+Defaults: 50 candidates per step, as in the released code; 200 exemplars are the smallest memory in the experiments of
+Buzzega et al. 2020.
+Differences from the paper: the means over B and over the chosen examples are added, as in the released code; one mean
+over their union, as in `er`, is half as large, so halve the learning rate to compare with `er`. With several epochs an
+example is offered to the reservoir in the first epoch only.
+Differences from the reference code: candidates are drawn from the first step on and from the whole memory, where the
+code leaves out examples of the present task. The code's MNIST scripts subtract the lowest loss that an example has had
+so far instead of its present loss, and its forward passes for the scores change the running statistics of batch norm.
 
-State: the memory, M rows with labels. A step costs one backward pass on B and two forward passes on the candidates
-more than ER. Scenarios: all. Refuses targets other than labels.
+State: the memory, |M| examples with their labels. A step costs one backward pass on B and two forward passes on the
+candidates more than a step of ER. Scenarios: all. Refused: targets other than single labels.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def most_raised(before: Tensor, after: Tensor, size: int) -> Tensor:
-    """Return the places of the losses (n,) that rise most, at most `size`, the most first.
+    """Return the indices of the losses (n,) that rise the most, at most `size`, the largest rise first.
 
     Example:
         >>> most_raised(torch.tensor([0.2, 0.5, 0.1]), torch.tensor([0.9, 0.6, 0.7]), 2).tolist()
@@ -53,17 +56,17 @@ def most_raised(before: Tensor, after: Tensor, size: int) -> Tensor:
 
 
 class MIR(Strategy):
-    """Replays what the incoming rows are about to spoil.
+    """Replays the stored examples whose loss a step on the incoming examples would raise the most.
 
     Args:
-        memory_size: Exemplars in all, |M|.
-        batch_size: Rows replayed a step, of all processes together; None means as many as come in.
-        num_candidates: Rows drawn a step, of which these are chosen.
-        every_epoch: Offer each example to the memory in every epoch, not in the first only.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, |M|.
+        batch_size: Replayed examples per step, k, over all processes; None means as many as are incoming.
+        num_candidates: Examples per step, over all processes, among which the replayed ones are chosen.
+        every_epoch: Offer each example to the memory in every epoch instead of in the first epoch only.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Raises:
-        InputError: If fewer candidates are drawn than chosen.
+        InputError: If there are fewer candidates than replayed examples.
 
     Example:
         >>> MIR(memory_size=20)
@@ -90,7 +93,7 @@ class MIR(Strategy):
         size = self.batch_size or learner.batch_size
         if self.num_candidates < size:
             raise InputError(
-                f"mir.num_candidates={self.num_candidates} leaves nothing to choose of {size} rows a step: raise it."
+                f"mir.num_candidates={self.num_candidates} is less than the {size} examples to replay: raise it."
             )
         if self.batch_size is not None:
             self.batch_size = share("mir.batch_size", self.batch_size)
@@ -98,7 +101,7 @@ class MIR(Strategy):
         self.memory = Memory(self.memory_size, stream, storage=self.storage)
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return the loss of the candidates that are interfered with most, once there are any."""
+        """Return the mean loss of the chosen candidates, or None while the memory is empty."""
         if len(self.memory) == 0:
             return None
         candidates = self.memory.sample(self.num_candidates)
@@ -109,13 +112,13 @@ class MIR(Strategy):
         return learner.criterion(learner(learner.prepare(chosen.x, True), chosen.task), chosen)
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
+        """Offer the incoming examples to the memory, after the step, so that none is replayed in the same step."""
         if self.every_epoch or learner.current_epoch == 0:
             self.memory.insert(batch)
 
 
 def _after_a_step(learner: LearnerLike, loss: Tensor, rows: int) -> dict[str, Tensor]:
-    """Return the parameters by name after a step of plain SGD on a loss of some rows, whose graph stays."""
+    """Return the parameters, by name, after a step of plain SGD on the mean loss of some examples; keep its graph."""
     rates = learner.learning_rates()
     named = [(name, p) for name, p in learner.named_parameters() if p in rates]
     own = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -125,7 +128,7 @@ def _after_a_step(learner: LearnerLike, loss: Tensor, rows: int) -> dict[str, Te
 
 @torch.no_grad()
 def _losses(learner: LearnerLike, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
-    """Return each row's loss (n,) with some parameters in place of the learner's; its buffers stay as they are."""
+    """Return each example's loss (n,) under the given parameters; the learner's buffers do not change."""
     apart = {name: buffer.clone() for name, buffer in learner.trunk().named_buffers()}
     with torch.compiler.set_stance("force_eager"):
         logits = learner.with_weights({**apart, **parameters}, learner.prepare(batch.x), batch.task)

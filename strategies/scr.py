@@ -1,26 +1,30 @@
 r"""Supervised contrastive replay (Mai et al. 2021, section 3; loss of Khosla et al. 2020, equation 2).
 
-The incoming rows and rows drawn from the memory stand in a batch in two views each, as they come and augmented. With
-the 2N projections z, of length 1, the views P(i) of the same label as i, and all others A(i):
+A batch of N incoming and replayed examples is used in two views: as it is, and augmented once more. The loss draws
+views of the same label together. Let z be the 2N projected features, scaled to length 1, P(i) the other views with the
+label of view i, and A(i) all views but i:
 
 .. math:: L = \frac{1}{2N} \sum_i \frac{-1}{|P(i)|} \sum_{p \in P(i)}
           \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \in A(i)} \exp(z_i \cdot z_a / \tau)}
 
-The projection, a layer of D units with ReLU and one of `dim`, serves training alone. The class of an input is that of
-the nearest mean of the memory's features before it, of length 1 (equation 2 of the paper). The linear head is not used.
+The projection is a layer of D units with ReLU, followed by a linear layer of `dim` units. It is used in training only.
+An input is assigned to the class with the nearest mean of the exemplars' features before the projection, scaled to
+length 1 (equation 2 of the paper). The linear head is not used.
 
-Means are taken when a task ends; what is measured inside a task still uses those of its beginning. A class without
-an exemplar is the farthest.
+The means are computed when a task ends, so what is measured inside a task uses those of the task's beginning. A class
+without an exemplar is never the nearest.
 
+Defaults: tau = 0.07, a projection of width 128, 100 replayed examples and the strengths of the augmentation are those
+of the paper and its released code.
 Differences from the paper: none known in the loss. With several epochs an example is offered to the reservoir in the
-first one only; the first batch, which finds an empty memory, is trained on alone.
-Differences from the reference code: that makes no step before the memory holds something, and draws a mean at random
-for a class without exemplar. The first view is as the stream augments it, there plain. Of the second, hue and order
-of the colours' changes differ a little (`cl.data.augment.ContrastiveView`).
+first epoch only. The very first batch, when the memory is still empty, is trained on without replayed examples.
+Differences from the reference code: the code makes no step while the memory is empty, and draws a random mean for a
+class without an exemplar. Here the first view is augmented as the stream says; in the code it is not augmented. In the
+second view, changes of hue and the order of the changes of colour differ a little (`cl.data.augment.ContrastiveView`).
 
-State: the memory, M rows with labels; the projection, D x D + D x dim weights; the means, C x D. A step has two forward
-passes over both incoming and replayed rows. Scenarios: all. Refuses inputs that are no images, targets other than
-labels, several processes, and another owner of `encode` or `predict`.
+State: the memory, M examples with their labels; the projection, D x D + D x dim weights; the means, C x D. A step has
+two forward passes over the incoming and the replayed examples. Scenarios: all. Refused: inputs that are not images,
+targets other than single labels, several processes, another strategy that implements `encode` or `predict`.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Return the loss above of unit vectors (N, D) with labels (N,); a row without another of its label adds nothing.
+    """Return the loss above for unit vectors (N, D) with labels (N,); a vector whose label is unique adds 0.
 
     Example:
         >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -61,20 +65,20 @@ def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 
 class SCR(Strategy):
-    """Draws rows of one label together, and predicts the nearest mean of remembered rows.
+    """Draws features of one label together, and predicts the class with the nearest mean of exemplars.
 
     Args:
-        memory_size: Exemplars in all, M.
-        batch_size: Remembered rows a step.
-        temperature: tau.
-        dim: Width of the projection.
-        scale: Least part of the area that the second view is cropped to.
-        flip: Whether it may be mirrored.
-        jitter: How much its colours change.
-        storage: Where the exemplars lie: on the "device", on the "host", or on "disk".
+        memory_size: Total number of exemplars, M.
+        batch_size: Replayed examples per step.
+        temperature: tau, which divides the products of features.
+        dim: Width of the projection's output.
+        scale: Smallest share of the image's area that a crop of the second view covers.
+        flip: Whether the second view may be mirrored.
+        jitter: Largest relative change of the second view's colours.
+        storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
     Raises:
-        InputError: If inputs are no images.
+        InputError: If the inputs are not images, (C, H, W).
 
     Example:
         >>> SCR(memory_size=20)
@@ -82,7 +86,7 @@ class SCR(Strategy):
     """
 
     needs = ("memory", "boundaries")
-    distributed = False  # every row is contrasted with all others of the batch
+    distributed = False  # the loss contrasts each example with all others of the batch
     means: Tensor
 
     def __init__(
@@ -102,7 +106,7 @@ class SCR(Strategy):
         self.augment, self.random = ContrastiveView(scale, flip, jitter), Random()
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate memory, projection and means."""
+        """Allocate the memory, the projection and the means."""
         if len(stream.input_shape) != 3:
             raise InputError(f"SCR crops images, but the inputs of {stream.name!r} are {stream.input_shape}: use er.")
         self.memory = Memory(self.memory_size, stream, storage=self.storage)
@@ -111,7 +115,7 @@ class SCR(Strategy):
         self.register_buffer("means", torch.zeros(stream.num_classes, width))
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
-        """Append remembered rows, once there are any."""
+        """Append replayed examples, if the memory holds any."""
         return batch.append(self.memory.sample(self.batch_size)) if len(self.memory) else batch
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
@@ -121,18 +125,18 @@ class SCR(Strategy):
         return features
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the contrastive loss of both views in place of the cross-entropy."""
+        """Return the contrastive loss of both views, a scalar, which replaces the cross-entropy."""
         other = learner.backbone(learner.prepare(self.augment(batch.x, self.random.generator)))
         z = F.normalize(self.projection(torch.cat([self._features, other])).float(), dim=1)
         return supervised_contrastive(z, batch.y.repeat(2), self.temperature)
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
-        """Offer the incoming rows to the memory; after the step, so that none is replayed in its own."""
+        """Offer the incoming examples to the memory, after the step, so that none is replayed in the same step."""
         if learner.current_epoch == 0:
             self.memory.insert(batch)
 
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Take the means of what is remembered."""
+        """Compute the mean feature of each class over the exemplars."""
         held = self.memory.rows()
         features = unit_features(learner, TaskData(held.x, held.y, held.task))
         self.means.copy_(class_means(features, held.y, len(self.means)))

@@ -105,7 +105,7 @@ def test_candidates_are_scored_in_training_mode_with_the_rate_of_each_parameter(
 
 
 def test_mir_refuses_what_leaves_no_choice():
-    with pytest.raises(InputError, match=r"mir\.num_candidates=4 leaves nothing to choose of 8 rows a step: raise it"):
+    with pytest.raises(InputError, match=r"mir\.num_candidates=4 is less than the 8 examples to replay: raise it"):
         toy(MIR(num_candidates=4))
     with pytest.raises(InputError, match=r"mir\.batch_size=0"):
         MIR(batch_size=0)

@@ -1,7 +1,7 @@
 """Cumulative training: at task t, train on the union of the tasks 1..t; the upper bound of the sequential protocol.
 
-The weights start from those of task t-1, or, with `restart`, from the initial ones (this gives the a*_k that
-intransigence is measured against; Chaudhry et al. 2018). The cost grows linearly with t.
+The training starts from the weights of task t-1 or, with `restart`, from the initial weights; the latter gives the
+accuracies a*_k against which intransigence is measured (Chaudhry et al. 2018). The cost grows linearly with t.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Cumulative(Strategy):
     """Trains on every task seen so far.
 
     Args:
-        restart: Start each task from the initial weights instead of the last ones.
+        restart: Start each task from the initial weights instead of those of the last task.
 
     Example:
         >>> Cumulative(restart=True)
@@ -37,14 +37,14 @@ class Cumulative(Strategy):
         self.restart = restart
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Keep the tasks' data as views, and the initial weights where they are returned to."""
+        """Collect the training data of all tasks, as views; with `restart`, copy the initial weights."""
         from copy import deepcopy
 
         self._parts = [task.train for task in stream]
         self.initial: nn.Module | None = deepcopy(learner.trunk()).requires_grad_(False) if self.restart else None
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Return to the initial weights if asked to."""
+        """With `restart`, return to the initial weights and a new optimizer."""
         if self.initial is not None:
             learner.trunk().load_state_dict(self.initial.state_dict())
             learner.forget_optimizer()

@@ -1,6 +1,7 @@
 """Fine-tuning: each task is learned with nothing done against forgetting; the lower bound of every table.
 
-The loss is the cross-entropy over the classes that compete in the scenario (class-incremental: all seen so far).
+The loss is the cross-entropy over the classes that compete in the scenario: all classes seen so far
+(class-incremental), those of the task (task-incremental), or all classes (domain-incremental).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from cl.engine.strategy import Strategy
 
 
 class Finetune(Strategy):
-    """Plain training: overrides no hook.
+    """Trains on each task in turn; overrides no hook.
 
     Example:
         >>> Finetune()

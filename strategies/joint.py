@@ -1,7 +1,7 @@
-"""Joint training: one training on the union of all tasks, before the first row of R; the upper bound of every table.
+"""Joint training: one training on the union of all tasks, in place of the first; the upper bound of every table.
 
-With E epochs a task, the union is passed over E times. All classes compete from the start, so all rows of R are alike
-and forward transfer has no meaning.
+With E epochs per task, the union is passed over E times while the first task is trained; the later tasks train nothing.
+So all rows of R but row 0 are equal, and forward transfer has no meaning. All classes compete from the start.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Joint(Strategy):
     bound = "upper"
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Keep the union as views until it is needed."""
+        """Collect the training data of all tasks, as views."""
         self._parts = [task.train for task in stream]
 
     def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
-        """Return the union, once."""
+        """Return the union of all tasks in the first task, and no examples afterwards."""
         return TaskData.concat(self._parts) if task.index == 0 else task.train.take(task.train.labels[:0])

@@ -1,22 +1,29 @@
 r"""Learning without Forgetting (Li and Hoiem 2017, equations 1-3).
 
-The network of before the task, frozen, teaches its outputs on the new data, softened by a temperature T:
+A frozen copy of the network as it was before the task, the teacher, is evaluated on the new data, and the outputs for
+old classes are kept near the teacher's. Both are softened by a temperature T:
 
 .. math:: L = \mathrm{CE}(f(x), y) + \alpha T^2 \, \mathrm{KL}\big(\mathrm{softmax}(f^{old}(x)/T) \,\|\,
           \mathrm{softmax}(f(x)/T)\big)
 
-The classes are those that competed in the loss when the teacher was trained (`train_mask`, by default the scenario):
-the divergence is taken within each old task and summed ("task"), over all old classes at once ("class"), or over all
-that there are ("domain"). Targets that are no single label are distilled by the binary
-cross-entropy with the teacher's sigmoids (multi-label) or the squared distance (regression).
+The softmax runs over the classes that competed in the loss when the teacher was trained (`train_mask`, by default the
+scenario). "task": over the classes of each old task, and the divergences are summed; "class": over all old classes
+together; "domain": over all classes. For multi-label targets the second term is the binary cross-entropy with the
+teacher's sigmoids; for regression, the squared distance from the teacher's outputs.
 
-Differences from the paper: the softened cross-entropy is written as the divergence (same gradient) with the factor T^2
-of Hinton et al. 2015, so that alpha keeps its meaning when T changes; no warm-up of the new outputs.
-Differences from reference code: the teacher sees the same augmented batch, while Mammoth records its outputs once on
-plain images, and first trains the new outputs alone for an epoch. Neither Mammoth nor van de Ven's code has the factor
-T^2 (`scaled=false`). Van de Ven's loss is CE + KD in the class-incremental scenario, where all outputs compete in both
-(`train_mask=domain`), and CE + (t - 1) KD in the t-th task in the other two: within tasks the sum is that already, for
-the domain-incremental one there is `per_task=true`.
+Defaults: alpha = 1 and T = 2, as in the paper.
+Differences from the paper: the paper's softened cross-entropy is written as the divergence, which has the same
+gradient, with the factor T^2 of Hinton et al. 2015, so that alpha keeps its meaning when T changes. The new outputs are
+not trained alone first (warm-up).
+Differences from reference code: the teacher sees the same augmented batch as the student; Mammoth records the teacher's
+outputs once on images without augmentation, and first trains the new outputs alone for an epoch. Neither Mammoth nor
+the code of van de Ven et al. has the factor T^2 (`scaled=false`). In the latter the loss is CE + KD in the
+class-incremental scenario, where all outputs compete in both terms (`train_mask=domain`), and CE + (t - 1) KD in task t
+of the other two scenarios. In the task-incremental one that is the sum over old tasks above; for the domain-incremental
+one there is `per_task=true`.
+
+State: the teacher, which is as large as backbone and head. Scenarios: all; in the class-incremental one without
+exemplars a remark says that it ends near fine-tuning.
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, scaled: bool = True) -> Tensor:
-    """Return T^2 KL(teacher || student) of softened logits (B, K), the mean over rows; or without T^2.
+    """Return T^2 KL(teacher || student) of softened logits (B, K), averaged over examples; `scaled=False` omits T^2.
 
     Example:
         >>> loss = distillation(torch.tensor([[1.0, 1.0, -1.0]]), torch.tensor([[2.0, 0.0, -1.0]]), 2.0)
@@ -51,23 +58,23 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, scaled: b
 
 
 def imitation(student: Tensor, teacher: Tensor, target: str) -> Tensor:
-    """Return how far outputs (B, K) are from the teacher's where no softmax joins them: BCE of sigmoids, or MSE."""
+    """Return the distance of outputs (B, K) from the teacher's: BCE for multi-label targets, MSE for regression."""
     if target == "multilabel":
         return F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
     return F.mse_loss(student, teacher)
 
 
 class LwF(Strategy):
-    """Distils the network of before the task into the present one, on the present data.
+    """Distils the network as it was before the task into the present network, on the data of the task.
 
     Args:
-        alpha: Weight of the distillation.
-        temperature: T.
+        alpha: Weight of the distillation term.
+        temperature: T, by which logits are divided.
         scaled: Whether the divergence has the factor T^2.
-        per_task: Whether one divergence over all classes counts once for each old task.
+        per_task: Whether a divergence over classes of several tasks is multiplied by the number of old tasks.
 
     Raises:
-        InputError: If another strategy owns `encode`, which the teacher would not have.
+        InputError: If another strategy implements `encode`, which the teacher would lack.
 
     Example:
         >>> LwF(alpha=0.5)
@@ -88,7 +95,7 @@ class LwF(Strategy):
         self.alpha, self.temperature, self.scaled, self.per_task = alpha, temperature, scaled, per_task
 
     def remark(self, learner: LearnerLike) -> str | None:
-        """Say so where the method cannot work."""
+        """Warn where the method ends near fine-tuning: class-incremental, without exemplars."""
         return remark_without("LwF", learner)
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
@@ -98,7 +105,7 @@ class LwF(Strategy):
         self.teacher = deepcopy(learner.trunk()).requires_grad_(False)
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Copy what has been learned into the teacher, and list what it knows."""
+        """Copy backbone and head into the teacher, and list the groups of classes that are distilled."""
         self.teacher.load_state_dict(learner.trunk().state_dict())
         self.teacher.eval()
         together = {"class": learner.seen, "domain": torch.ones_like(learner.seen)}.get(learner.train_mask)
@@ -107,7 +114,7 @@ class LwF(Strategy):
         self._times = task.index if self.per_task and together is not None else 1
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return the distillation of the incoming rows, from the second task on."""
+        """Return the distillation term on the incoming examples, or None in the first task."""
         if learner.tasks_learned == 0:
             return None
         assert batch.view is not None

@@ -1,24 +1,27 @@
 r"""Memory Aware Synapses (Aljundi et al. 2018, equations 1-5).
 
-A weight is as important as the network's outputs are sensitive to it, whatever the labels. After each task, over its
-examples,
+A weight is important if the outputs F of the network are sensitive to it; labels are not used. After each task the
+sensitivity on its N examples is added to the importance:
 
 .. math:: \Omega_i \leftarrow \Omega_i + \frac1N \sum_{n=1}^N
           \Big| \frac{\partial \lVert F(x_n; \theta) \rVert_2^2}{\partial \theta_i} \Big| \tag{2, 3}
 
-and later tasks are held near the weights :math:`\theta^*` that the last one ended with:
+Later tasks are held near the weights :math:`\theta^*` at the end of the last task:
 
 .. math:: L(\theta) = L_t(\theta) + \lambda \sum_i \Omega_i (\theta_i - \theta^*_i)^2 \tag{4}
 
-State: two vectors of the weights' size. Scenarios: all, but without exemplars see the remark in the class-incremental
-one. F are the outputs that compete in training: those of the task, of all classes seen, or all.
+F consists of the outputs that compete in training: those of the task, of all classes seen, or all of them.
 
-Differences from the paper: lambda is 0.1 by default, not 1, at which learning rates above about 0.02 diverge; its local
-version, by the correlation of the units of each layer (equation 5), is left out; it could measure on any unlabelled
-data, and here measures on the task's own.
-Differences from the reference code: it takes the absolute value of the summed gradient of a batch, in which the signs
-of examples cancel; here each example counts by itself, as in equation 3. Avalanche does as the code does, and averages
-Omega over tasks by a moving mean.
+Defaults: lambda = 0.1 and 1000 examples for the sensitivity are choices of this project.
+Differences from the paper: lambda is 1 in the paper, with which training diverges here at learning rates above about
+0.02. The paper's local version, which uses the correlation between the units of each layer (equation 5), is left out.
+The method could measure the sensitivity on any unlabelled data; here it uses the training examples of the task.
+Differences from the reference code: the code takes the absolute value of the gradient summed over a batch, in which
+contributions of different sign cancel; here the absolute value is taken for each example, as in equation 3. Avalanche
+does as the code does, and averages Omega over tasks by a moving mean.
+
+State: Omega and :math:`\theta^*`, two vectors of the size of the weights. Scenarios: all; in the class-incremental one
+without exemplars a remark says that it ends near fine-tuning.
 """
 
 from __future__ import annotations
@@ -41,12 +44,12 @@ if TYPE_CHECKING:
 
 
 def sensitivity(module: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    """Return the mean absolute gradient of the squared norm of outputs by each weight, as one vector.
+    """Return the mean over examples of |d ||F(x)||^2 / d theta_i| for each weight, as one vector (P,).
 
     Args:
-        module: Inputs (B, ...) to outputs (B, C).
+        module: Maps inputs (B, ...) to outputs (B, C).
         x: Inputs (n, ...).
-        classes: The outputs that count, (K,), or which of all count for each row, bool (n, C).
+        classes: Indices of the outputs F, (K,), or for each example which outputs belong to F, bool (n, C).
 
     Example:
         >>> w = nn.Linear(1, 1, bias=False)
@@ -68,15 +71,15 @@ def sensitivity(module: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
 
 
 class MAS(Strategy):
-    """Holds each weight as firmly as the outputs are sensitive to it.
+    """Holds each weight near its old value, in proportion to the sensitivity of the outputs to it.
 
     Args:
-        weight: lambda; there is no factor 1/2.
-        num_samples: Training examples that the sensitivity is measured on; None means all.
+        weight: lambda, the strength of the penalty, which has no factor 1/2.
+        num_samples: Training examples on which the sensitivity is measured; None means all.
 
     Raises:
-        InputError: If another strategy owns `encode`, nothing is trainable, or there is batch norm of batches alone,
-            which single examples cannot pass.
+        InputError: If another strategy implements `encode`, no weight is trainable, or batch norm has no running
+            statistics, so that it cannot process single examples.
 
     Example:
         >>> MAS(weight=1.0)
@@ -93,11 +96,11 @@ class MAS(Strategy):
         self.weight, self.num_samples = weight, num_samples
 
     def remark(self, learner: LearnerLike) -> str | None:
-        """Say so where the method cannot work."""
+        """Warn where the method ends near fine-tuning: class-incremental, without exemplars."""
         return remark_without("MAS", learner)
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate Omega and the anchor as vectors."""
+        """Allocate Omega and the anchor, one entry per weight."""
         check_encode("MAS", learner)
         check_single("MAS", learner, "use a backbone without batch norm, or whose batch norm keeps statistics")
         size = sum(p.numel() for p in held(learner))
@@ -106,18 +109,18 @@ class MAS(Strategy):
         self.random = Random()
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Refuse what would measure nothing."""
+        """Refuse to train if no weight is trainable, so that there would be nothing to protect."""
         check_held("MAS", learner)
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return the penalty (equation 4), from the second task on."""
+        """Return the penalty (equation 4), a scalar, or None in the first task."""
         if learner.tasks_learned == 0:
             return None
         drift = flat(held(learner)) - self.anchor
         return self.weight * (self.importance * drift.square()).sum()
 
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Add the sensitivity at the new weights (equation 3)."""
+        """Add the sensitivity at the present weights to Omega (equation 3), and move the anchor there."""
         view, _, classes = sampled_inputs(learner, task, self.num_samples, self.random)
         with learner.evaluating():
             module = nn.Sequential(learner.backbone, learner.head)

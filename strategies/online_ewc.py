@@ -1,19 +1,24 @@
 r"""Online EWC (Schwarz et al. 2018, "Progress & Compress", the section on online EWC).
 
-Elastic weight consolidation with one Gaussian in place of one a task: its precision fades by :math:`\gamma` at each new
-task, and its mean is the last optimum, which was found near the ones before it.
+EWC holds the weights by one Gaussian per task; online EWC has a single one. Its precision :math:`F^*` is multiplied by
+:math:`\gamma` at each new task i before the Fisher information :math:`F_i` of that task is added, and its mean is
+:math:`\theta^*_i`, the weights at the end of the task:
 
 .. math:: F^*_i = \gamma F^*_{i-1} + F_i \tag{1}
 .. math:: L(\theta) = L_i(\theta) + \frac{\lambda}{2} \sum_j \gamma F^*_{i-1,j} (\theta_j - \theta^*_{i-1,j})^2 \tag{2}
 
-State: two vectors of the weights' size (F* and the mean). Scenarios: all, but without exemplars see the remark in the
-class-incremental one. EWC keeps the sum over tasks exactly, in as much memory (see there); the difference is where the
-penalty pulls to. With gamma = 1 and two tasks the two are the same.
+Here EWC takes as much memory (see `ewc`), and keeps the exact sum over tasks; the two differ in how old tasks fade and
+in the point that the penalty pulls to. With gamma = 1 and two tasks they are the same.
 
-Differences from the paper: lambda, which is 1 there; F_i is not normalised over the tasks, which the paper does where
-rewards differ in scale; there the method protects a distilled knowledge base, here the network that learns.
-Differences from reference code: no code was released. Mammoth has neither the 1/2 nor gamma in the penalty, and weighs
-the squared gradient of an example's label by the probability of that label.
+Defaults: gamma = 0.95, lambda = 100 and 1000 examples for the Fisher are choices of this project.
+Differences from the paper: lambda, which is 1 in the paper. The paper normalises :math:`F_i` over tasks whose rewards
+differ in scale; here it is not normalised. In the paper the method protects a distilled knowledge base; here it
+protects the network that learns.
+Differences from reference code: the authors released none. Mammoth has neither the factor 1/2 nor gamma in the penalty,
+and weighs the squared gradient of an example's label by the probability of that label.
+
+State: F* and the mean, two vectors of the size of the weights. Scenarios: all; in the class-incremental one without
+exemplars a remark says that it ends near fine-tuning.
 """
 
 from __future__ import annotations
@@ -36,18 +41,21 @@ if TYPE_CHECKING:
 
 
 class OnlineEWC(Strategy):
-    """Holds each weight near the last optimum, as firmly as old tasks need it, the older the less.
+    """Holds each weight near its last value, in proportion to a Fisher information in which old tasks fade.
 
     Args:
-        weight: lambda.
-        gamma: What is kept of the old Fisher at each new task.
-        fisher: Labels in the Fisher: "true" (summed over p(y|x)), "sampled" (one drawn), "empirical" (the data's).
-        num_samples: Training examples that it is measured on; None means all.
-        batch_size: Examples whose mean gradient is squared; 1 is the Fisher's definition. See `cl.toolkit.fisher`.
+        weight: lambda, the strength of the penalty.
+        gamma: Factor by which the precision is multiplied at each new task.
+        fisher: Labels y of the Fisher: "true" (expectation over p(y|x)), "sampled" (one drawn from it) or "empirical"
+            (those of the data).
+        num_samples: Training examples on which the Fisher is measured; None means all.
+        batch_size: Examples whose gradients are averaged before squaring; the definition of the Fisher has 1. See
+            `cl.toolkit.fisher`.
 
     Raises:
-        InputError: If a kind of Fisher is unknown, another strategy owns `encode`, nothing is trainable, or single
-            examples are to pass batch norm of batches.
+        InputError: If the kind of Fisher is unknown, arguments exclude each other, no weight is trainable, another
+            strategy implements `encode`, which the Fisher would ignore, or `batch_size` is 1 and batch norm has no
+            running statistics, so that it cannot process single examples.
 
     Example:
         >>> OnlineEWC(weight=50.0)
@@ -73,11 +81,11 @@ class OnlineEWC(Strategy):
         self.fisher, self.num_samples, self.batch_size = fisher, num_samples, batch_size
 
     def remark(self, learner: LearnerLike) -> str | None:
-        """Say so where the method cannot work."""
+        """Warn where the method ends near fine-tuning: class-incremental, without exemplars."""
         return remark_without("Online EWC", learner)
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate the Gaussian: F* and the mean as vectors."""
+        """Allocate the precision F* and the mean, one entry per weight."""
         check_encode("OnlineEWC", learner)
         check_labels("online_ewc", self.fisher, stream)
         if self.batch_size == 1:
@@ -88,18 +96,18 @@ class OnlineEWC(Strategy):
         self.random = Random()
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Refuse what would measure nothing."""
+        """Refuse to train if no weight is trainable, so that there would be nothing to protect."""
         check_held("OnlineEWC", learner)
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return the penalty (equation 2), from the second task on."""
+        """Return the penalty (equation 2), a scalar, or None in the first task."""
         if learner.tasks_learned == 0:
             return None
         drift = flat(held(learner)) - self.mean
         return self.weight / 2 * (self.gamma * self.precision * drift.square()).sum()
 
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Fade F*, add the Fisher at the new optimum (equation 1), and move the mean there."""
+        """Update the precision F* (equation 1), and move the mean to the present weights."""
         new = task_fisher(learner, task, self.fisher, self.num_samples, self.batch_size, self.random)
         self.precision.copy_(self.gamma * self.precision + new)
         self.mean.copy_(flat([p.detach() for p in held(learner)]))

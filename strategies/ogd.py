@@ -1,23 +1,26 @@
 r"""Orthogonal Gradient Descent (Farajtabar et al. 2020, algorithm 1).
 
-The output of the network on an old example moves, to first order, by the product of the step with the gradient of that
-output. So, when a task ends, the gradients :math:`\nabla_\theta f_c(x)` of logits on some of its examples join an
-orthonormal set S (1), and later steps are kept orthogonal to it (2):
+To first order, a step changes an output of the network on an old example by the product of the step with the gradient
+of this output. So, when a task ends, the gradients :math:`\nabla_\theta f_c(x)` of logits on some of its examples are
+added to an orthonormal set S (1), and later steps are kept orthogonal to S (2):
 
 .. math:: v \leftarrow \nabla_\theta f_c(x) - \sum_{u \in S} \langle \nabla_\theta f_c(x), u \rangle u, \quad
           S \leftarrow S \cup \{v / \lVert v \rVert\}
 
 .. math:: \tilde g = g - \sum_{v \in S} \langle g, v \rangle v
 
-Which logit: that of the true class ("truth", the paper's OGD-GTL), the mean of those that compete ("mean", OGD-AVE), or
-each of them ("all", OGD-ALL, as many times as large).
+The logit may be that of the true class ("truth", the paper's OGD-GTL), the mean over the classes that compete ("mean",
+OGD-AVE), or each of these ("all", OGD-ALL, with C times as many gradients).
 
-Differences from the paper: S is found all at once, from the eigenvectors of the gradients' products in double
-precision, which span what Gram and Schmidt's procedure spans; directions below 1e-5 of the largest are dropped. The
-head is left out where task labels give each task outputs of its own. Authors' code: none public; in those of others
-(OGD+, SketchOGD) heads are left out, too, and S is found by a QR decomposition.
+Defaults: 200 examples per task and the logit of the true class, as in the paper.
+Differences from the paper: all new vectors of S are computed at once, from the eigenvectors of the products of the
+gradients, in double precision; they span the same space as the paper's Gram-Schmidt procedure. Directions shorter than
+1e-5 of the longest gradient are dropped. The head is left out where task labels give each task outputs of its own.
+Differences from the reference code: the authors released none. Other implementations (OGD+, SketchOGD) leave out heads,
+too, and compute S by a QR decomposition.
+
 State: S, (T - 1) n |theta| numbers, C times as many for "all": 0.6 GB for ten tasks of Permuted-MNIST.
-Scenarios: all. Refused: optimizers but plain SGD, running statistics of batch norm, another owner of `encode`.
+Scenarios: all. Refused: optimizers other than plain SGD, batch norm, another strategy that implements `encode`.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ LOGITS = ("truth", "mean", "all")
 
 
 def orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:
-    """Return orthonormal rows (r, P), orthogonal to a basis (k, P), that span with it what it and vectors (n, P) do.
+    """Return orthonormal rows (r, P) that extend an orthonormal basis (k, P) to the span of basis and vectors (n, P).
 
     Example:
         >>> S = orthonormal(torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
@@ -52,7 +55,7 @@ def orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:
         [[0.0, 1.0, 0.0]]
     """
     rest = vectors
-    for _ in range(2):  # once more for what rounding left
+    for _ in range(2):  # the second time removes what rounding has left
         rest = rest - (rest @ basis.T) @ basis
     rest = rest.double()
     squares, mixtures = torch.linalg.eigh(rest @ rest.T)
@@ -62,7 +65,7 @@ def orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:
 
 
 def project(g: Tensor, basis: Tensor) -> Tensor:
-    """Return the part of a vector (P,) that is orthogonal to orthonormal rows (k, P); zero rows count for nothing.
+    """Return the part of a vector (P,) that is orthogonal to a basis of orthonormal rows (k, P); rows of 0 are ignored.
 
     Example:
         >>> project(torch.tensor([3.0, 4.0, 5.0]), torch.eye(3)[:2]).tolist()
@@ -72,16 +75,16 @@ def project(g: Tensor, basis: Tensor) -> Tensor:
 
 
 class OGD(Strategy):
-    """Keeps steps orthogonal to the gradients of old outputs.
+    """Keeps steps orthogonal to the gradients of logits on examples of earlier tasks.
 
     Args:
-        num_samples: Training examples of each task whose logits' gradients are kept, n.
-        logits: Of which logits: "truth", "mean" or "all".
+        num_samples: Training examples of each task whose logits' gradients are stored, n.
+        logits: Which logits are differentiated: "truth", "mean" or "all".
 
     Raises:
-        InputError: If the optimizer is not plain SGD, nothing is trainable, there is batch norm, whose statistics drift
-            or which single examples cannot pass, or another strategy owns `encode`, whose outputs the gradients would
-            not be of.
+        InputError: If the optimizer is not plain SGD, no weight of the backbone is trainable, there is batch norm (its
+            running statistics change, and without them it cannot process single examples), or another strategy
+            implements `encode`, whose outputs the gradients would ignore.
 
     Example:
         >>> OGD(num_samples=20)
@@ -98,7 +101,7 @@ class OGD(Strategy):
         self.num_samples, self.logits = num_samples, logits
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate S, as many rows a task as it can have; refuse what leaves the protected space."""
+        """Allocate S with the largest number of rows that each task can add; refuse what would break the method."""
         check_plain_sgd(learner, "OGD")
         check_statistics(learner, "OGD")
         check_single("OGD", learner, "use a backbone without batch norm")
@@ -118,7 +121,7 @@ class OGD(Strategy):
         return {name: p for name, p in module.named_parameters() if id(p) in inside}
 
     def project_gradients(self, learner: LearnerLike) -> None:
-        """Project the whole gradient, as one vector."""
+        """Project the gradient of all protected parameters, taken as one vector."""
         if learner.tasks_learned == 0:
             return
         theta = list(self._theta(learner).values())
@@ -130,7 +133,7 @@ class OGD(Strategy):
 
     @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Add the gradients of this task's logits to S, unless nobody comes after it."""
+        """Add the gradients of this task's logits to S, unless it is the last task."""
         if task.index + 1 == learner.num_tasks:
             return
         batch = sampled(learner, task, self.num_samples, self.random)
@@ -148,7 +151,7 @@ class OGD(Strategy):
         self.basis[start : start + len(new)] = new
 
     def _gradients(self, learner: LearnerLike, view: Tensor, weights: Tensor) -> Tensor:
-        """Return the gradients of sums of logits with weights (n, C), in rows (n, P)."""
+        """Return for each example the gradient of its logits' sum with weights (n, C), as rows (n, P)."""
         module = nn.Sequential(learner.backbone, learner.head)
         theta = {name: p.detach() for name, p in self._theta(learner).items()}
 
@@ -156,6 +159,6 @@ class OGD(Strategy):
             total: Tensor = (functional_call(module, theta, (x[None],))[0] * w).sum()
             return total
 
-        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap can batch
+        with sdpa_kernel(SDPBackend.MATH):  # vmap supports no other kernel of attention
             gradients = vmap(grad(output), in_dims=(None, 0, 0))(theta, view, weights)
         return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)

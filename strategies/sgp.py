@@ -1,22 +1,27 @@
 r"""Scaled Gradient Projection (Saha and Roy 2023, algorithm 1).
 
-As GPM, but a direction :math:`b_i` of old inputs is closed only as far as it was important. After each task the basis M
-takes new directions by GPM's criterion, and each direction's part of the task's representation R,
-:math:`\sigma_i = \lVert b_i^\top R \rVert`, gives an importance (equation 2; the largest is 1):
+Like GPM, but a direction :math:`b_i` of old inputs is removed from the gradient only in proportion to its importance.
+After each task the basis M is extended by GPM's criterion. The energy of each direction in the task's representation
+R (columns: inputs of the layer) gives its importance in [0, 1] (equation 2), with
+:math:`\sigma_i = \lVert b_i^\top R \rVert`; the largest is 1:
 
 .. math:: \lambda_i = \frac{(\alpha + 1) \sigma_i}{\alpha \sigma_i + \max_j \sigma_j}
 
-New directions keep theirs, those of before add it to what they have, up to 1 (equations 4-6). Later gradients are
+For a new direction this is its importance; for an older one it is added to the importance it has, up to 1
+(equations 4-6). Later gradients are scaled down along the directions:
 
 .. math:: \nabla_W L \leftarrow \nabla_W L - (\nabla_W L) M \operatorname{diag}(\lambda) M^\top
 
-Differences from the paper: those of GPM: biases and norms get no gradient after the first task, and the head is
-projected too unless task labels give each task outputs of its own. :math:`\sigma_i` is written as a norm; the paper's
+Defaults: alpha = 10, epsilon = 0.97, increased by 0.003 after each task, and 125 examples, as for CIFAR-100 in the
+released code. Its learning rate there is five times that of GPM.
+Differences from the paper: as for GPM, biases and norms get no gradient after the first task, and the head is
+projected, too, unless task labels give each task outputs of its own. :math:`\sigma_i` is written as a norm: the paper's
 :math:`\sum_k (b_i^\top u_k)^2 s_k^2` over the singular vectors of :math:`M M^\top R` is its square.
-Differences from the reference code: it takes one vector fewer at the first task than the criterion says, and its
-representation is of batches in training mode. Its learning rate is five times that of GPM.
-State: a layer with d inputs has M (d, d), its first r columns used, and :math:`\lambda` (d,).
-Scenarios: all. Refused: as GPM, optimizers but plain SGD and running statistics of batch norm.
+Differences from the reference code: at the first task the code takes one vector fewer than the criterion says, and its
+representation is measured on batches in training mode.
+
+State: for a layer with d inputs the basis M (d, d), of which r columns are used, and :math:`\lambda` (d,).
+Scenarios: all. Refused, as in GPM: optimizers other than plain SGD, batch norm with running statistics.
 """
 
 from __future__ import annotations
@@ -46,11 +51,11 @@ if TYPE_CHECKING:
 
 
 def importance(sigma: Tensor, scale: float) -> Tensor:
-    """Return the importance of directions, in [0, 1], from their parts of a representation (r,), by the formula above.
+    """Return the importance of each direction, (r,), in [0, 1] (equation 2).
 
     Args:
-        sigma: Norms of the representation along each direction.
-        scale: alpha; 0 is in proportion to them, and what is large brings all near 1, which is GPM.
+        sigma: Norm of the representation along each direction, (r,).
+        scale: alpha. With 0 the importance is proportional to sigma; with a large alpha all are near 1, as in GPM.
 
     Example:
         >>> [round(float(value), 4) for value in importance(torch.tensor([3.0, 2.0, 1.0]), 10)]
@@ -60,16 +65,16 @@ def importance(sigma: Tensor, scale: float) -> Tensor:
 
 
 class SGP(Strategy):
-    """Scales gradients down along the directions of earlier tasks' inputs, by their importance.
+    """Scales the gradient of each layer down along the directions of its old inputs, by their importance.
 
     Args:
-        threshold: epsilon, one for all layers or one a layer.
-        increment: Added to it after each task.
-        scale: alpha.
-        num_samples: Training examples that the representation is measured on.
+        threshold: epsilon, the share of the inputs' energy that the basis covers; one for all layers or one per layer.
+        increment: Added to the threshold after each task; the sum is at most 1.
+        scale: alpha, which raises the importance of the less important directions.
+        num_samples: Training examples of each task on which the representation is measured.
 
     Raises:
-        InputError: If the optimizer is not plain SGD, or batch norm keeps running statistics, which drift anyway.
+        InputError: If the optimizer is not plain SGD, or batch norm keeps running statistics.
 
     Example:
         >>> SGP(threshold=0.95)
@@ -90,7 +95,7 @@ class SGP(Strategy):
         self.threshold, self.increment, self.scale, self.num_samples = threshold, increment, scale, num_samples
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate a basis and importances for each layer; refuse what leaves the protected space."""
+        """Allocate basis and importance for each layer; refuse settings under which steps leave the protected space."""
         check_plain_sgd(learner, "SGP")
         check_statistics(learner, "SGP")
         self.random = Random()
@@ -102,13 +107,13 @@ class SGP(Strategy):
             self.register_buffer(f"importance_{i}", torch.zeros(size))
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Multiply the projectors out."""
+        """Compute the matrices M diag(lambda) M^T, which do not change in the task."""
         indices = range(len(self._thresholds))
         pairs = [(self.get_buffer(f"basis_{i}"), self.get_buffer(f"importance_{i}")) for i in indices]
         self._projectors = [(M * weight) @ M.T for M, weight in pairs]
 
     def project_gradients(self, learner: LearnerLike) -> None:
-        """Scale each layer's gradient down; silence everything else that old tasks rest on."""
+        """Scale each layer's gradient down; remove that of the other protected parameters (biases, norms)."""
         if learner.tasks_learned == 0:
             return
         layers = protected_layers(learner)
@@ -120,7 +125,7 @@ class SGP(Strategy):
 
     @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Add the main directions of this task's inputs to each layer's basis, and weigh all of them anew."""
+        """Extend each layer's basis by the main directions of its inputs, and update the importance of all."""
         for i, R in enumerate(sampled_inputs(learner, task, self.num_samples, self.random)):
             M, weight = self.get_buffer(f"basis_{i}"), self.get_buffer(f"importance_{i}")
             threshold = min(self._thresholds[i] + self.increment * task.index, 1.0)

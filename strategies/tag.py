@@ -1,25 +1,32 @@
 r"""Task-based Accumulated Gradients, an optimizer (TAG; Malviya, Ravindran and Chandar 2022, algorithm 1).
 
-Adaptive optimizers divide a step by a mean of squared gradients; here each task has one of its own, :math:`V_\tau`, and
-those of earlier tasks count by how the present direction of descent agrees with theirs. For each tensor of weights,
-with the running mean of gradients m and the unit vectors :math:`\hat m_\tau` that it ended as in the earlier tasks,
+Adaptive optimizers divide a step by the root of a mean of squared gradients. TAG has one such mean :math:`V_\tau` for
+each task :math:`\tau`, and weighs those of earlier tasks by how well the present direction of descent agrees with
+theirs. Each tensor of weights is treated by itself. Let m be the running mean of gradients, and :math:`\hat m_\tau` the
+unit vector in the direction of m at the end of the earlier task :math:`\tau`:
 
 .. math:: \alpha_\tau = \exp\big(-b \langle m / \lVert m \rVert, \hat m_\tau \rangle\big), \qquad \alpha_t = \exp(-b)
 
 .. math:: \theta \leftarrow \theta - \eta \, N \Big/
           \Big(\sqrt{\textstyle\sum_{\tau < t} \alpha_\tau V_\tau + \alpha_t V_t} + 10^{-8}\Big)
 
-(:math:`\alpha_t` = 1 in the first task): where an earlier task pulls the other way, steps are shorter. The forms are
-"rmsprop" (N = g, V a running mean with :math:`\beta_2` = 0.99), "adagrad" (N = g, V a sum) and "adam" (N = m, and V a
-running mean with :math:`\beta_2` = 0.999, both freed of their bias).
+In the first task :math:`\alpha_t` = 1. Where an earlier task has pulled in the opposite direction, steps are shorter.
+The forms are "rmsprop" (N = g, V a running mean with :math:`\beta_2` = 0.99), "adagrad" (N = g, V a sum) and "adam"
+(N = m, V a running mean with :math:`\beta_2` = 0.999, both corrected for their bias).
 
-Differences from the paper: none known. Differences from the reference code: Adam's bias counts the steps of the task,
-there those of the epoch; a direction of zero, as of another task's outputs, agrees with none, where it divides by 0.
-The learning rate is that of the configured optimizer, and follows its schedule; nothing else of it is used. The paper's
-is .00025 for "rmsprop" on CIFAR-100, a twentieth of its plain RMSProp's: compare each at its own. They belong to its
-network (`backbone.block=half`) and pixels in [0, 1]; its plain optimizers keep their state over all tasks.
+The learning rate :math:`\eta` is that of the configured optimizer and follows its schedule; no other setting of that
+optimizer is used.
+
+Defaults: b = 5, as in the paper for most data sets. The paper's learning rate for "rmsprop" on CIFAR-100 is 0.00025, a
+twentieth of that of its plain RMSProp; tune each for itself. These rates belong to the paper's network
+(`backbone.block=half`) and to pixels in [0, 1]; its plain optimizers retain their state over all tasks.
+Differences from the paper: none known.
+Differences from the reference code: Adam's correction of the bias counts the steps of the task, in the code those of
+the epoch. A direction of 0, as for outputs of another task, has an agreement of 0, where the code divides by 0.
+
 State: V and the directions of all tasks, and m: (2 T + 1) |theta| numbers.
-Scenarios: all. Refused: momentum and weight decay of the configured optimizer, strategies with weights of their own.
+Scenarios: all. Refused: momentum or weight decay in the configured optimizer, strategies with trainable weights of
+their own.
 """
 
 from __future__ import annotations
@@ -43,19 +50,19 @@ FORMS = ("rmsprop", "adam", "adagrad")
 
 
 def unit(vector: Tensor) -> Tensor:
-    """Return a vector of length 1, or 0 as it is."""
+    """Return a vector scaled to length 1; a vector of 0 is returned unchanged."""
     shrunk: Tensor = vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
     return shrunk
 
 
 def denominator(squares: Tensor, m: Tensor, directions: Tensor, b: float) -> Tensor:
-    """Return the root of the tasks' squared gradients, weighted by how their directions agree, (n,).
+    """Return the root of the sum of alpha V over the tasks, (n,), without the 1e-8.
 
     Args:
-        squares: V of the earlier tasks and the present one, (t + 1, n).
+        squares: V of the earlier tasks and of the present one, (t + 1, n).
         m: Running mean of gradients, (n,).
         directions: Unit vectors of the earlier tasks, (t, n).
-        b: How much agreement counts.
+        b: Strength of the dependence on agreement.
 
     Example:
         >>> squares, same = torch.ones(2, 1), torch.ones(1)
@@ -70,7 +77,7 @@ def denominator(squares: Tensor, m: Tensor, directions: Tensor, b: float) -> Ten
 
 
 class Steps(Optimizer):
-    """An optimizer that counts its steps and leaves them to a function of the parameter group."""
+    """An optimizer that counts its steps and makes each by calling a function of the parameter group."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, update: Callable[[dict[str, Any]], None]) -> None:
         super().__init__(parameters, {"lr": lr, "num_steps": 0})
@@ -86,17 +93,17 @@ class Steps(Optimizer):
 
 
 class TAG(Strategy):
-    """Divides steps by what the tasks' squared gradients add up to, each by its agreement with the present one.
+    """An adaptive optimizer that weighs the squared gradients of each task by their agreement with the present one.
 
     Args:
         form: "rmsprop", "adam" or "adagrad".
-        b: How much agreement counts.
-        beta1: Of the running mean m.
-        beta2: Of the running mean V; None means 0.99 for "rmsprop" and 0.999 for "adam".
+        b: Strength of the dependence on agreement.
+        beta1: Decay of the running mean m.
+        beta2: Decay of the running mean V; None means 0.99 for "rmsprop" and 0.999 for "adam".
 
     Raises:
-        InputError: If there is no such form, the configured optimizer has a momentum or weight decay, which nobody
-            would heed, or another strategy trains weights of its own.
+        InputError: If the form is unknown, the configured optimizer has momentum or weight decay, which TAG ignores,
+            or another strategy trains weights of its own.
 
     Example:
         >>> TAG(form="adam")
@@ -123,7 +130,7 @@ class TAG(Strategy):
         self.beta2 = (0.999 if form == "adam" else 0.99) if beta2 is None else beta2
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate m, and V and a direction for each task."""
+        """Allocate m, and for each task V and its direction."""
         group = learner.new_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
         for name in ("momentum", "weight_decay"):
             if group.get(name):
@@ -137,19 +144,19 @@ class TAG(Strategy):
             self.register_buffer(name, torch.zeros(len(stream), size))
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Forget the running mean; refuse weights that nobody would step."""
+        """Set the running mean to 0; refuse trainable weights of other strategies, which TAG would not update."""
         self.momentum.zero_()
         own = {id(p) for p in learner.trunk().parameters()}
         if any(p.requires_grad and id(p) not in own for p in learner.parameters()):
             raise InputError("TAG steps backbone and head, but another strategy trains weights of its own: drop it.")
 
     def _parts(self, learner: LearnerLike) -> list[tuple[nn.Parameter, slice]]:
-        """Return each tensor of weights with its place in the state."""
+        """Return each tensor of weights with its slice of the state vectors."""
         ends = torch.tensor([p.numel() for p in learner.trunk().parameters()]).cumsum(0).tolist()
         return [(p, slice(end - p.numel(), end)) for p, end in zip(learner.trunk().parameters(), ends, strict=True)]
 
     def configure_optimizer(self, learner: LearnerLike, factory: OptimizerFactory) -> Optimizer:
-        """Return an optimizer of the configured learning rate whose steps are this task's."""
+        """Return an optimizer with the configured learning rate that makes the steps of TAG for this task."""
         parts = self._parts(learner)
         lr = float(factory(p for p, _ in parts).param_groups[0]["lr"])
         return Steps((p for p, _ in parts), lr, partial(self._update, learner.task_index, parts))
@@ -170,6 +177,6 @@ class TAG(Strategy):
 
     @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Keep the direction of this task, tensor by tensor."""
+        """Store the direction of this task for each tensor of weights."""
         for _, part in self._parts(learner):
             self.directions[task.index, part] = unit(self.momentum[part])

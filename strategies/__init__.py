@@ -1,6 +1,6 @@
-"""Methods of continual learning: one paper a file, each to be read next to it.
+"""Methods of continual learning, one file for each paper.
 
-The class of a file is there as `cl.strategies.EWC`, and imported when it is first asked for.
+Each class is an attribute of this package, such as `cl.strategies.EWC`; its file is imported at the first access.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @cache
 def _files() -> dict[str, str]:
-    """Return the file that each class lies in; a class has the name of its file, in any case and without "_"."""
+    """Return class name -> file name. The two are equal but for "_" and the case of letters."""
     found: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         classes = re.findall(r"^class (\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -1,15 +1,15 @@
 """A strategy of Avalanche, on our data and in our R (Lomonaco et al. 2021, "Avalanche"; Carta et al. 2023).
 
-After each task the strategy named trains backbone and head by its own loop: its plugins, its loader, its loss, one
-optimizer for the whole stream, made as configured. It sees an experience a task, of normalised inputs, and the stream's
-augmentation as its training transform. Lightning fits nothing, and we measure as always.
+Avalanche's strategy trains backbone and head by its own loop, with its plugins, its data loader, its loss and one
+optimizer for the whole stream, built as configured. It gets each task as an experience of normalised inputs, with the
+stream's augmentation as its training transform. Lightning trains nothing; R is measured as for every other strategy.
 
-Differences from our own strategies: the loss is Avalanche's, by default the cross-entropy over all outputs of the head,
-those of classes to come included; only where the run trains under the mask "task" are those of other tasks' classes
-masked, as by Avalanche's multi-head classifier. A scheduler, precision and the training curves have no part: give
-Avalanche's plugins. A method's own way of predicting has none either: R is measured on backbone and head.
-Differences from Avalanche: every draw is a function of seed and task.
-What a strategy remembers is in no checkpoint, so that a run stopped between tasks cannot be continued.
+Differences from our own strategies: the loss is Avalanche's. By default it is the cross-entropy over all outputs of the
+head, including those of classes to come; only if the run trains under the mask "task" are the outputs of other tasks
+masked, as by Avalanche's multi-head classifier. The run's scheduler, precision and training curves are not used; use
+plugins of Avalanche instead. A method's own rule of prediction is not used either: R is measured on backbone and head.
+Differences from Avalanche: every random draw is a function of seed and task.
+No checkpoint contains what Avalanche's strategy stores, so a run that was stopped between tasks cannot be continued.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 
 class Avalanche(Strategy):
-    """Hands each task to an Avalanche strategy.
+    """Lets a strategy of Avalanche train on each task.
 
     Args:
-        path: Its class, to be imported.
-        epochs: Passes over a task; None means the run's own.
-        batch_size: Incoming rows a step; None means the run's own.
-        options: Its other arguments, such as `mem_size` or `plugins`.
+        path: Import path of the class of Avalanche's strategy.
+        epochs: Passes over a task; None means the `epochs` of the run.
+        batch_size: Incoming examples per step; None means the `batch_size` of the run.
+        options: Other arguments of that class, such as `mem_size` or `plugins`.
 
     Raises:
-        InputError: If there is no such class, it does not take the options, it is not alone, the run asks for what its
-            loop does not know, or a stopped run is continued.
+        InputError: If there is no such class, the class does not take the options, there are other strategies in the
+            run, the run has a setting that Avalanche's loop cannot follow, or a stopped run is continued.
 
     Example:
         >>> from cl.testing import toy_run
@@ -65,7 +65,7 @@ class Avalanche(Strategy):
         self.path, self.epochs, self.batch_size, self.options = path, epochs, batch_size, options
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Build the strategy around the learner's backbone and head."""
+        """Instantiate Avalanche's strategy with the learner's backbone and head as its model."""
         if len(learner.strategies) > 1:
             raise InputError(f"{self.path} trains by a loop of its own: drop the strategies beside strategy=avalanche.")
         self._classes, self._learned = [task.classes for task in stream], 0
@@ -84,7 +84,7 @@ class Avalanche(Strategy):
             try:
                 module, _, name = self.path.rpartition(".")
                 kind = getattr(importlib.import_module(module), name)
-                if "criterion" in inspect.signature(kind).parameters:  # some have no default, some none to choose
+                if "criterion" in inspect.signature(kind).parameters:  # required by some classes, unknown to others
                     arguments["criterion"] = torch.nn.CrossEntropyLoss()
                 self._inner: Any = kind(**{**arguments, **self.options})
             except (ImportError, AttributeError, ValueError, TypeError) as error:
@@ -94,7 +94,7 @@ class Avalanche(Strategy):
                 ) from error
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Refuse what would be lost without a word."""
+        """Refuse to continue a stopped run, and settings that Avalanche's loop would ignore."""
         if learner.tasks_learned != self._learned:
             raise InputError(
                 f"What {self.path} remembered of the {learner.tasks_learned} tasks learned is in no checkpoint, and so "
@@ -113,11 +113,11 @@ class Avalanche(Strategy):
         self._inner.train_epochs = epochs
 
     def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
-        """Return nothing: Lightning has nothing to fit."""
+        """Return an empty data set, so that Lightning trains nothing."""
         return task.train.take(task.train.labels[:0])
 
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Train on the task as an experience."""
+        """Train Avalanche's strategy on the task, and copy the weights back to the learner."""
         how = self._prepare, self._augment, learner.augment_random
         experience = to_experience(task.train, task.index, self._classes, self._aware, *how)
         self._inner.device = learner.device

@@ -1,26 +1,29 @@
 r"""DualPrompt: complementary prompting (Wang et al. 2022, ECCV, section 4).
 
-A frozen transformer is steered by prefixes, keys and values that stand before its own in some blocks: the general
-prompt g, shared by all tasks, in the first blocks, and the expert prompt :math:`e_t` of task t in later ones. Each task
-has a key :math:`k_t`, drawn to the queries q(x), the prompt-free class tokens of its examples:
+A frozen transformer is steered by prefixes: keys and values that are put in front of the attention's own in some
+blocks. The general prompt g, shared by all tasks, is used in the first blocks, and the expert prompt :math:`e_t` of
+task t in later ones. Each task has a key :math:`k_t`, which is pulled towards the queries q(x) of its examples, the
+transformer's class tokens without prompts:
 
 .. math:: \min_{g, e_t, k_t, \phi} \; \mathrm{CE}(f_\phi(x; g, e_t), y) \; + \; \lambda \, (1 - \cos(q(x), k_t))
 
-over the classes of the example's own task ("train_mask" in the released code). At test an example gets the expert
-prompt of :math:`\arg\max_t \cos(q(x), k_t)` over the tasks begun so far; in the task-incremental scenario that of its
-own task.
+The cross-entropy runs over the classes of the example's own task (the released code calls this "train_mask"). At test
+an example gets the expert prompt of :math:`\arg\max_t \cos(q(x), k_t)` over the tasks begun so far; in the
+task-incremental scenario, that of its own task.
 
-Differences from the paper: a prompt of length L is L / 2 keys and L / 2 values, and the paper's L = 5 for g has no
-half; the defaults, 6 and 20, are those of CODA-Prompt's re-implementation. The released code takes 5 keys and 5 values
-for both kinds, which is 10 and 10 here.
-Differences from the reference code: at test it lets a batch vote for one expert prompt, so that a prediction depends on
-its neighbours and a batch of one task gives the task away (`batch_vote=true` does so); the keys of tasks to come can be
-chosen there; and it starts an expert prompt from the one before. CODA-Prompt's code has a key for each block and sums
-the keys' loss over the batch instead of averaging it. The PyTorch port of the released code reshapes prompts
-without a permute, which mixes keys and values of half the batch. Replayed rows are given the prompt of their own task.
+Defaults: prompts of length 6 in blocks 0 and 1 and of length 20 in blocks 2 to 4, and lambda = 1, as in CODA-Prompt's
+re-implementation.
+Differences from the paper: a prompt of length L consists of L / 2 keys and L / 2 values, so the paper's L = 5 for g
+cannot be divided. The released code has 5 keys and 5 values for both kinds, which corresponds to lengths of 10 here.
+Differences from the reference code: at test the code lets a batch vote for a common expert prompt, so that a prediction
+depends on the rest of the batch, and a batch of a single task reveals the task (`batch_vote=true` does so). The code
+can choose the keys of tasks to come, and starts an expert prompt from that of the task before. CODA-Prompt's code has a
+key for each block, and sums the loss of the keys over the batch instead of averaging it. The PyTorch port of the
+released code reshapes prompts without permuting their dimensions, which mixes keys and values for half of the batch.
+Replayed examples get the prompt of their own task.
 
-State: g (G, 2, L/2, D) for G blocks, T prompts (E, 2, L/2, D) for E blocks, of which the present task's is trained, and
-T keys (D). For every scenario; it refuses a backbone that takes no prefixes.
+State: g (G, 2, L/2, D) for G blocks; T expert prompts (E, 2, L/2, D) for E blocks, of which that of the present task is
+trained; T keys (D). Scenarios: all. Refused: backbones that take no prefixes.
 """
 
 from __future__ import annotations
@@ -43,18 +46,18 @@ if TYPE_CHECKING:
 
 
 class DualPrompt(Strategy):
-    """Learns a prefix for all tasks, one for each, and a head for a frozen transformer.
+    """Learns a prefix shared by all tasks, a prefix for each task, and a head for a frozen transformer.
 
     Args:
-        general_length: Keys and values together of the general prompt in a block; even.
-        expert_length: The same of an expert prompt.
-        general_blocks: Blocks that get the general prompt, from 0.
-        expert_blocks: Blocks that get the expert prompt.
-        pull: lambda.
-        batch_vote: Give all rows of a test batch the prompt that most of them choose.
+        general_length: Number of keys plus number of values of the general prompt in a block; even.
+        expert_length: The same for an expert prompt; even.
+        general_blocks: Blocks that get the general prompt, counted from 0.
+        expert_blocks: Blocks that get the expert prompt, counted from 0.
+        pull: lambda, the weight of the pull on the keys.
+        batch_vote: Give all examples of a test batch the expert prompt that most of them choose.
 
     Raises:
-        InputError: If a length is odd, the backbone takes no prefixes, or it lacks a block.
+        InputError: If a length is odd, the backbone takes no prefixes, or it has no block of that index.
 
     Example:
         >>> DualPrompt(general_blocks=(0,), expert_blocks=(0,))
@@ -94,7 +97,7 @@ class DualPrompt(Strategy):
         self.register_buffer("known", torch.zeros(len(stream), dtype=torch.bool))
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Train prompt and key of the task, or of all whose rows come, and no other task's."""
+        """Make the expert prompts and keys of the tasks in the training data trainable, and no others."""
         own = {task.index, *task.train.tasks.unique().tolist()}
         self.known[list(own)] = True
         for t, (expert, key) in enumerate(zip(self.experts, self.keys, strict=True)):
@@ -102,8 +105,8 @@ class DualPrompt(Strategy):
             key.requires_grad_(t in own)
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return the features under the prompts of each row, (B, D)."""
-        backbone = learner.backbone.eval()  # dropout off: the queries must be the same every time
+        """Return the features of each example under its prompts, (B, D)."""
+        backbone = learner.backbone.eval()  # without dropout, so that an example always has the same query
         with torch.no_grad():
             query = F.normalize(backbone(view), dim=1)
         self._cosine = query @ F.normalize(torch.stack(tuple(self.keys)), dim=1).T.to(query.dtype)
@@ -117,14 +120,14 @@ class DualPrompt(Strategy):
         return features
 
     def _tasks(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return whose expert prompt each row gets, (B,): its own task's where that is told, else the nearest key's."""
+        """Return the task whose expert prompt each example gets, (B,): its own if given, else by the nearest key."""
         if learner.task_labels is not None:
             return learner.task_labels
         nearest = self._cosine.masked_fill(~self.known, -2.0).argmax(1)
         return torch.bincount(nearest).argmax().expand_as(nearest) if self.batch_vote else nearest
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the cross-entropy over the classes of each row's own task, and the distance of its key."""
+        """Return the cross-entropy over the classes of each example's task, plus the weighted distance of its key."""
         distance = 1 - self._cosine.gather(1, batch.task[:, None]).mean()
         return F.cross_entropy(learner.mask(logits, batch.task, "task"), batch.y) + self.pull * distance
 

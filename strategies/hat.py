@@ -1,35 +1,40 @@
 r"""Hard Attention to the Task (Serrà et al. 2018, section 2).
 
-Each unit (a channel, in a convolution) of each layer l has a learned embedding :math:`e_l^t` for each task t, and is
-gated by
+Each unit (in a convolution, each channel) of each layer l has a learned embedding :math:`e_l^t` for each task t. The
+unit's output is multiplied by a gate
 
 .. math:: a_l^t = \sigma(s \, e_l^t) \tag{1}
 
-where s rises in each epoch, over its B batches b, from nearly linear gates to nearly binary ones; at test it is
-:math:`s_{max}`:
+In each epoch s rises over the batches b = 1..B, so that the gates change from nearly linear to nearly binary; at test
+s is :math:`s_{max}`:
 
 .. math:: s = \frac1{s_{max}} + \Big(s_{max} - \frac1{s_{max}}\Big) \frac{b - 1}{B - 1} \tag{3}
 
-What old tasks use, :math:`A_l = \max_{i < t} a_l^i`, holds the weights between two used units:
+The units that old tasks use, :math:`A_l = \max_{i < t} a_l^i`, protect the weights between two of them:
 
 .. math:: g_{l,ij} \leftarrow \big(1 - \min(A_{l,i}, A_{l-1,j})\big) \, g_{l,ij} \tag{2}
 
-The gradient of e is made independent of s, with s e within +-50, and e kept within +-6; and gates are kept few by
-c times the share of the free units that the task uses:
+The gradient :math:`q_e` of e is multiplied by a factor that makes it independent of s, where s e is clamped to +-50 and
+e to +-6. A loss term c R limits the share of the free units that the task uses:
 
 .. math:: q_e \leftarrow \frac{s_{max} (\cosh(s e) + 1)}{s \, (\cosh(e) + 1)} \, q_e \tag{5}
 .. math:: R = \frac{\sum_{l,i} a_{l,i} (1 - A_{l,i})}{\sum_{l,i} (1 - A_{l,i})} \tag{6}
 
-The bound: a weight between units of old tasks takes 1 - min(A) of its step. Where s_max |e| > 17 that is 0 or 1 in
-float32, and old logits stay but for rounding; gates in between let them drift.
+How far old tasks are protected: a weight between units of old tasks moves by 1 - min(A) of its step. Where
+:math:`s_{max} |e| > 17` that is 0 or 1 in float32, and old logits do not change but for rounding; gates in between let
+them drift.
 
-State: an embedding a unit and task, and A. Outputs belong to the task of their classes. Scenario: task-incremental.
-Refused: norms, whose scale would undo a gate's; paths past a layer; optimizers but plain SGD; classes in several tasks.
+Defaults: c = 0.75 and :math:`s_{max}` = 400 are the paper's.
+Differences from the paper: in training, features behind a gate below 1e-12 are multiplied by 1e-12 instead, while the
+gradient of the gate is unchanged.
+Differences from the reference code: s reaches :math:`s_{max}` in the last batch of an epoch, as equation 3 says; in the
+code it does not. A gate is applied before the activation, in the code behind it, which is the same for ReLU and
+max-pooling; dropout, if the backbone has it, follows the gate instead of preceding it. Embeddings are drawn from a
+normal distribution, as in the code.
 
-Differences from the paper: in training, features behind a gate below 1e-12 are scaled by 1e-12; its gradient is kept.
-Differences from the reference code: s is s_max in an epoch's last batch (equation 3), in the code it stops short of it.
-A gate is before the activation, there behind it, the same with ReLU and max-pooling; dropout, where the backbone has
-it, comes after, not before. Embeddings are drawn from a normal distribution, as there.
+State: an embedding for each unit and task, and A. Outputs belong to the task of their classes. Scenarios:
+task-incremental. Refused: norms, which would undo the scale of a gate; connections that skip a layer; optimizers other
+than plain SGD; classes that occur in several tasks.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ CLOSED = 1e-12
 
 
 def annealed(s_max: float, batch: int, num_batches: int) -> float:
-    """Return s at a batch of an epoch, counted from 0 (equation 3).
+    """Return s for a batch of an epoch, where batches are counted from 0 (equation 3).
 
     Example:
         >>> round(annealed(400, 4, 10), 3), annealed(400, 9, 10)
@@ -65,7 +70,7 @@ def annealed(s_max: float, batch: int, num_batches: int) -> float:
 
 
 def compensation(e: Tensor, s: float, s_max: float) -> Tensor:
-    """Return what the gradient of an embedding is multiplied with (equation 5).
+    """Return the factor by which the gradient of the embeddings e is multiplied (equation 5).
 
     Example:
         >>> compensation(torch.tensor([0.5]), 2.0, 400.0)
@@ -75,7 +80,7 @@ def compensation(e: Tensor, s: float, s_max: float) -> Tensor:
 
 
 def new_share(a: Tensor, used: Tensor) -> Tensor:
-    """Return the share of the free units that gates open, a scalar (equation 6).
+    """Return the share of the free units that the gates a open, a scalar (equation 6).
 
     Example:
         >>> new_share(torch.ones(3), torch.tensor([1.0, 0.0, 0.5]))
@@ -86,20 +91,20 @@ def new_share(a: Tensor, used: Tensor) -> Tensor:
 
 
 def _gate(a: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
-    if a.requires_grad:  # products of closed gates, below 1e-38, take a CPU as long as the rest of a step
+    if a.requires_grad:  # avoids products below 1e-38, on which CPUs are slow
         a = a + (CLOSED - a).clamp_min(0).detach()
     return outputs * by_row(a, outputs[0])
 
 
 class HAT(Strategy):
-    """Learns for each task which units it uses, and holds what lies between units of old tasks.
+    """Learns gates that choose the units of each task, and protects the weights between units of old tasks.
 
     Args:
-        weight: c.
-        s_max: The steepness of gates at test.
+        weight: c, the weight of the loss term for units in use.
+        s_max: Steepness s of the gates at test.
 
     Raises:
-        InputError: If the scenario is not task-incremental, or old answers could not be kept; see above.
+        InputError: If the scenario is not task-incremental, or old outputs could change (see what the header refuses).
 
     Example:
         >>> HAT(weight=1.5)
@@ -116,7 +121,7 @@ class HAT(Strategy):
         self.weight, self.s_max = weight, s_max
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate embeddings and A; refuse what gates do not isolate."""
+        """Allocate embeddings and A; refuse backbones and settings that gates cannot protect."""
         check_isolation(self, learner, stream)
         check_plain_sgd(learner, "HAT")
         with learner.evaluating():
@@ -128,14 +133,14 @@ class HAT(Strategy):
     def _steepness(self, learner: LearnerLike, task: int) -> float:
         if not learner.backbone.training or task != learner.task_index:
             return self.s_max
-        steps, group = max(learner.steps_per_epoch, 1), learner.accumulate  # one s for what makes one update
+        steps, group = max(learner.steps_per_epoch, 1), learner.accumulate  # minibatches of one update share one s
         return annealed(self.s_max, learner.step % steps // group, -(-steps // group))
 
     def _gates(self, learner: LearnerLike, task: int) -> Tensor:
         return torch.sigmoid(self._steepness(learner, task) * self.embedding[task])
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return each row's features behind the gates of its task."""
+        """Return the features of each example, computed with the gates of its task, (B, D)."""
         if learner.backbone.training:
             with torch.no_grad():
                 self.embedding.clamp_(-6, 6)
@@ -151,11 +156,11 @@ class HAT(Strategy):
         return rows_by_task(learner, view, gated)
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return the price of the units that the task is the first to use."""
+        """Return c R, the penalty on units that no earlier task uses (equation 6)."""
         return self.weight * new_share(self._gates(learner, learner.task_index), self.used)
 
     def project_gradients(self, learner: LearnerLike) -> None:
-        """Hold what old tasks use (equation 2); compensate the embedding's gradient (equation 5)."""
+        """Scale the gradient of weights by (2) and that of the embeddings by (5)."""
         layers = [learner.backbone.get_submodule(name) for name in self._names]
         inputs: Tensor | None = None
         for layer, outputs in zip(layers, self.used.split(self._sizes), strict=True):
@@ -178,5 +183,5 @@ class HAT(Strategy):
 
     @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Add the units that the task uses."""
+        """Add the units that the task uses to A."""
         self.used.copy_(torch.maximum(self.used, torch.sigmoid(self.s_max * self.embedding[task.index])))

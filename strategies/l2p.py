@@ -1,17 +1,23 @@
 r"""Learning to Prompt (Wang et al. 2022, section 4).
 
-A frozen transformer is steered by prompts from a pool of N. The query q(x) is its own [CLS] output; the k prompts
-whose keys are nearest to it (equation 3) are put in front of the tokens, the head reads the mean of the output at their
-positions (section 4.1), and keys are pulled to the queries that chose them (equation 5):
+A frozen transformer is steered by prompts from a pool of N prompts, each with a key :math:`k_i`. The query q(x) of an
+example is the transformer's own [CLS] output without prompts. The k prompts whose keys are nearest to the query
+(equation 3), :math:`K_x`, are put in front of the tokens; the head g reads the mean of the outputs at their positions
+(section 4.1). The keys are pulled towards the queries that have chosen them (equation 5):
 
 .. math:: \min \; \mathrm{CE}(g(f_r(x_p)), y) \; - \; \lambda \frac1B \sum_x \sum_{i \in K_x} \cos(q(x), k_i)
 
-The cross-entropy runs over the classes of the example's own task (released code: "train_mask").
+The cross-entropy runs over the classes of the example's own task (the released code calls this "train_mask").
 
-Differences from the paper: none known. Differences from the reference code: the prompts are chosen for each example.
-The released code lets a batch vote for its prompts, at test too, so that a prediction depends on its neighbours and a
-batch of one task gives the task away. Uniform(-1, 1) prompts and keys are those of the PyTorch port; the prompts get
-no position embedding (JAX release), the port gives them one.
+Defaults: N = 10, prompts of 5 tokens, k = 5 and lambda = 0.1, as in the released code for CIFAR-100.
+Differences from the paper: none known.
+Differences from the reference code: the prompts are chosen for each example. In the released code the examples of a
+batch vote for common prompts, at test, too, so that a prediction depends on the rest of the batch, and a batch of a
+single task reveals the task. Prompts and keys start uniform in (-1, 1), as in the PyTorch port. The prompts get no
+position embedding, as in the JAX release; the port gives them one.
+
+State: prompts (N, length, D) and keys (N, D). Scenarios: all. Refused: backbones that are not transformers with `embed`
+and `encode`.
 """
 
 from __future__ import annotations
@@ -33,16 +39,16 @@ if TYPE_CHECKING:
 
 
 class L2P(Strategy):
-    """Learns a pool of prompts and a head for a frozen transformer.
+    """Learns a pool of prompts, from which each example chooses some, and a head for a frozen transformer.
 
     Args:
-        pool_size: N.
-        length: Tokens of a prompt.
-        top_k: Prompts an example, k.
-        pull: lambda.
+        pool_size: Number of prompts in the pool, N.
+        length: Tokens per prompt.
+        top_k: Prompts per example, k; from 1 to `pool_size`.
+        pull: lambda, the weight of the pull on the keys.
 
     Raises:
-        InputError: If the backbone has no `embed` and `encode`, or k exceeds N.
+        InputError: If the backbone has no `embed` and `encode`, or `top_k` is not from 1 to `pool_size`.
 
     Example:
         >>> L2P(pool_size=20)
@@ -64,7 +70,7 @@ class L2P(Strategy):
         self.pool_size, self.length, self.top_k, self.pull = pool_size, length, top_k, pull
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate the pool; freeze the transformer."""
+        """Allocate prompts and keys; freeze the transformer."""
         freeze_transformer("l2p", learner.backbone)
         dim = int(learner.backbone.num_features)  # type: ignore[arg-type]
         self.prompts = nn.Parameter(torch.empty(self.pool_size, self.length, dim).uniform_(-1, 1))
@@ -72,7 +78,7 @@ class L2P(Strategy):
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the mean output at the chosen prompts' positions, (B, D)."""
-        learner.backbone.eval()  # dropout off: the queries must be the same every time
+        learner.backbone.eval()  # without dropout, so that an example always has the same query
         transformer: Any = learner.backbone
         with torch.no_grad():
             tokens = transformer.embed(view)  # (B, 1 + P, D)
@@ -85,5 +91,5 @@ class L2P(Strategy):
         return output[:, : prompts.shape[1]].mean(1)
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the cross-entropy over the classes of each row's own task, less the pull of the chosen keys."""
+        """Return the cross-entropy over the classes of each example's task, minus the weighted pull on the keys."""
         return F.cross_entropy(learner.mask(logits, batch.task, "task"), batch.y) - self.pull * self._pulled

@@ -1,15 +1,20 @@
 r"""Nearest class mean on features (Mensink et al. 2013; the "SimpleCIL" of Zhou et al. 2023).
 
+An example is assigned to the class whose mean feature has the largest cosine with the example's feature:
+
 .. math:: \hat y = \arg\max_c \cos(\phi(x), \mu_c), \qquad \mu_c = \frac{1}{n_c} \sum_{y_i = c} \phi(x_i)
 
-On a frozen backbone (the default) nothing is trained, the means are sums over examples, and so the order of the tasks
-does not matter. With `freeze=false` the backbone learns as in fine-tuning and old means go stale.
+By default the backbone is frozen and nothing is trained. The means are then sums over examples, so that the order of
+the tasks makes no difference. With `freeze=false` the backbone is trained as in fine-tuning, and the means of old
+classes, which are not computed again, no longer fit its features.
 
-SimpleCIL is this with the defaults: it makes the means the weights of a cosine classifier, normalised and with scale 1.
+With the defaults this is SimpleCIL, which uses the means as the weights of a normalised cosine classifier of scale 1.
 
-Differences from the papers: none on a frozen backbone. A class without a mean has the lowest cosine, -1.
-Differences from SimpleCIL's code: there the mean of a class that returns replaces the old one; here all its examples
-count, whatever their task.
+Differences from the papers: none on a frozen backbone. A class without a mean has the smallest cosine, -1.
+Differences from SimpleCIL's code: in the code the mean of a class that comes again replaces the old mean; here the mean
+is over all examples of the class, whatever their task.
+
+State: the sum of features and the number of examples of each class, (C, D) and (C, 1). Scenarios: all.
 """
 
 from __future__ import annotations
@@ -29,13 +34,13 @@ if TYPE_CHECKING:
 
 
 class NCM(Strategy):
-    """Predicts the class whose mean feature is nearest in angle.
+    """Predicts the class whose mean feature has the largest cosine with the feature of the example.
 
     Args:
-        freeze: Train nothing.
+        freeze: Freeze backbone and head, so that nothing is trained.
 
     Raises:
-        InputError: If another strategy owns `encode`, whose features the means would not be of.
+        InputError: If another strategy implements `encode`, whose features the means would ignore.
 
     Example:
         >>> NCM(freeze=False)
@@ -51,7 +56,7 @@ class NCM(Strategy):
         self.freeze = freeze
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate sums and counts of features by class; freeze."""
+        """Allocate the sum of features and the number of examples of each class; freeze if asked to."""
         if learner.strategies.owned("encode"):
             raise InputError(
                 "NCM averages the backbone's features, but another strategy owns encode: drop one of them."
@@ -72,6 +77,6 @@ class NCM(Strategy):
 
     def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the cosine to every class mean, (B, C)."""
-        means = F.normalize(self.total, dim=1)  # to an angle, a sum is as good as a mean
+        means = F.normalize(self.total, dim=1)  # scaled to length 1, the sum equals the mean
         cosine = F.normalize(learner.backbone(view).to(means.dtype), dim=1) @ means.T
         return torch.where(self.count.T > 0, cosine, -1.0)

@@ -1,23 +1,27 @@
 r"""PackNet (Mallya and Lazebnik 2018, section 3).
 
-Every weight of the backbone has an owner O: a task, or none yet. A task t trains all weights that have none. After some
-epochs, in each layer, the share p of its own weights that are smallest in magnitude is pruned and given back; in the
-remaining epochs the others are trained on. A task is answered with
+Every weight of the backbone is owned by a task or is free; let O be the owner's number, and 0 for free weights. A task
+t takes all free weights and trains them. After some epochs, in each layer, the share p of its own weights with the
+smallest magnitude is pruned and becomes free again; the remaining epochs train the others further. A task is evaluated
+with the weights of the tasks up to it:
 
 .. math:: W^{(t)} = W \odot [1 \le O \le t] \tag{1}
 
-and later tasks never change these: the logits of old tasks stay as they are, to the bit. Weights given back start from
-0. After t tasks :math:`p^t` of a layer is left.
+Later tasks never change these weights, so the logits of old tasks stay the same, bit for bit. Free weights are 0 at the
+start of a task. After t tasks the share :math:`p^t` of a layer is free.
+
+Defaults: p = 0.5, as in one setting of the paper; a task prunes after half of its epochs, a choice of this project.
+Differences from the paper: all layers of the backbone are pruned, and those fully connected layers only that belong to
+it. The network starts from any weights, in the paper from those trained on ImageNet, and batch norm keeps the
+statistics of the first task.
+Differences from the reference code: the code sets pruned weights to 0 after every step; here equation 1 does so, so
+that momentum, which still moves them, has no effect. After pruning, the same optimizer and schedule go on; the code
+begins new ones. Strategies that project gradients (GPM) must stand before this one in the configuration.
 
 State: the owner of each weight, four bytes. Biases and norms belong to the first task and are frozen after it, as in
-the paper; outputs belong to the task of their classes. Scenario: task-incremental. Refused: batch norm with running
-statistics, which drift (`backbone.norm=batch_no_stats` or `group`), weight decay, classes in several tasks.
-
-Differences from the paper: the fully connected layers that it prunes are those of the backbone; the network starts from
-any weights, there from ImageNet's. Batch norm there keeps the statistics of the first task.
-Differences from the reference code: it zeroes pruned weights after every step; here equation 1 does, so momentum, which
-moves them, does no harm. Pruning goes on with the same optimizer and schedule, there each phase has a new one.
-Strategies that project gradients (GPM) belong in front of this one.
+the paper; outputs belong to the task of their classes. Scenarios: task-incremental. Refused: batch norm with running
+statistics, which change with the data (use `backbone.norm=batch_no_stats` or `group`), weight decay, and classes that
+occur in several tasks.
 """
 
 from __future__ import annotations
@@ -38,12 +42,12 @@ if TYPE_CHECKING:
 
 
 def smallest(weight: Tensor, among: Tensor, share: float) -> Tensor:
-    """Return which of some weights are the share that is smallest in magnitude.
+    """Return a mask of the given share of weights that have the smallest magnitude.
 
     Args:
-        weight: Any shape.
-        among: Which ones count, bool of the same shape.
-        share: p, of those that count.
+        weight: Weights, of any shape.
+        among: Which weights are considered, bool of the same shape.
+        share: p, the share of these weights that is marked.
 
     Example:
         >>> smallest(torch.tensor([0.1, -0.5, 0.3, -0.05, 0.0]), torch.tensor([True] * 4 + [False]), 0.5)
@@ -57,14 +61,14 @@ def smallest(weight: Tensor, among: Tensor, share: float) -> Tensor:
 
 
 class PackNet(Strategy):
-    """Prunes what a task does not need and gives it to the next.
+    """Prunes the weights that a task needs least, and trains them for the next task.
 
     Args:
         share: p, the share of a task's weights that is pruned, in each layer.
-        prune_after: Epochs of a task before it prunes; None means half of them.
+        prune_after: Epochs of a task before pruning; None means half of its epochs, rounded up.
 
     Raises:
-        InputError: If the scenario is not task-incremental, or old answers could not be kept; see above.
+        InputError: If the scenario is not task-incremental, or old outputs could change (see what the header refuses).
 
     Example:
         >>> PackNet(share=0.75)
@@ -83,14 +87,14 @@ class PackNet(Strategy):
         self.share, self.prune_after = share, prune_after
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Give all weights to the first task; refuse what would change old answers."""
+        """Assign all weights to the first task; refuse settings under which old outputs could change."""
         check_isolation(self, learner, stream)
         for i, weight in enumerate(layer_weights(learner.backbone).values()):
             self.register_buffer(f"owner_{i}", torch.ones(weight.shape, dtype=torch.int32))
         self.register_buffer("pruned", torch.zeros((), dtype=torch.bool))
 
     def remark(self, learner: LearnerLike) -> str | None:
-        """Say from which task on a layer has no weights left."""
+        """Warn from which task on a layer has no free weights left."""
         first: dict[int, list[str]] = {}
         for name, weight in layer_weights(learner.backbone).items():
             free, task = weight.numel(), 1
@@ -104,17 +108,17 @@ class PackNet(Strategy):
         return f"PackNet has no free weights left in {told}: raise packnet.share, or use a wider backbone."
 
     def _owned(self, learner: LearnerLike) -> list[tuple[str, Tensor, Tensor]]:
-        """Return the layers' weights with their names and owners."""
+        """Return the name, the weight and the owners of each layer."""
         weights = layer_weights(learner.backbone).items()
         return [(name, weight, self.get_buffer(f"owner_{i}")) for i, (name, weight) in enumerate(weights)]
 
     @torch.no_grad()
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Give the free weights to the task, at 0."""
+        """Assign the free weights to the task, and set them to 0."""
         epochs = learner.epochs
         if self.prune_after is not None and self.prune_after > epochs:
             raise InputError(
-                f"packnet.prune_after={self.prune_after} lies beyond the epochs={epochs} of a task: lower it."
+                f"packnet.prune_after={self.prune_after} is more than the epochs={epochs} of a task: lower it."
             )
         for _, weight, owner in self._owned(learner):
             weight.masked_fill_(owner == 0, 0)
@@ -122,7 +126,7 @@ class PackNet(Strategy):
         self.pruned.fill_(False)
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return each row's features in the subnetwork of its task (equation 1)."""
+        """Return the features of each example in the subnetwork of its task (equation 1)."""
         owned = self._owned(learner)
 
         def subnetwork(task: int) -> dict[str, Tensor]:
@@ -131,7 +135,7 @@ class PackNet(Strategy):
         return run_by_task(learner, learner.backbone, view, subnetwork)
 
     def project_gradients(self, learner: LearnerLike) -> None:
-        """Leave only gradients of what the task owns; biases and norms are the first task's."""
+        """Leave only the gradients of what the task owns; biases and norms belong to the first task."""
         owned = self._owned(learner)
         for _, weight, owner in owned:
             if weight.grad is not None:
@@ -140,13 +144,13 @@ class PackNet(Strategy):
         keep_outputs(learner)
 
     def after_epoch(self, learner: LearnerLike, task: Task, epoch: int) -> None:
-        """Prune, once its time has come."""
+        """Prune after the epoch that `prune_after` says."""
         epochs = learner.epochs
         if epoch + 1 == (self.prune_after or epochs - epochs // 2):
             self._prune(learner, task)
 
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Prune a task that was stopped early."""
+        """Prune, if the task ended before its epoch of pruning."""
         if not bool(self.pruned):
             self._prune(learner, task)
 

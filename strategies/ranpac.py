@@ -1,24 +1,26 @@
 r"""RanPAC: random projections of pre-trained features (McDonnell et al. 2023, section 4).
 
-Frozen features :math:`f(x)` of width L are lifted once and for all by random weights W (L, M), and what the classes
-have in common is taken off their prototypes by the Gram matrix:
+Frozen features f(x) of width L are projected by fixed random weights W (L, M) with
+:math:`W_{ij} \sim N(0, 1)`, and a ridge regression on the projections h predicts the one-hot label y. The Gram matrix G
+takes correlations between classes into account, which plain class means ignore:
 
 .. math:: h = \max(0, W^\top f(x)), \quad G = \sum_i h_i h_i^\top, \quad Q = \sum_i h_i y_i^\top, \quad
           \hat y = \arg\max_c \; h^\top (G + \lambda I)^{-1} Q_c
 
-over the examples of all tasks so far, with :math:`W_{ij} \sim N(0, 1)` and one-hot y. Lambda is the one of
-:math:`10^{-8}, \dots, 10^8` with the least squared error on a fifth of the task's examples, fitted to the other
-four. G and Q are sums, so the order of the tasks does not matter but for the lambda that the last one chooses
-(`ridge` fixes it).
+The sums run over the examples of all tasks so far. After each task :math:`\lambda` is chosen among
+:math:`10^{-8}, \dots, 10^8`: four fifths of the task's examples are fitted, and the :math:`\lambda` with the smallest
+squared error on the last fifth is taken. G and Q do not depend on the order of the tasks; :math:`\lambda` depends on
+the last task only, and `ridge` fixes it.
 
-Differences from the paper: its optional first phase trains adapters, SSF or visual prompts on the first task;
-`adapt=true` trains whatever is not frozen, with the run's optimizer and loss, and then freezes it. M is 2000 by
-default, not 10000, whose Gram matrix takes 400 MB and whose decomposition wants a GPU.
-Differences from the reference code: the fifth is drawn from the strategy's own generator, where the order of a shuffled
-loader decides there; the squared errors come from G and Q of both parts, so that no features are kept; and systems are
-solved by one decomposition in double precision with negative eigenvalues, which are rounding, set to 0.
+Defaults: M = 2000, where the paper has 10000; that Gram matrix takes 400 MB, and its decomposition calls for a GPU.
+Differences from the paper: in its optional first phase the paper trains adapters, SSF or visual prompts on the first
+task; `adapt=true` trains whatever is not frozen, with the optimizer and loss of the run, and freezes it afterwards.
+Differences from the reference code: the fifth is drawn from the strategy's own generator, in the code by the order of a
+shuffled loader. The squared errors are computed from G and Q of both parts, so that no features are stored. The systems
+are solved by one eigendecomposition in double precision, in which negative eigenvalues, due to rounding, are set to 0.
 
-State: W (L, M), G (M, M), Q (M, C) and the classifier (M, C). For every scenario; labels that return add to their sums.
+State: W (L, M), G (M, M), Q (M, C) and the classifier (M, C). Scenarios: all; examples of a class that comes again are
+added to its sums.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def ridge_regression(G: Tensor, Q: Tensor, strengths: Tensor) -> Tensor:
-    """Return (G + lambda I)^-1 Q for each lambda of a vector, (K, M, C), in double precision.
+    """Return (G + lambda I)^-1 Q, (K, M, C), in double precision, for each lambda of `strengths`, (K,).
 
     Example:
         >>> H, Y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), F.one_hot(torch.tensor([0, 1, 1])).float()
@@ -54,15 +56,15 @@ def ridge_regression(G: Tensor, Q: Tensor, strengths: Tensor) -> Tensor:
 
 
 class RanPAC(Strategy):
-    """Solves a ridge regression on randomly projected features of a frozen backbone.
+    """Classifies by a ridge regression on randomly projected features of a frozen backbone.
 
     Args:
-        num_projections: M; 0 takes the features as they are.
-        ridge: lambda; None chooses it after each task.
-        adapt: Train in the first task what is not frozen, and freeze it then.
+        num_projections: Width of the projection, M; with 0 the features are not projected.
+        ridge: lambda; None means that it is chosen after each task.
+        adapt: Train backbone and head in the first task, and freeze them afterwards.
 
     Raises:
-        InputError: If another strategy owns `encode`, whose features the sums would not be of.
+        InputError: If another strategy implements `encode`, whose features the sums would ignore.
 
     Example:
         >>> RanPAC(num_projections=20)
@@ -85,7 +87,7 @@ class RanPAC(Strategy):
         self.num_projections, self.ridge, self.adapt = num_projections, ridge, adapt
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Draw the projection; allocate the sums and the classifier; freeze."""
+        """Draw the projection; allocate the sums and the classifier; without `adapt`, freeze."""
         if learner.strategies.owned("encode"):
             raise InputError("RanPAC sums the backbone's features, but another strategy owns encode: drop one of them.")
         L = int(learner.backbone.num_features)  # type: ignore[arg-type]
@@ -99,19 +101,19 @@ class RanPAC(Strategy):
             learner.trunk().requires_grad_(False)
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Freeze what the first task has adapted."""
+        """Freeze backbone and head from the second task on."""
         if task.index > 0:
             learner.trunk().requires_grad_(False)
 
     def lift(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return h of prepared inputs, (B, M)."""
+        """Return the projections h of prepared inputs, (B, M)."""
         features: Tensor = learner.backbone(view).to(self.G.dtype)
-        with torch.autocast(view.device.type, enabled=False):  # the Gram matrix is of h in full
+        with torch.autocast(view.device.type, enabled=False):  # in full precision, for the Gram matrix
             return (features @ self.projection).relu() if self.num_projections else features
 
     @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:
-        """Add the task's examples to the sums, choose lambda and solve."""
+        """Add the task's examples to G and Q, choose lambda, and compute the classifier."""
         order = torch.from_numpy(self.random.generator.permutation(len(task.train)))
         cut = int(0.8 * len(order))
         with learner.evaluating():
@@ -130,14 +132,14 @@ class RanPAC(Strategy):
         return G, Q
 
     def _strength(self, fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the lambda of least ||H W - Y||^2 = tr W'GW - 2 tr W'Q + ||Y||^2 on the held-out part, (1,)."""
+        """Return the lambda that minimises ||H W - Y||^2 = tr W'GW - 2 tr W'Q + ||Y||^2 on the held-out part, (1,)."""
         strengths = 10.0 ** torch.arange(-8, 9, dtype=torch.float64)
         G, Q = (part.double() for part in held)
         errors = [(W * (G @ W - 2 * Q)).sum() for W in ridge_regression(*fit, strengths)]
         return strengths[int(torch.stack(errors).argmin()), None]
 
     def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return the regression's outputs, (B, C)."""
+        """Return the outputs of the regression for each class, (B, C)."""
         h = self.lift(learner, view)
         with torch.autocast(view.device.type, enabled=False):
             return h @ self.weight

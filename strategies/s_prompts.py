@@ -1,25 +1,29 @@
-r"""S-Prompts, by images alone: S-iPrompts (Wang, Huang and Hong 2022, section 3).
+r"""S-Prompts, the variant for images alone: S-iPrompts (Wang, Huang and Hong 2022, section 3).
 
-Each domain t has prompts :math:`P_t` and a head of its own, trained with nothing but its examples:
+Each domain t has prompts :math:`P_t` and a head :math:`h_t` of its own, which are trained on its examples only:
 
 .. math:: \min_{P_t, h_t} \; \mathrm{CE}(h_t(f(x; P_t)), y)
 
-where the prompts stand among a frozen transformer's tokens and f is its class token. K centres :math:`c_{tk}` tell the
-domains apart, by k-means on the unit-length features of a domain's examples without prompts. At test
+The prompts are put among the tokens of a frozen transformer, and f is its class token. To tell domains apart, K centres
+:math:`c_{tk}` of each are found by k-means on the features of its examples without prompts, scaled to length 1. At test
+an example is assigned to the domain with the nearest centre:
 
 .. math:: t(x) = \arg\min_t \min_k \; \lVert f(x) / \lVert f(x) \rVert - c_{tk} \rVert, \qquad \hat y = \arg\max_c
           h_{t(x)}(f(x; P_{t(x)}))_c
 
-over the classes of that domain; the others stand below the least of them.
+The prediction is among the classes of that domain; all other classes get logits below the smallest of them.
 
-Differences from the paper: S-liPrompts, which prompt CLIP's text encoder in place of a head, are not here. The centres
-are found before a domain is trained, not after: features without prompts do not change. All heads begin with the same
-weights. Replayed rows teach nothing, for domains are learned independently.
-Differences from the reference code: it clusters augmented examples, here they are plain. Its distance is the sum of
-absolute differences, as here by default; the Euclidean one that the paper suggests (`norm: 2`) can tell another domain.
+Defaults: 10 tokens per prompt and K = 5, as in the released code, and its distance, the sum of absolute differences.
+Differences from the paper: the paper's other variant, S-liPrompts, which has prompts for CLIP's text encoder in place
+of a head, is not implemented. The centres are computed before a domain is trained instead of afterwards, which makes no
+difference, since features without prompts do not change. All heads start from the same weights. Replayed examples do
+not enter the loss, because domains are learned independently.
+Differences from the reference code: the code clusters augmented examples; here they are not augmented. The Euclidean
+distance, which the paper suggests (`norm: 2`), can assign an example to another domain than the default does.
 
-State: T prompts (l, D), T heads, and centres (T, K, D). Made for the domain-incremental scenario; in the others a task
-counts as a domain, which the task-incremental one tells. It refuses a backbone that is no transformer.
+State: T prompts (l, D), T heads, and centres (T, K, D). Scenarios: made for the domain-incremental one. In the others
+each task counts as a domain; in the task-incremental one the domain is given. Refused: backbones that are not
+transformers with `embed` and `encode`.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def distances(features: Tensor, centres: Tensor, norm: float) -> Tensor:
-    """Return how far features (B, D) are from the nearest of each domain's centres (T, K, D), (B, T).
+    """Return the distance (B, T) of features (B, D) to the nearest of each domain's centres (T, K, D).
 
     Example:
         >>> f, centres = torch.tensor([[1.2, -0.1]]), torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]])
@@ -53,19 +57,19 @@ def distances(features: Tensor, centres: Tensor, norm: float) -> Tensor:
         [1.3, 1.3]
         [1.20416, 1.11803]
     """
-    exact = "donot_use_mm_for_euclid_dist"  # of a batch's size, too
+    exact = "donot_use_mm_for_euclid_dist"  # the faster mode rounds differently in batches of different size
     pairs = torch.cdist(features.float(), centres.flatten(0, 1).float(), p=norm, compute_mode=exact)
     nearest: Tensor = pairs.unflatten(1, centres.shape[:2]).amin(2)
     return nearest
 
 
 class SPrompts(Strategy):
-    """Learns prompts and a head for each domain of a frozen transformer, and which domain an example is of.
+    """Learns prompts and a head for each domain on a frozen transformer, and infers the domain at test.
 
     Args:
-        length: Tokens of a prompt, l.
-        num_centres: Centres of a domain, K.
-        norm: Of the distance to them: 1 sums absolute differences, 2 is Euclidean.
+        length: Tokens per prompt, l.
+        num_centres: Centres per domain, K.
+        norm: Order of the norm that measures distances: 1 for the sum of absolute differences, 2 for Euclidean.
 
     Raises:
         InputError: If the backbone has no `embed` and `encode`.
@@ -96,13 +100,13 @@ class SPrompts(Strategy):
         T, D = len(stream), int(learner.backbone.num_features)  # type: ignore[arg-type]
         self.prompts = nn.ParameterList(torch.empty(self.length, D).uniform_(-(D**-0.5), D**-0.5) for _ in stream)
         self.heads = nn.ModuleList(deepcopy(learner.head) for _ in stream)
-        learner.head.requires_grad_(False)  # which is not used
+        learner.head.requires_grad_(False)  # the shared head is not used
         self.register_buffer("centres", torch.zeros(T, self.num_centres, D))
         self.register_buffer("known", torch.zeros(T, dtype=torch.bool))
         self.random = Random()
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Find the domain's centres; train its prompts and head alone."""
+        """Compute the domain's centres; make only its prompts and head trainable."""
         with torch.no_grad(), learner.evaluating():
             loader = EvalLoader([task.train], learner.device, learner.eval_batch_size)
             features = torch.cat([self._query(learner, learner.prepare(batch.x)) for batch in loader])
@@ -118,7 +122,7 @@ class SPrompts(Strategy):
 
         found = min(self.num_centres, len(features))
         seed = int(self.random.generator.integers(2**31))
-        with threadpool_limits(1):  # sums of several threads differ in their last bits
+        with threadpool_limits(1):  # several threads add in varying order, so that the last bits vary
             centres = KMeans(found, n_init=10, random_state=seed).fit(features.float().cpu().numpy()).cluster_centers_
         return torch.from_numpy(centres).to(self.centres)[torch.arange(self.num_centres) % found]
 
@@ -131,7 +135,7 @@ class SPrompts(Strategy):
         return far.masked_fill(~self.known, torch.inf).argmin(1)
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return the class token under the prompts of each row's domain, (B, D)."""
+        """Return the class token of each example under the prompts of its domain, (B, D)."""
         transformer: Any = learner.backbone.eval()
         told = learner.task_labels
         self._domains = self._nearest(learner, view) if told is None else told
@@ -141,13 +145,13 @@ class SPrompts(Strategy):
         return output[:, 0]
 
     def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
-        """Return the logits of each row's domain, (B, C)."""
+        """Return the logits of each example by the head of its domain, (B, C)."""
         rows = torch.arange(len(features), device=features.device)
         logits = torch.stack([head(features) for head in self.heads], dim=1)[rows, self._domains]
         own = learner.membership[self._domains]
         return torch.where(own, logits, logits.masked_fill(~own, torch.inf).amin(1, keepdim=True) - 1)
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
-        """Return the cross-entropy of the incoming rows over the classes of their domain."""
+        """Return the cross-entropy of the incoming examples over the classes of their domain, a scalar."""
         n = batch.num_incoming
         return F.cross_entropy(learner.mask(logits, batch.task, "task")[:n], batch.y[:n])

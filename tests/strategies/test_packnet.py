@@ -175,7 +175,7 @@ def test_packnet_is_the_loop_written_by_hand():
 
 def test_packnet_refuses_to_prune_after_the_last_epoch():
     learner, stream = build(PackNet(prune_after=3))
-    with pytest.raises(InputError, match=r"packnet\.prune_after=3 lies beyond the epochs=2 of a task"):
+    with pytest.raises(InputError, match=r"packnet\.prune_after=3 is more than the epochs=2 of a task"):
         learn(learner, stream, [0])
 
 

@@ -222,7 +222,7 @@ def masked_by_hand(scores: torch.Tensor) -> torch.Tensor:
 
 
 def test_supsup_refuses_streams_without_boundaries_and_empty_masks():
-    with pytest.raises(InputError, match=r"SupSup learns a mask a task, but .* has no boundaries"):
+    with pytest.raises(InputError, match=r"SupSup learns masks by task, but .* has no boundaries"):
         build(SupSup(), stream=boundary_free(toy_stream(3, "task")))
     with pytest.raises(InputError, match=r"supsup\.density=0 must be above 0 and at most 1"):
         SupSup(density=0)

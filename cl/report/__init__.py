@@ -1,1 +1,1 @@
-"""What a person reads of one run: the terminal, files, pictures, Weights & Biases. Every report sees the same `Run`."""
+"""The reports of one run: terminal, files, pictures, Weights & Biases. Every report reads the same `Run`."""

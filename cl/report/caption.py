@@ -1,4 +1,4 @@
-"""What ran, in one line that pictures, tables and the terminal share: strategy, stream, network, epochs, seed, device.
+"""The caption of a run, one line for all reports: strategy, stream, network, epochs, seed, device.
 
 er · split digits, class-incremental, 5 tasks · MLP · 5 epochs · seed 0 · cpu
 """
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from cl.settings import flatten
 
-LONGEST = 40  # characters of a name
+LONGEST = 40  # the most characters of a name
 
 
 class Ran(Protocol):
-    """What is looked at of a run, whether it goes on or is read from its directory."""
+    """What a caption needs of a run, which may be in progress or read from its directory."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -23,23 +23,23 @@ class Ran(Protocol):
 
     @property
     def stream(self) -> str:
-        """The name of the stream; "" takes one from the configuration."""
+        """The name of the stream; "" means the one that the configuration gives."""
 
     @property
     def scenario(self) -> str:
-        """Of the stream: "class", "task" or "domain"; "" where it is not known."""
+        """The scenario of the stream: "class", "task" or "domain"; "" if it is unknown."""
 
     @property
     def num_tasks(self) -> int:
-        """Of the stream; 0 where it is not known."""
+        """The number of tasks of the stream; 0 if it is unknown."""
 
     @property
     def device(self) -> str:
-        """What is trained on, such as "cuda"; "" where it is not known."""
+        """The training device, such as "cuda"; "" if it is unknown."""
 
 
 def caption(*runs: Ran) -> str:
-    """Return what ran; of several runs, what they share and, in turn, what they do not.
+    """Return the caption of a run; for several runs, a part in which they differ lists all its values.
 
     Args:
         runs: One or more.
@@ -57,7 +57,7 @@ def caption(*runs: Ran) -> str:
 
 
 def caption_parts(*runs: Ran) -> list[str]:
-    """Return the parts of `caption`, those that are known."""
+    """Return the known parts of `caption`."""
     configs = [flatten(run.config) for run in runs]
     epochs, seeds = (_joined(str(config.get(key, "")) for config in configs) for key in ("epochs", "seed"))
     parts = [
@@ -72,7 +72,7 @@ def caption_parts(*runs: Ran) -> list[str]:
 
 
 def strategies(config: Mapping[str, Any]) -> str:
-    """Return the strategies of a flat configuration, as in "er+gpm"; "" where it names none.
+    """Return the strategies of a flat configuration, such as "er+gpm"; "" if it names none.
 
     Example:
         >>> strategies({"strategy.er._target_": "cl.strategies.er.ER", "epochs": 5})
@@ -82,7 +82,7 @@ def strategies(config: Mapping[str, Any]) -> str:
 
 
 def stream_kind(config: Mapping[str, Any]) -> str:
-    """Return what a stream is called whose own name is not known, as in "split digits".
+    """Return a name for a stream from its class and dataset, such as "split digits".
 
     Args:
         config: The flat configuration of the stream, without "stream.".
@@ -93,7 +93,7 @@ def stream_kind(config: Mapping[str, Any]) -> str:
 
 
 def short_path(directory: Path) -> str:
-    """Return the end of a run's directory, which tells apart two runs of one caption; "" for a run without one.
+    """Return the last two parts of a run's directory, to distinguish runs with the same caption; "" without directory.
 
     Example:
         >>> short_path(Path("/home/me/runs/2030-01-31/12-00-00")), short_path(Path())
@@ -103,7 +103,7 @@ def short_path(directory: Path) -> str:
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """Return a name on one line, cut by an ellipsis where it is long.
+    """Return a name on one line, cut with an ellipsis if it is too long.
 
     Example:
         >>> shorten("a name"), shorten("a long name", 7)
@@ -115,7 +115,7 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 def _what_is_learned(run: Ran, config: Mapping[str, Any]) -> str:
     own = {key.removeprefix("stream."): value for key, value in config.items() if key.startswith("stream.")}
-    # "stream" is what a stream is called that was given no name
+    # "stream" is the default name of a stream
     name = run.stream if run.stream not in ("", "stream") else own.get("name") or (stream_kind(own) if own else "")
     known = {
         shorten(str(name)): name,

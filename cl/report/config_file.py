@@ -1,4 +1,4 @@
-"""The configuration of a run directory: written, read, and compared with that of a run that goes on there."""
+"""The configuration file of a run directory: writing, reading, and comparing with that of a run that resumes there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cl.settings import changes, flatten
 
 
 def write_config(config: dict[str, Any], directory: Path) -> None:
-    """Write a configuration, unless the same stands there; the directory itself is ".", so that a run may be moved."""
+    """Write a configuration unless the file holds it already; the directory, which may be moved, is written as "."."""
     path, text = directory / rundir.CONFIG, _text(config, directory)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
@@ -22,8 +22,8 @@ def read_config(path: Path, remedy: str = "name the directory of another run") -
     """Return the configuration of a run from its `config.yaml`.
 
     Args:
-        path: Of the file.
-        remedy: What a reader may do where it cannot be read.
+        path: The file.
+        remedy: The end of the message for a file that cannot be read.
 
     Raises:
         InputError: If it cannot be read.
@@ -40,10 +40,10 @@ def read_config(path: Path, remedy: str = "name the directory of another run") -
 
 
 def refuse_other(config: dict[str, Any], directory: Path) -> None:
-    """Refuse another configuration than that of the run begun in a directory.
+    """Refuse a configuration that differs from that of the run that was started in a directory.
 
     Raises:
-        InputError: If there is one, with what they differ in; or if a later version of clsim has written there.
+        InputError: If they differ, with the differences; or if a later version of clsim has written the run.
     """
     from omegaconf import OmegaConf
 

@@ -1,4 +1,4 @@
-"""The contract of all reports, and how often a costly one may be made."""
+"""The contract of all reports, and a limit on how often a costly one is written."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ class Report:
     """
 
     def start(self, run: Run, after_task: int) -> None:
-        """Begin a run, fresh (`after_task` = -1) or resumed after that many tasks."""
+        """Start a report: of a new run (`after_task` = -1), or of one that resumes after so many tasks."""
 
     def row(self, run: Run, after_task: int) -> None:
-        """React to a row of R that has just been measured (0: the untrained learner)."""
+        """Report a row of R that has just been measured (0: the untrained learner)."""
 
     def flush(self) -> Mapping[str, Any] | None:
-        """Put on the disk what a checkpoint that is about to be written takes as done.
+        """Sync the files of the report to the disk, before a checkpoint is written.
 
         Returns:
-            By the name of a file, plain data that tell later whether it is as it is now; `Run.flushed` hands them back.
+            By file name, plain data that describe the present state of the file, such as its length. The checkpoint
+            stores them. A run that resumes from it has them in `Run.flushed`, to cut the file to that state.
         """
         return None
 
     def say(self, text: str) -> None:
-        """React to a sentence on what goes on beside the stream, such as a reference that is trained."""
+        """Show a message, such as that a reference is being trained."""
 
     def finish(self, run: Run) -> None:
-        """React to the last row, and the references, having been measured."""
+        """Report the end of the run, when the last row and the references have been measured."""
 
 
 class Pace:
-    """Lets a report be made again when at most a twentieth of the time would go to it.
+    """Limits how often a report is written: after each time, it waits 20 times as long as the writing took.
 
     Args:
-        pause: Seconds before the first time.
+        delay: Seconds before the first time.
 
     Example:
         >>> pace = Pace()
@@ -58,11 +59,11 @@ class Pace:
         False
     """
 
-    def __init__(self, pause: float = 0.0) -> None:
-        self._until = time.monotonic() + pause
+    def __init__(self, delay: float = 0.0) -> None:
+        self._until = time.monotonic() + delay
 
     def ready(self) -> bool:
-        """Say whether it is time."""
+        """Say whether the report may be written again."""
         return time.monotonic() >= self._until
 
     def __enter__(self) -> None:

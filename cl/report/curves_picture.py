@@ -1,4 +1,4 @@
-"""The evaluations inside tasks as a picture, `learning_curves.png`: each task while it and the others are learned."""
+"""The evaluations inside tasks as a picture, `learning_curves.png`: the curve of each task over the whole run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_ROWS = 12  # tasks that have a strip of their own; of longer streams the first ones, and the last
+MAX_ROWS = 12  # the most tasks that are drawn; of longer streams, the first eleven and the last
 
 
 def shown(num_tasks: int) -> list[int]:
@@ -30,10 +30,10 @@ def shown(num_tasks: int) -> list[int]:
 
 
 def draw(run: Run) -> Figure:
-    """Return one strip a task: its accuracy over the steps of the run, with lines where a task begins.
+    """Return a figure with one strip per task: its accuracy over the steps of the run; vertical lines start the tasks.
 
-    The dot is where the task has been learned, the dashed level its accuracy there: what falls below it is the
-    stability gap, and, at the right edge, forgetting. An expert's curve, where there is one, is grey.
+    A dot marks the point at which the task has been learned, and a dashed line its accuracy there. A later fall below
+    the line is the stability gap, and a value below it at the right edge is forgetting. The curve of an expert is grey.
 
     Example:
         >>> from pathlib import Path

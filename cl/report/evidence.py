@@ -1,4 +1,4 @@
-"""`Evidence`: what a run has measured, in the shapes that scalars want, and what each of them may need of it."""
+"""`Evidence`: the measurements of a run, in the shapes that scalars need, and the names of what scalars may need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from cl.errors import unknown
 from cl.report.run import Run
 
-# What a scalar may need, and how a run gets it.
+# What a scalar may need, and how to get it or why it is missing.
 NEEDS = {
     "curves": "report.points=10 (or report.every=N) evaluates inside tasks",
     "even": "report.points=10 gives every task's curve the same number of points",
@@ -25,11 +25,11 @@ NEEDS = {
     "ridge": "probes=[ridge] fits one after each task",
     "estimates": "estimators=[...] forecasts before each task",
 }
-INSTRUMENT = "instrument:"  # begins the need of an instrument of the user's own, by its name
+INSTRUMENT = "instrument:"  # prefix of a need for one of the user's instruments, followed by its name
 
 
 def remedy(need: str) -> str:
-    """Return how a run gets what a scalar needs.
+    """Return how to get what a scalar needs, for the message that it is missing.
 
     Example:
         >>> remedy("instrument:losses")
@@ -41,14 +41,15 @@ def remedy(need: str) -> str:
 
 
 class Evidence:
-    """What a run has measured over its first k tasks, k those learned so far, as scalars want it.
+    """The measurements of a run over the k tasks learned so far, for scalars.
 
     Args:
         run: The run.
 
     Attributes:
         R: (k + 1, k) under the mask of the scenario, float64.
-        fair_R: The same where only the classes of the task compete, as they do for an expert on it.
+        fair_R: (k + 1, k) under the mask "task" if the run has it: only the classes of the task compete, as they do for
+            an expert on it.
         k: How many tasks have been learned.
         run: The run.
 
@@ -65,7 +66,7 @@ class Evidence:
         self._resources = run.instruments.get("resources")
 
     def missing(self, need: str) -> bool:
-        """Say whether something that a scalar needs was not measured."""
+        """Say whether the run lacks what a scalar needs, a key of `NEEDS` or "instrument:NAME"."""
         if need.startswith(INSTRUMENT):
             return need.removeprefix(INSTRUMENT) not in self.run.instruments
         if need == "even":
@@ -96,12 +97,12 @@ class Evidence:
         return [dict(zip(found.columns, record, strict=True)) for record in found.records()]
 
     def column(self, name: str) -> list[float]:
-        """Return a column of the resources, an entry a task."""
+        """Return a column of `resources.csv`, with one entry per task; empty without that instrument."""
         return list(self._resources.column(name)) if self._resources is not None else []
 
     @property
     def inside(self) -> tuple[Tensor, list[int]]:
-        """Curves (N, k) of all tasks and the task in training at each point, without those at a task's step 0."""
+        """The curves of all tasks, float64 (N, k), and the task in training at each point; without points at step 0."""
         assert self._curves is not None
         values = self._curves.values()[:, : self.k]
         rows = [n for n, (task, step, _) in enumerate(self._curves.at) if step and task <= self.k]
@@ -127,12 +128,15 @@ class Evidence:
         return [[value for _, value in one["curve"]] for one in self.run.references["experts"][: self.k]]
 
     def values(self, kind: str) -> list[float]:
-        """Return what each reference reaches on its task."""
+        """Return the metric of each reference of a kind ("experts", "joint") on its task."""
         return [one["value"] for one in self.run.references[kind][: self.k]]
 
     @property
     def forward(self) -> Tensor:
-        """What the tasks before j gave to task j (k,): against an expert, else zero-shot; NaN for the first."""
+        """The forward transfer to each task, (k,): against experts if there are any, else zero-shot; NaN for the first.
+
+        Against experts it is R[j,j] - s_j, zero-shot it is R[j-1,j] - R[0,j].
+        """
         if not self.missing("experts"):
             gain = self.R[1:].diagonal() - torch.tensor(self.values("experts"), dtype=torch.float64)
         else:

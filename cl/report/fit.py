@@ -1,4 +1,4 @@
-"""Text that fits into a picture, by the widths of its letters."""
+"""Text that fits into a picture, by its width in matplotlib's font."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import RendererAgg
 
 
-DPI = 110  # of the pictures: letters are set to whole dots
+DPI = 110  # resolution of the pictures; widths depend on it, as letters start at whole dots
 
 
 def width(text: str, size: float) -> float:
-    """Return the inches that a text takes in matplotlib's default font of a size in points."""
+    """Return the width of a text in inches, in matplotlib's default font of a size in points."""
     from matplotlib.font_manager import FontProperties
 
     dots: float = _renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]
@@ -29,7 +29,7 @@ def _renderer() -> RendererAgg:
 
 
 def cut(text: str, inches: float, size: float) -> str:
-    """Return a text no wider than so many inches, cut by an ellipsis where it is.
+    """Return a text no wider than so many inches, cut with an ellipsis if it is too wide.
 
     Example:
         >>> cut("iiiiii", 0.5, 10), cut("WWWWWW", 0.5, 10)
@@ -43,7 +43,7 @@ def cut(text: str, inches: float, size: float) -> str:
 
 
 def lines(parts: Iterable[str], inches: float, size: float, between: str = " ") -> list[str]:
-    """Return parts of a text as lines no wider than so many inches; a part that alone is wider is cut.
+    """Join parts of a text to lines no wider than so many inches; a single part that is too wide is cut.
 
     Example:
         >>> lines(["one", "two", "three"], 0.8, 10, between=" · ")

@@ -1,4 +1,4 @@
-"""The run in the log format of l2metrics, for its own tools: `l2log/`."""
+"""The run in the log format of l2metrics, which the tools of l2metrics read: `l2log/`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cl.report.run import Curves, Run
 
 
 class L2Log(Report):
-    """Writes R and the learning curves as blocks of evaluation and learning, and one log for each expert.
+    """Writes R and the learning curves as evaluation and learning blocks, and one log for each expert.
 
     On the command line: `report.points=10 +report.l2._target_=cl.report.l2.L2Log`.
 
@@ -21,7 +21,7 @@ class L2Log(Report):
     """
 
     def start(self, run: Run, after_task: int) -> None:
-        """Refuse a run without curves, before it trains.
+        """Refuse a run without learning curves, before it trains.
 
         Raises:
             InputError: If nothing is evaluated inside tasks.
@@ -38,5 +38,5 @@ class L2Log(Report):
         write_l2_log(folder / "lifelong", run.primary.R.cpu(), curves.own(), run.task_names)
         for t, expert in enumerate(run.references.get("experts", ())):
             points = [value for _, value in expert["curve"]]
-            if points:  # one that diverged has none
+            if points:  # an expert that diverged has no curve
                 write_l2_expert_log(folder / f"expert_{t + 1:03d}", points, run.task_names[t], t + 1)

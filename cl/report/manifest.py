@@ -1,4 +1,7 @@
-"""The manifest: the format of the run's files, what it needs to be made again, and what it was made on."""
+"""The manifest: the format of the run's files, and the versions, command, seed and hardware of each session.
+
+A session is the part of a run that one start of the program does: a run that is resumed once has two.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,19 @@ _PACKAGES = {
 
 
 def write_manifest(run: Run, after_task: int) -> None:
-    """Write the manifest of a sitting that begins, with the sittings before it.
+    """Write the manifest at the start of a session, with the earlier sessions of the run.
 
     Args:
-        run: Its directory is written to.
-        after_task: From where this sitting goes on; -1 for a fresh run.
+        run: The run, whose directory is written to.
+        after_task: After how many tasks this session resumes; -1 for a new run.
     """
     path = run.directory / rundir.MANIFEST
-    content = manifest(run, after_task, _sittings(path) if after_task >= 0 else [])
+    content = manifest(run, after_task, _sessions(path) if after_task >= 0 else [])
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def _sittings(path: Path) -> list[dict[str, Any]]:
-    """Return the sittings that a manifest tells of, none where it cannot be read."""
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    """Return the sessions in a manifest; none if it cannot be read."""
     try:
         return list(rundir.read_json(path)["sittings"])
     except (InputError, KeyError, TypeError):
@@ -53,12 +56,12 @@ def _sittings(path: Path) -> list[dict[str, Any]]:
 
 
 def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the manifest of a run: format, versions, hardware, seed, digest of the configuration, and its sittings.
+    """Return the content of the manifest: format, versions, seed, digest of the configuration, and the sessions.
 
     Args:
-        run: Its configuration and steps are looked at.
-        after_task: From where this sitting goes on; -1 for a fresh run.
-        earlier: Sittings of before, each with its own versions and hardware.
+        run: The run.
+        after_task: After how many tasks this session resumes; -1 for a new run.
+        earlier: The earlier sessions, each with its own versions and hardware.
 
     Example:
         >>> from pathlib import Path
@@ -67,7 +70,7 @@ def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[s
         (3, 1)
     """
     config = json.dumps(relative(run.config, run.directory), sort_keys=True, default=str)
-    sitting = {
+    session = {
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "after_task": max(after_task, 0),
         "step": run.total_steps,
@@ -77,10 +80,10 @@ def manifest(run: Run, after_task: int, earlier: list[dict[str, Any]]) -> dict[s
     }
     return {
         "format": rundir.FORMAT,
-        "versions": sitting["versions"],
+        "versions": session["versions"],
         "seed": run.config.get("seed"),
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-        "sittings": [*earlier, sitting],
+        "sittings": [*earlier, session],
     }
 
 
@@ -105,7 +108,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return what a run runs on: interpreter, platform, packages (not imported), GPU, git commit; absent if unknown.
+    """Return the versions of Python, platform, packages (without importing them), CUDA, GPU and git commit, if known.
 
     Example:
         >>> {"python", "platform", "torch"} <= versions().keys()

@@ -1,4 +1,4 @@
-"""The transfer matrices as one picture, `transfer.png`: R, and what learning did to old, new and all tasks."""
+"""The transfer matrices as one picture, `transfer.png`: R, backward transfer, forward transfer and step effect."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
     from cl.metrics.transfer import TransferMatrix
 
-MAX_NUMBERS = 20  # tasks up to which every cell carries its number
+MAX_NUMBERS = 20  # with more tasks, cells have no numbers
 _UNMEASURED = "#cfcfcf"
 
-# inches: around a heat map, of a line of text, and from the edges of a picture to what stands above its heat maps
+# in inches: margins of a heat map, height of a line of text, and margin of the text above the heat maps
 _LEFT, _RIGHT, _ABOVE, _BELOW = 0.95, 0.85, 0.85, 0.65
 _LINE = 0.22
 _EDGE = 0.15
-_SIZE = 10  # of the foot's letters, in points
+_SIZE = 10  # font size of the text below the heat maps, in points
 
 
 @dataclass
@@ -38,15 +38,15 @@ class Panel:
     """One heat map.
 
     Attributes:
-        title: What the numbers are, under which mask.
-        reading: What a cell says, in plain words.
-        row: What a row is.
-        column: What a column is.
-        values: (rows, T) fractions, NaN where there is nothing.
-        region: Where NaN means unmeasured (grey); elsewhere it means nothing (blank).
+        title: The quantity, its unit and the mask.
+        reading: How to read a cell, in plain words.
+        row: The label of the vertical axis.
+        column: The label of the horizontal axis.
+        values: (rows, T) fractions, NaN where there is no value.
+        region: Cells in which NaN means unmeasured (grey); other cells have no meaning (blank). Bool (rows, T).
         stairs: The line between old and new tasks crosses column j at row j + stairs; None for no line.
-        signed: Differences rather than levels.
-        limit: Where the colours end.
+        signed: Whether the values are differences rather than levels.
+        limit: The value at which the colours end.
     """
 
     title: str
@@ -61,7 +61,7 @@ class Panel:
 
 
 def _limit(values: Tensor) -> float:
-    """Return where a diverging scale ends: at the largest entry, never below 5 points, so that noise stays pale."""
+    """Return the end of a diverging scale: the largest entry, but at least 5 points, so that noise stays pale."""
     return max(float(values.nan_to_num().abs().max()), 0.05)
 
 
@@ -72,7 +72,7 @@ def _accuracy_panel(matrix: TransferMatrix, run: Run) -> Panel:
     reading = "How well each task is done, before training and after each task"
     if not run.boundaries:
         reading = "How well each task is done, before training and at each evaluation point"
-    # levels end at 100 %; a metric such as R2 may go below 0, which takes the colour of 0
+    # colours end at 100 %; a metric below 0, such as R2 may be, has the colour of 0
     return Panel(title, reading, run.rows, "task tested", R, R.isnan(), 0.5, signed=False)
 
 
@@ -120,14 +120,16 @@ def panels(run: Run) -> list[Panel]:
 
 
 class Head:
-    """What ran and where its files are, on top of a picture.
+    """The caption and the directory of a run, at the top of a picture.
 
     Args:
-        run: What is drawn.
-        width: Of the picture, in inches.
+        run: The run that is drawn.
+        width: The width of the picture, in inches.
 
     Attributes:
-        height: That it takes, in inches.
+        lines: The lines of the caption.
+        path: The end of the directory's path.
+        height: The height that both take, in inches.
 
     Example:
         >>> from pathlib import Path
@@ -137,16 +139,16 @@ class Head:
 
     def __init__(self, run: Run, width: float) -> None:
         self.lines = lines(caption_parts(run), width - 2 * _EDGE, 11, between=" · ")
-        self.place = cut(short_path(run.directory), width - 2 * _EDGE, 9.5)
-        self.height = _EDGE + _LINE * (len(self.lines) + bool(self.place))
+        self.path = cut(short_path(run.directory), width - 2 * _EDGE, 9.5)
+        self.height = _EDGE + _LINE * (len(self.lines) + bool(self.path))
 
     def write(self, figure: Figure) -> None:
-        """Write it to the upper left corner."""
+        """Write both into the upper left corner of a figure."""
         width, height = figure.get_size_inches()
         x, y = _EDGE / width, 1 - _EDGE / height
         figure.text(x, y, "\n".join(self.lines), fontsize=11, va="top", linespacing=1.3, parse_math=False)
         y -= _LINE * len(self.lines) / height
-        figure.text(x, y, self.place, fontsize=9.5, va="top", color="#404040", parse_math=False)
+        figure.text(x, y, self.path, fontsize=9.5, va="top", color="#404040", parse_math=False)
 
 
 def png(figure: Figure) -> bytes:
@@ -157,10 +159,10 @@ def png(figure: Figure) -> bytes:
 
 
 def draw(run: Run) -> Figure:
-    """Return the four panels, with what ran above, and the scalars and remarks beneath.
+    """Return a figure of the four panels, with the caption above, and the scalars and remarks below.
 
-    Blue is a gain and red a loss (ColorBrewer's RdBu, safe for the colour-blind), white is no change; grey cells are
-    not measured, cells that mean nothing are blank. Up to 20 tasks each cell carries its number.
+    Blue is a gain and red a loss (ColorBrewer's RdBu, safe for the colour-blind), and white is no change. Grey cells
+    are not measured; cells without a meaning are blank. With up to 20 tasks, each cell shows its number.
 
     Example:
         >>> from pathlib import Path
@@ -175,8 +177,8 @@ def draw(run: Run) -> Figure:
 
     side = _side(run)
     column, row = _LEFT + side + _RIGHT, _ABOVE + side + _BELOW
-    said = _foot(run, 2 * column - 2 * _EDGE)
-    foot = _LINE * (len(said) + 1.5)
+    text_below = _foot(run, 2 * column - 2 * _EDGE)
+    foot = _LINE * (len(text_below) + 1.5)
     head = Head(run, 2 * column)
     figure = Figure(figsize=(2 * column, head.height + 2 * row + foot), dpi=DPI)
     head.write(figure)
@@ -184,13 +186,13 @@ def draw(run: Run) -> Figure:
         corner = (k % 2 * column + _LEFT, foot + (1 - k // 2) * row + _BELOW)
         _draw_panel(figure, corner, side, panel)
     bottom = (foot - _LINE / 2) / figure.get_figheight()
-    text = figure.text(0.5, bottom, "\n".join(said), ha="center", va="top", fontsize=_SIZE, linespacing=1.45)
+    text = figure.text(0.5, bottom, "\n".join(text_below), ha="center", va="top", fontsize=_SIZE, linespacing=1.45)
     text.set_parse_math(False)
     return figure
 
 
 def draw_accuracy(run: Run, mask: str) -> Figure:
-    """Return R under one mask alone, with what ran above."""
+    """Return a figure of R under one mask, with the caption above."""
     from matplotlib.figure import Figure
 
     side = _side(run)
@@ -202,7 +204,7 @@ def draw_accuracy(run: Run, mask: str) -> Figure:
 
 
 def _side(run: Run) -> float:
-    """Return the inches of a heat map."""
+    """Return the side of a heat map in inches."""
     return min(6.8, max(4.0, 0.5 * run.primary.num_tasks))
 
 
@@ -283,7 +285,7 @@ def _label(axes: Axes, panel: Panel) -> None:
 
 
 class PictureReport(Report):
-    """Keeps `transfer.png` up to date, spending at most a twentieth of the run on it; the last picture is always whole.
+    """Updates `transfer.png`, with at most a twentieth of the run's time; the file is always a whole picture.
 
     Example:
         >>> import tempfile
@@ -299,7 +301,7 @@ class PictureReport(Report):
         self._pace = Pace(20.0)  # matplotlib takes a second to load
 
     def row(self, run: Run, after_task: int) -> None:
-        """Draw, unless the last picture is too recent for what it cost, or the end draws it anyway."""
+        """Draw the picture, unless that is too early after the last one, or the end of the run will draw it anyway."""
         if self._pace.ready() and after_task < len(run.task_names):
             self.finish(run)
 

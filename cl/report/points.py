@@ -1,7 +1,7 @@
-"""The points of a run's history, kept in a file of ours, and which of them the files of Weights & Biases hold.
+"""A journal of the points that a run logs to Weights & Biases, and which of them W&B's own files hold.
 
-What W&B has been given is not on the disk yet: its own process collects 32 KB before it writes, and loses them when it
-is killed. So each point is written to a journal first, and the next sitting gives W&B what its files lack.
+A point that W&B has received is not on the disk yet: its process collects 32 KB before it writes, and loses them when
+it is killed. So each point is written to the journal first, and the next session logs those that W&B's files lack.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from cl.files import append_text, remove_leftovers, replace_file, sync, write_text
 
-_HEAD = b":W&B\xe1\xbe\x00"  # of a `.wandb` file
+_HEAD = b":W&B\xe1\xbe\x00"  # the first bytes of a `.wandb` file
 _BLOCK = 32768
 
 
@@ -26,9 +26,9 @@ class Point:
     """One point of the history.
 
     Attributes:
-        step: How many points came before it.
-        row: The number of the row of R that it reports, None where it belongs to a training curve.
-        values: Its scalars by name.
+        step: The number of the point, from 0.
+        row: The row of R that the point reports; None for a point of a training curve.
+        values: The scalars of the point by name.
     """
 
     step: int
@@ -37,7 +37,7 @@ class Point:
 
 
 class Journal:
-    """A run's points as lines of JSON, `points.jsonl`, the digest of its configuration before them.
+    """The points of a run as lines of JSON, `points.jsonl`; the first line is the digest of the configuration.
 
     Args:
         path: The file.
@@ -61,7 +61,7 @@ class Journal:
         self._head = json.dumps({"config_sha256": digest})
 
     def begin(self, count: int | None) -> list[Point]:
-        """Cut the file behind `count` points, all of them where it is None, and go on counting there; return them."""
+        """Cut the file after `count` points (None retains all), count on from there, and return the points."""
         remove_leftovers(self.path.parent)
         points = self._read()[1]
         points = [point for point in points if count is None or point.step < count]
@@ -75,7 +75,7 @@ class Journal:
         return head == self._head and all(point.row == 0 for point in points)
 
     def add(self, values: Mapping[str, Any], row: int | None = None) -> Point:
-        """Append a point; it is in the file, if not on the disk, when this returns."""
+        """Append a point to the file, without waiting for the disk, and return it."""
         point = Point(self.count, row, {name: _plain(value) for name, value in values.items()})
         append_text(self.path, _line(point) + "\n")
         self.count += 1
@@ -86,7 +86,7 @@ class Journal:
         sync(self.path)
 
     def _read(self) -> tuple[str, list[Point]]:
-        """Return the first line and the points, up to the first that is torn or does not follow the one before it."""
+        """Return the first line and the points, up to the first one that is damaged or out of order."""
         try:
             head, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError:
@@ -112,29 +112,29 @@ def _line(point: Point) -> str:
 
 
 def steps_on_disk(path: Path) -> set[int]:
-    """Return the steps of the history that the `.wandb` file of an earlier sitting holds.
+    """Return the steps of the history that the `.wandb` file of an earlier session holds.
 
-    A file whose run was not ended is cut behind its last whole record, as a new file in the place of the old one: W&B's
-    own process may outlive ours for a moment, and what it writes now would come twice.
+    A file without an end record is replaced by a copy that is cut after its last whole record: W&B's process may
+    outlive ours for a moment, and its late points would otherwise appear twice.
 
     Raises:
-        ValueError: If the file is of a format that is not known here.
+        ValueError: If the format of the file is unknown.
     """
     remove_leftovers(path.parent, path.name)
     steps, end = steps_so_far(path)
     if end is not None:
         whole = path.read_bytes()[:end]
-        with suppress(OSError):  # no room, or on Windows, where the file is still open: it is read as far as it goes
+        with suppress(OSError):  # a full disk, or Windows while the file is open: then the file stays as it is
             replace_file(path, lambda temporary: temporary.write_bytes(whole))
     return steps
 
 
 def steps_so_far(path: Path) -> tuple[set[int], int | None]:
-    """Return the steps that a `.wandb` file holds, and where its last whole record ends, None where it has its end."""
+    """Return the steps that a `.wandb` file holds, and the byte after its last whole record; None if it is complete."""
     data = path.read_bytes()
     steps: set[int] = set()
     last, end = "", min(len(data), len(_HEAD))
-    for record, end in read_records(data):  # noqa: B007  (the end of the last one is wanted)
+    for record, end in read_records(data):  # noqa: B007  (`end` of the last record is used below)
         last = record.WhichOneof("record_type")
         if last == "history":
             steps.add(record.history.step.num)
@@ -142,10 +142,13 @@ def steps_so_far(path: Path) -> tuple[set[int], int | None]:
 
 
 def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
-    """Yield the records of a `.wandb` file with where each ends, up to the first that is torn.
+    """Yield each record of a `.wandb` file and the byte after it, up to the first damaged record.
 
-    It is a log of LevelDB (its "log format" document): blocks of 32 KB; each part of a record has a checksum (4 bytes),
-    a length (2) and a kind (1: whole, 2: first, 3: middle, 4: last), and no head of a part crosses a block.
+    The file is a log of LevelDB (its "log format" document) in blocks of 32 KB. Each part of a record has a header with
+    a checksum (4 bytes), a length (2) and a kind (1: whole, 2: first, 3: middle, 4: last); no header crosses a block.
+
+    Raises:
+        ValueError: If the format of the file is unknown.
     """
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2

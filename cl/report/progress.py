@@ -16,11 +16,11 @@ _REFRESH_S = 0.1
 
 
 class ProgressBar(pl.Callback):
-    """Bars on a terminal, one plain line a task elsewhere; the same object serves every fit of a run.
+    """Bars on a terminal, else one plain line per task; one object serves every task of a run.
 
-    The bars share rich's console with the terminal report, and are taken away between fits, so that what is printed
-    there stays whole. The loss is read from the device only when the bars are redrawn, at most ten times a second.
-    The module tells `task_index`, `num_tasks`, `num_steps` and `step` (of the present task), and `last_loss`.
+    The bars share rich's console with the terminal report, and are removed between tasks, so that other output is not
+    disturbed. The loss is read from the device only when the bars are redrawn, at most ten times a second. The
+    Lightning module must have `task_index`, `num_tasks`, `num_steps` and `step` (of the present task), and `last_loss`.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -28,7 +28,7 @@ class ProgressBar(pl.Callback):
         True
     """
 
-    brief = False  # whether the run is one of many, of which no task has a line
+    brief = False  # whether to print nothing per task, as the run is one of many
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ProgressBar(pl.Callback):
         self._drawn = self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bars, the second one back at the task's first step."""
+        """Show the bars, and reset the second one for the task."""
         self._started = time.monotonic()
         if self.brief or not _can_draw(self._console):
             return
@@ -50,12 +50,12 @@ class ProgressBar(pl.Callback):
         self._bars.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Redraw, if the last time is long enough ago."""
+        """Redraw the bars, at most ten times a second."""
         if self._bars is not None and time.monotonic() - self._drawn >= _REFRESH_S:
             self._draw(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the bars away, or print the task's line."""
+        """Remove the bars, or print the task's line."""
         if self._bars is not None:
             self._bars.stop()
             return
@@ -66,7 +66,7 @@ class ProgressBar(pl.Callback):
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back before the message is printed."""
+        """Remove the bars before the message of the error is printed."""
         if self._bars is not None:
             self._bars.stop()
 
@@ -88,7 +88,7 @@ class ProgressBar(pl.Callback):
 
 
 def _can_draw(console: Console) -> bool:
-    """Say whether bars can be redrawn in their place: on a terminal, and in a notebook that has widgets."""
+    """Say whether bars can be redrawn in place: on a terminal, and in a notebook with widgets."""
     return console.is_interactive and (not console.is_jupyter or find_spec("ipywidgets") is not None)
 
 

@@ -1,4 +1,4 @@
-"""`result.json`, by which a finished run is known: its final averages, and digests of its tables."""
+"""`result.json`, which marks a run as finished: its final averages, and digests of its tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TABLES = ("*.csv", rundir.SUMMARY, rundir.REFERENCES, rundir.MANIFEST)
 
 
 def write_result(run: Run) -> None:
-    """Write the file of a run that has finished."""
+    """Write `result.json` of a run that has finished."""
     averages = {mask: run.scalars(mask)["average_accuracy"] for mask in run.matrices}
     measured = {mask: value for mask, value in averages.items() if not math.isnan(value)}
     files = {path.name: digest_of(path) for pattern in _TABLES for path in sorted(run.directory.glob(pattern))}
@@ -22,7 +22,7 @@ def write_result(run: Run) -> None:
 
 
 def changed_since(directory: Path) -> list[str]:
-    """Return the tables of a finished run that are no more what they were when it ended.
+    """Return the names of the tables of a finished run that have changed since it ended.
 
     Example:
         >>> changed_since(Path("no such place"))
@@ -33,7 +33,7 @@ def changed_since(directory: Path) -> list[str]:
 
 
 def read_result(directory: Path) -> float | None:
-    """Return the final average of a finished run under the mask of its scenario, None where it is not finished.
+    """Return the final average of a run under the mask of its scenario; None if the run is not finished.
 
     Example:
         >>> read_result(Path("no such place")) is None

@@ -1,4 +1,4 @@
-"""What a run has measured: `Run`, which a finished run, a run directory and every report have in common."""
+"""`Run`: the measurements of a run, for Python, for reports and as read from a run directory."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 class Curves(Protocol):
-    """What reports read of the evaluations inside tasks, `run.instruments["curves"]`.
+    """The evaluations inside tasks as reports read them, `run.instruments["curves"]`.
 
     Attributes:
-        at: Of each evaluation, the task (from 1), its step in the task, and its step of the run.
+        at: For each evaluation, the task in training (from 1), the step in the task, and the step of the run.
     """
 
     at: list[tuple[int, int, int]]
 
     def values(self, mask: int = 0) -> Tensor:
-        """Return the metric under a mask, by its place, as float32 (evaluations, T), NaN where a task was not seen."""
+        """Return the metric under the mask of an index: float32 (evaluations, T), NaN for tasks not seen yet."""
 
     def own(self, mask: int = 0) -> list[list[float]]:
         """Return the curve of each task while it is trained."""
@@ -42,7 +42,7 @@ class Curves(Protocol):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LabelledMatrix:
-    """A transfer matrix with names beside its rows and columns; `matrix[i, j]` is an entry, or a part as a tensor.
+    """A transfer matrix with named rows and columns; it is indexed like a tensor, as `matrix[i, j]`.
 
     Attributes:
         values: R as float32 (T + 1, T), a copy on the CPU, NaN where unmeasured; row 0 is the untrained learner.
@@ -101,29 +101,29 @@ class LabelledMatrix:
 
 @dataclass(repr=False)
 class Run:
-    """What a run has measured so far: what `cl.run` returns, `cl.load` reads, and every report looks at.
+    """The measurements of a run so far: `cl.run` returns it, `cl.load` reads it, and every report receives it.
 
     Attributes:
-        directory: Where the run's files are.
+        directory: The run directory; `Path()` for a run in memory.
         config: The resolved configuration.
-        task_names: One name a task, in the order of the stream.
+        task_names: The names of the tasks, in the order of the stream.
         scenario: "class", "task" or "domain".
-        stream: What the stream is called.
-        device: What is trained on, such as "cuda"; "" before the run has started.
-        bound: "upper" or "lower" where the strategies bound what is compared; else "".
+        stream: The name of the stream.
+        device: The training device, such as "cuda"; "" before the run has started.
+        bound: "upper" or "lower" if the strategies bound the results of the compared methods; else "".
         matrices: Transfer matrices by mask; the first key is the mask of the scenario.
-        notes: Sentences that belong beside the numbers.
-        order: The positions of the tasks in the order in which they are learned.
-        boundaries: Whether rows of R stand at the ends of tasks; else at evaluation points of a stream that drifts.
+        notes: Sentences that reports show beside the results.
+        order: The original positions of the tasks, in the order in which they are learned.
+        boundaries: Whether a row of R is measured at the end of a task; else at a point of a stream that drifts.
         calibration: Matrices of expected calibration errors by mask.
-        instruments: What was measured beside R, by name.
-        own_scalars: Scalars of the user's own beside the built-in ones, by name.
-        references: By kind, what the run is compared with, one a task; see `cl.measure.references`.
-        tuning: How hyper-parameters were chosen, and what that cost; see `cl.app.protocol`.
-        total_steps: Steps over the stream from which the run goes on, where it is a continued one.
-        flushed: What the reports' `flush` returned for the checkpoint from which it goes on.
+        instruments: The instruments, which hold the measurements beside R, by name.
+        own_scalars: The user's own scalars, by name.
+        references: By kind, one reference for each task; see `cl.measure.references`.
+        tuning: How hyper-parameters were chosen, and the cost of that; see `cl.app.protocol`.
+        total_steps: The step over the stream from which the run resumes; 0 for a new run.
+        flushed: The results of the reports' `flush` in the checkpoint from which the run resumes.
         test_rows: The size of each task's test set, in the order of learning.
-        learner: What has learned, with its weights; None where a run was read from its directory.
+        learner: The learner with its weights; None for a run that was read from its directory.
 
     Example:
         >>> from cl.metrics.transfer import TransferMatrix
@@ -159,16 +159,16 @@ class Run:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
         self.measures: dict[
             tuple[int, int], tuple[dict[str, float], dict[str, str]]
-        ] = {}  # kept by `cl.report.scalars`
+        ] = {}  # the cache of `cl.report.scalars`
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks the stream has."""
+        """The number of tasks of the stream."""
         return len(self.task_names)
 
     @property
     def rows(self) -> str:
-        """What a row of R counts."""
+        """What the row number of R counts, in words."""
         return "tasks learned" if self.boundaries else "evaluation points passed"
 
     @property
@@ -178,7 +178,7 @@ class Run:
 
     @property
     def zero_shot(self) -> TransferMatrix:
-        """The matrix whose cells above the diagonal measure transfer best: under the mask "task" where there is one."""
+        """The matrix to read zero-shot transfer from: that under the mask "task" if there is one, else `primary`."""
         return self.matrices.get("task", self.primary)
 
     @property
@@ -187,10 +187,10 @@ class Run:
         return max(self.primary.measured_rows, default=-1)
 
     def scalars(self, mask: str | None = None) -> dict[str, float]:
-        """Return the scalars over the tasks learned so far, all of them NaN before the first.
+        """Return the scalars of R over the tasks learned so far; all are NaN before the first task.
 
         Args:
-            mask: Of which matrix; None means the mask of the scenario.
+            mask: The mask of the matrix; None means that of the scenario.
 
         Raises:
             InputError: If there is no such matrix.
@@ -209,9 +209,9 @@ class Run:
         return dict(self._scalars[key])
 
     def measured(self) -> dict[str, float]:
-        """Return the scalars that need more than R, the user's own among them; what has no number is left out.
+        """Return the scalars that need more than R, the user's own included; those without a value are left out.
 
-        `transfer.json` says why, and `cl.report.scalars.measure` returns it, too.
+        `transfer.json` and `cl.report.scalars.measure` give the reason for each that is left out.
         """
         from cl.report.scalars import measure
 
@@ -219,7 +219,7 @@ class Run:
 
     @property
     def stored(self) -> bool:
-        """Whether the run has a directory of its own; else it is in memory alone."""
+        """Whether the run has a directory on the disk; else it exists in memory alone."""
         return self.directory != Path() and (self.directory / rundir.CONFIG).is_file()
 
     @property
@@ -240,9 +240,9 @@ class Run:
         return figure
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return every measured cell as a row of a pandas table.
+        """Return a pandas table with a row for every measured cell of R and of the calibration errors.
 
-        Its columns are those of `cl.rundir.Cell`, and the name of the task.
+        The columns are those of `cl.rundir.Cell`, and the name of the task.
 
         Raises:
             InputError: If pandas is not installed.
@@ -264,14 +264,14 @@ class Run:
     def save(self, directory: str | Path) -> Path:
         """Write the run as a directory that `cl.load`, `cl.compare` and `cl-compare` read; return its path.
 
-        A run that has a directory is copied whole, checkpoints included; of one that was in memory alone, its
-        configuration, tables and picture are written.
+        If the run has a directory, all of it is copied, checkpoints included; else configuration, tables and picture
+        are written.
 
         Args:
-            directory: A new or an empty one.
+            directory: A new or an empty directory.
 
         Raises:
-            InputError: If there is something already.
+            InputError: If the directory is not empty, or lies inside that of the run.
         """
         target = expand_path(directory)
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -301,7 +301,7 @@ class Run:
 
 
 def _write(run: Run) -> None:
-    """Write the files of a run that was in memory, as a run with a directory does row by row."""
+    """Write the files of a run in memory, as a run with a directory writes them row by row."""
     from cl.report.manifest import write_manifest
     from cl.report.picture import PictureReport
     from cl.report.result import write_result

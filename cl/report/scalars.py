@@ -1,7 +1,7 @@
 """Scalars that need more than R: curves inside tasks, references, resources, calibration, probes, forecasts.
 
-A table like `cl.metrics.transfer.SCALARS`, beside which stand those of the user's own. Each names what it needs; a run
-that has not measured that says so instead of giving a number.
+`MEASURES` is a table like `cl.metrics.transfer.SCALARS`; the user's own scalars are treated like its entries. Each
+scalar lists what it needs. If a run has not measured that, reports show the reason instead of a number.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _measured(
 
 
 def _mean(values: Iterable[Tensor | float]) -> float:
-    """Return the mean of what is defined, NaN of nothing."""
+    """Return the mean of the values that are not NaN; NaN if there is none."""
     found = [float(value) for value in values if not math.isnan(float(value))]
     return sum(found) / len(found) if found else math.nan
 
@@ -63,7 +63,7 @@ def _gap(e: Evidence) -> float:
 
 
 def _recovered(e: Evidence) -> float:
-    """Share of the falls that were made good within the task that brought them."""
+    """Return the share of the falls of stability_gap from which the accuracy recovered within the same task."""
     falls = inside.stability_gap(*e.inside) > 0
     back = ~inside.recovery(*e.inside).isnan()
     return float((falls & back).sum() / falls.sum()) if bool(falls.any()) else math.nan
@@ -201,7 +201,7 @@ MEASURES: dict[str, AnyScalar] = {one.name: one for one in _BUILT_IN}
 
 
 def measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the measures of a run over the tasks learned so far, and why the others are absent.
+    """Return the values of the scalars over the tasks learned so far, and for the others the reason why they have none.
 
     Example:
         >>> from cl.testing import toy_run
@@ -223,7 +223,7 @@ def _measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
     for name, scalar in known(run).items():
         try:
             values[name] = value_of(scalar, evidence)
-        except InputError as error:  # at the end of a long run a number may be missing, the others may not
+        except InputError as error:  # a missing number must not cost the other ones
             absent[name] = str(error)
         except Exception as error:
             if name in MEASURES:
@@ -233,10 +233,10 @@ def _measure(run: Run) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def value_of(scalar: AnyScalar, evidence: Evidence) -> float:
-    """Return the number that a scalar makes of what a run has measured.
+    """Return the value of a scalar.
 
     Raises:
-        InputError: If there is none; the sentence says why.
+        InputError: If it has none: no task is learned, a need is missing, it is NaN, or outside of its range.
     """
     if evidence.k < 1:
         raise InputError("no task has been learned yet")
@@ -247,16 +247,20 @@ def value_of(scalar: AnyScalar, evidence: Evidence) -> float:
     if math.isnan(value):
         raise InputError("undefined for these numbers, or one of them is unmeasured")
     low, high = scalar.range
-    fractions = range_of_metric(evidence.run.primary.metric) == (0.0, 1.0)  # of which the ranges hold
+    fractions = range_of_metric(evidence.run.primary.metric) == (0.0, 1.0)  # the ranges hold for such metrics alone
     if fractions and not low - _ROUNDING <= value <= high + _ROUNDING:
         raise InputError(f"{value:g} is outside of its range, {scalar.scale}")
     return value
 
 
 def recall(run: Run, summary: Mapping[str, Any]) -> None:
-    """Let a run that is read from its directory have the numbers that its `transfer.json` holds.
+    """Give a run that is read from its directory the scalars in its `transfer.json`.
 
-    Scalars of the user's own are known by what stands beside their numbers: their code need not be there.
+    The user's own scalars are restored from the definitions in the file, without their code.
+
+    Args:
+        run: The run, which is changed.
+        summary: The content of `transfer.json`.
     """
     if "measures" not in summary or summary.get("tasks_learned") != run.tasks_learned:
         return
@@ -266,26 +270,26 @@ def recall(run: Run, summary: Mapping[str, Any]) -> None:
     own = {}
     for name, raw in found.items():
         if "defined_in" in raw:
-            said = {key: raw[key] for key in fields}
-            own[name] = Scalar(name, lambda _, value=values[name]: value, raw["definition"], **said)
+            definition = {key: raw[key] for key in fields}
+            own[name] = Scalar(name, lambda _, value=values[name]: value, raw["definition"], **definition)
             own[name].__module__ = raw["defined_in"]
     run.own_scalars = own
     run.measures[run.tasks_learned, len(run.references)] = values, dict(summary.get("absent", {}))
 
 
 def known(run: Run) -> dict[str, AnyScalar]:
-    """Return the scalars beside those of R: the built-in ones, then the user's own."""
+    """Return all scalars that need more than R, by name: the built-in ones, then the user's own."""
     return {**MEASURES, **run.own_scalars}
 
 
 def checked(scalars: Iterable[Any]) -> dict[str, AnyScalar]:
-    """Return scalars of the user's own by name.
+    """Check the user's own scalars, and return them by name.
 
     Args:
-        scalars: Functions under `cl.scalar`.
+        scalars: Functions decorated by `cl.scalar`.
 
     Raises:
-        InputError: If one is no scalar, its name is taken, or it needs what no run can measure.
+        InputError: If one is no scalar, its name is taken or not allowed, or a need is unknown.
 
     Example:
         >>> checked([print])
@@ -309,9 +313,9 @@ def checked(scalars: Iterable[Any]) -> dict[str, AnyScalar]:
     return found
 
 
-_ROUNDING = 1e-6  # what a float32 may stand beside the end of a range
-_UNEVEN = 1.2  # of the largest test set to the smallest: where means over tasks and over rows may differ
-# Those that a reader looks for first, and whether they are signed.
+_ROUNDING = 1e-6  # how far rounding of float32 may put a value outside of its range
+_UNEVEN = 1.2  # ratio of the largest to the smallest test set from which the mean over all examples is shown too
+# The scalars that reports show in one line: their words, and whether they are signed.
 _HEADLINE = {
     "worst_case_accuracy": ("worst-case accuracy", False),
     "stability_gap": ("stability gap", True),
@@ -323,7 +327,7 @@ _HEADLINE = {
 
 
 def beside(run: Run) -> str:
-    """Return what was measured beside R, as one line in percent; empty before the first task.
+    """Return the main scalars that need more than R as one line, fractions in percent; empty before the first task.
 
     Example:
         >>> from cl.testing import toy_run
@@ -343,7 +347,7 @@ def beside(run: Run) -> str:
 
 
 def _shown(scalar: AnyScalar, values: dict[str, float], absent: dict[str, str]) -> str:
-    """Return a scalar of the user's own in words; where it has no number, why."""
+    """Return one of the user's own scalars as text, or the reason why it has no value."""
     if scalar.name not in values:
         return f"no {scalar.name} ({absent[scalar.name]})"
     value = values[scalar.name]
@@ -352,9 +356,9 @@ def _shown(scalar: AnyScalar, values: dict[str, float], absent: dict[str, str]) 
 
 
 def forecasts(run: Run) -> dict[str, dict[str, Any]]:
-    """Return what each estimator said of each task beside the forward transfer that was measured, and Kendall's tau.
+    """Return, for each estimator of transferability, its values, the measured forward transfer, and Kendall's tau.
 
-    Forward transfer is R[j,j] - s_j where experts were trained, else R[j-1,j] - R[0,j], for j >= 2.
+    Forward transfer is R[j,j] - s_j if experts were trained, else R[j-1,j] - R[0,j]; tau is over the tasks j >= 2.
     """
     from cl.metrics.statistics import kendall_tau
 

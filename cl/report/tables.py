@@ -36,9 +36,11 @@ def _finite(value: Any) -> Any:
 
 
 def transfer_csv(run: Run, rows: Iterable[int]) -> str:
-    """Return the measured cells of some rows of every R as a long table, exact to the last bit of float32.
+    """Return rows of every R and calibration matrix as CSV, a line for each measured cell, exact to the last bit.
 
-    What was not measured is not there.
+    Args:
+        run: The run.
+        rows: The numbers of the rows.
     """
     return csv_text(
         rundir.Cell(after_task, task, matrix.mask, matrix.metric, value)
@@ -50,7 +52,10 @@ def transfer_csv(run: Run, rows: Iterable[int]) -> str:
 
 
 def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
-    r"""Return records as CSV; those of a value that is NaN, so unmeasured, are left out, in wider ones it is empty.
+    r"""Return records as CSV.
+
+    If the last column is called "value", records in which it is NaN (unmeasured) are left out; any other NaN is an
+    empty cell.
 
     Example:
         >>> table_csv(("task", "value"), [(1, 0.5), (2, math.nan)])
@@ -61,7 +66,7 @@ def table_csv(columns: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
 
 
 def transfer_json(run: Run) -> str:
-    """Return every scalar over the tasks learned so far, by mask, each beside what it means and where it is from."""
+    """Return the content of `transfer.json`: every scalar over the tasks learned so far, with definition and source."""
     from cl.metrics.transfer import SCALARS
     from cl.report.scalars import forecasts, known, measure
 
@@ -118,7 +123,7 @@ def _entry(scalar: AnyScalar, name: str, value: float, mask: str) -> dict[str, A
 
 
 class FileReport(Report):
-    """Keeps `transfer.csv`, `transfer.json` and the instruments' tables up to date after every row.
+    """Updates `transfer.csv`, `transfer.json` and the instruments' tables after every row.
 
     Example:
         >>> import tempfile
@@ -136,10 +141,10 @@ class FileReport(Report):
 
     def __init__(self) -> None:
         self._pace = Pace()
-        self._written: dict[str, int] = {}  # how much of each table
+        self._written: dict[str, int] = {}  # number of records written to each table
 
     def start(self, run: Run, after_task: int) -> None:
-        """Write the rows that are known."""
+        """Write the rows that are measured already."""
         known = transfer_csv(run, range(after_task + 1))
         write_text(run.directory / rundir.TRANSFER.name, rundir.TRANSFER.header + known)
         self._written = {}
@@ -149,7 +154,7 @@ class FileReport(Report):
                 self._append(run, instrument)
 
     def row(self, run: Run, after_task: int) -> None:
-        """Append to `transfer.csv`; write `transfer.json`, unless its scalars would take more than a twentieth."""
+        """Append to the tables; write `transfer.json`, unless that would take more than a twentieth of the time."""
         append_text(run.directory / rundir.TRANSFER.name, transfer_csv(run, [after_task]))
         for instrument in run.instruments.values():
             self._append(run, instrument)
@@ -164,7 +169,7 @@ class FileReport(Report):
             )
 
     def finish(self, run: Run) -> None:
-        """Write `transfer.json`, and the references where there are any."""
+        """Write `transfer.json`, and `references.json` if there are references."""
         if run.references:
             write_text(run.directory / rundir.REFERENCES, strict_json(run.references))
         with self._pace:

@@ -1,6 +1,6 @@
-"""The transfer matrix in the terminal: R filling in as a heat map, then the three matrices that say what was learned.
+"""The transfer matrix in the terminal: R as a heat map after each task, and at the end the three transfer matrices.
 
-On a terminal the cells are coloured; elsewhere (a log file, a pipe) the same numbers come as plain lines.
+On a terminal the cells are coloured; elsewhere (a log file, a pipe) the same numbers are printed as plain lines.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_TASKS = 20
-_LABEL = 10  # columns of "untrained" and a gap
-_CELLS = ((7, 1), (5, 0), (4, 0), (3, 0))  # (columns, decimals); at 3 columns colour alone parts "100" from the next
+_LABEL = 10  # columns of the label "untrained" and a gap
+_CELLS = ((7, 1), (5, 0), (4, 0), (3, 0))  # (columns, decimals); with 3 columns, only colour separates "100" cells
 
 # Colour-blind safe: dark blue to yellow (after cividis) and orange over white to purple (after ColorBrewer's PuOr).
 SEQUENTIAL = ((0, 34, 78), (65, 77, 107), (124, 123, 120), (188, 175, 111), (254, 232, 56))
@@ -32,7 +32,7 @@ DIVERGING = ((179, 88, 6), (253, 184, 99), (247, 247, 247), (178, 171, 210), (84
 
 
 def colour(share: float, palette: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """Return the colour at `share` in [0, 1] of a palette, clamped and interpolated linearly.
+    """Return the RGB colour at `share` of a palette, interpolated linearly; `share` is clamped to [0, 1].
 
     Example:
         >>> colour(0.0, SEQUENTIAL), colour(1.0, SEQUENTIAL), colour(0.125, DIVERGING)
@@ -60,15 +60,15 @@ def grid(
     style: Callable[[float], str],
     current: int | None = None,
 ) -> Text:
-    """Return a matrix as text: a header of task numbers, one line a row, the current row in bold.
+    """Return a matrix as text: a header of task numbers, then one line for each row.
 
     Args:
         values: (rows, T) fractions, NaN where there is nothing to show.
-        labels: One a row.
+        labels: The label of each row.
         width: Columns of a cell.
-        show: A value to its text.
-        style: A value to its rich style.
-        current: The row to highlight.
+        show: Returns the text of a value.
+        style: Returns the rich style of a value.
+        current: The row to print in bold.
     """
     from rich.text import Text
 
@@ -84,12 +84,12 @@ def grid(
 
 
 def layout(console: Console, num_tasks: int, narrowest: int) -> tuple[int, int] | None:
-    """Return (columns of a cell, decimals) of the widest cells that fit the console, None where none do.
+    """Return (columns of a cell, decimals) of the widest cells that fit the console, or None if none do.
 
     Args:
-        console: Its width counts only where it is a terminal.
-        num_tasks: Cells in a line.
-        narrowest: The fewest columns that a cell may take.
+        console: The console; its width is a limit only if it is a terminal.
+        num_tasks: Cells in a line; more than `MAX_TASKS` never fit.
+        narrowest: The fewest columns of a cell.
     """
     room = console.width if console.is_terminal else 10**6
     if num_tasks > MAX_TASKS:
@@ -99,7 +99,7 @@ def layout(console: Console, num_tasks: int, narrowest: int) -> tuple[int, int] 
 
 
 def accuracy_grid(run: Run, mask: str, console: Console, current: int | None = None) -> Text | None:
-    """Return R under one mask, or None where it does not fit on the console."""
+    """Return R under one mask as text, or None if it does not fit on the console."""
     R = run.matrices[mask].R.cpu()
     cell = layout(console, R.shape[1], narrowest=3)
     if cell is None:
@@ -110,7 +110,7 @@ def accuracy_grid(run: Run, mask: str, console: Console, current: int | None = N
 
 
 def difference_grid(matrix: Tensor, console: Console) -> Text | None:
-    """Return a (T, T) matrix of differences, orange below zero and purple above, or None where it does not fit."""
+    """Return a (T, T) matrix of differences as text, orange below zero and purple above, or None if it does not fit."""
     cell = layout(console, matrix.shape[1], narrowest=4)
     if cell is None:
         return None
@@ -124,7 +124,7 @@ def difference_grid(matrix: Tensor, console: Console) -> Text | None:
 
 
 def summary(run: Run, mask: str, after_task: int) -> str:
-    """Return one row of R in words, for streams too long to print."""
+    """Return one row of R in words, for streams that are too long to print."""
     row = run.matrices[mask].R[after_task].cpu()
     seen = row[: after_task or len(row)]
     measured = seen[seen.isfinite()]
@@ -141,7 +141,7 @@ class TerminalReport(Report):
     """Prints R after every row, and the transfer matrices at the end.
 
     Args:
-        console: Where to; by default rich's own, which the progress bar shares.
+        console: The console to print to; by default rich's own, which the progress bar shares.
 
     Example:
         >>> from pathlib import Path
@@ -153,23 +153,23 @@ class TerminalReport(Report):
         untrained (task):   10.0   20.0   25.0
     """
 
-    brief = False  # whether the run is one of many, of which a line each is enough
+    brief = False  # whether to print one line for the run, as it is one of many
 
     def __init__(self, console: Console | None = None) -> None:
         import rich
 
         self._console = console or rich.get_console()
-        self._drawn = False  # whether the last row came with the whole of R
+        self._drawn = False  # whether all of R was printed with the last row
         self._began = time.monotonic()
 
     def _print(self, text: Text | str) -> None:
-        if isinstance(text, str):  # of a log in another encoding, what it cannot hold is no reason to stop
+        if isinstance(text, str):  # replace characters that the encoding of a log file lacks
             text = text.encode(self._console.encoding, "replace").decode(self._console.encoding)
         # soft_wrap: neither wrapped nor cropped, so that a log file holds whole rows
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def start(self, run: Run, after_task: int) -> None:
-        """Print what is about to be learned, or from where it goes on."""
+        """Print the caption and the tasks, and after how many tasks a resumed run continues."""
         if self.brief:
             return
         self._print(caption(run))
@@ -180,7 +180,7 @@ class TerminalReport(Report):
             self._print(f"continued after {after_task} of {len(run.task_names)} tasks")
 
     def row(self, run: Run, after_task: int) -> None:
-        """Print R as far as it is known (on a terminal), or its new row."""
+        """Print R so far (on a terminal), or its new row."""
         self._drawn = False
         if self.brief:
             return
@@ -191,12 +191,12 @@ class TerminalReport(Report):
             elif matrix is run.primary:
                 self._block(f"{matrix.metric} in %, row: {run.rows}, column: task tested, {mask} mask", whole)
                 self._drawn = True
-        if after_task and len(run.task_names) <= MAX_TASKS:  # the scalars of a long stream take their time
+        if after_task and len(run.task_names) <= MAX_TASKS:  # the scalars of a long stream are slow to compute
             for mask in run.matrices:
                 self._print(headline(run, mask))
 
     def say(self, text: str) -> None:
-        """Print a sentence."""
+        """Print a message."""
         self._print(text)
 
     def _line(self, run: Run, mask: str, after_task: int) -> str:
@@ -207,7 +207,7 @@ class TerminalReport(Report):
         return f"{label} ({mask}):" + "".join(f"{percent(value):>7}" for value in row)
 
     def finish(self, run: Run) -> None:
-        """Print every R, the three matrices, the scalars and where the files are."""
+        """Print every R, the three transfer matrices, the scalars, and the path of the files."""
         if self.brief:
             seconds = time.monotonic() - self._began
             self._print(f"{run.directory.name}: {headline(run, run.primary.mask)}, in {seconds:.0f} s")

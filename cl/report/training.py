@@ -1,4 +1,4 @@
-"""The training curves as one file, `training.csv`: a row a point, without a gap or a double row over interruptions."""
+"""The training curves as one file, `training.csv`, with one row per point; a resumed run has no gaps or duplicates."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cl.rundir import TRAINING, TrainingPoint, csv_text
 
 
 class TrainingReport(Report):
-    """Keeps `training.csv`: steps over the stream, number of the task, name of the curve, value.
+    """Writes `training.csv`: steps over the stream, number of the task, name of the curve, value.
 
-    A run that is continued cuts the file where its checkpoint stands, since the steps behind it come again.
+    A run that resumes cuts the file at the step of its checkpoint, because later steps are repeated.
 
     Example:
         >>> import tempfile
@@ -36,7 +36,7 @@ class TrainingReport(Report):
         self.logger = TrainingLogger()
 
     def start(self, run: Run, after_task: int) -> None:
-        """Begin the file, or cut it."""
+        """Start a new file, or cut that of a run that resumes."""
         path = run.directory / TRAINING.name
         raw = path.read_bytes() if after_task >= 0 and path.exists() else b""
         known = run.flushed.get(TRAINING.name)
@@ -51,7 +51,7 @@ class TrainingReport(Report):
         self.logger.step, self.logger.task = run.total_steps, after_task + 1
 
     def flush(self) -> Mapping[str, Any] | None:
-        """Wait for the disk; return the length of the file and its digest."""
+        """Sync the file to the disk, and return its length and digest."""
         if self.logger.path is None:
             return None
         sync(self.logger.path)
@@ -63,8 +63,8 @@ def _mark(raw: bytes) -> dict[str, Any]:
 
 
 def _until(raw: bytes, last: int) -> list[TrainingPoint]:
-    """Return the points up to a step and to the first that cannot be read."""
-    kept: list[TrainingPoint] = []
+    """Return the points of a file up to a step, or up to the first line that cannot be read."""
+    points: list[TrainingPoint] = []
     for line in raw.decode("utf-8", "replace").splitlines()[1:]:
         try:
             point = TRAINING.parse(line)
@@ -72,17 +72,17 @@ def _until(raw: bytes, last: int) -> list[TrainingPoint]:
             break
         if point.step > last:
             break
-        kept.append(point)
-    return kept
+        points.append(point)
+    return points
 
 
 class TrainingLogger(Logger):
     """The Lightning logger of a `TrainingReport`.
 
-    Points that come without `train/task`, such as a validation, stand at the last step that came with one.
+    A point without `train/task`, such as that of a validation, gets the step of the last point with one.
 
     Example:
-        >>> TrainingLogger().log_metrics({"val/loss": 0.5})  # of a run that keeps no files: dropped
+        >>> TrainingLogger().log_metrics({"val/loss": 0.5})  # dropped, as no file has been started
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class TrainingLogger(Logger):
         self._digest = hashlib.sha256()
 
     def begin(self, path: Path, text: str) -> None:
-        """Go on behind what a file holds."""
+        """Append from now on to a file that holds a text already."""
         self.path, self._bytes, self._digest = path, len(text.encode()), hashlib.sha256(text.encode())
 
     def mark(self) -> dict[str, Any]:
@@ -101,12 +101,12 @@ class TrainingLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Of Lightning's."""
+        """The name that Lightning asks for."""
         return "training"
 
     @property
     def version(self) -> str:
-        """None that anybody needs."""
+        """The version that Lightning asks for: empty."""
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Weights & Biases: every R, every scalar against the tasks learned, and the training curves, in one run.
 
-Nothing here stops a run or asks a question. Without a login, or where W&B cannot be reached, the run is kept offline
-under the run directory (`wandb sync <directory>/wandb/offline-run-*` uploads it later).
+An error of W&B never stops the run, and W&B asks no question. Without a login or a connection, its files are written
+offline under the run directory; `wandb sync <directory>/wandb/offline-run-*` uploads them later.
 """
 
 from __future__ import annotations
@@ -32,30 +32,31 @@ if TYPE_CHECKING:
 
     from cl.metrics.transfer import TransferMatrix
 
-_TAG = 64  # the longest tag that W&B takes
-_GROUP = 128
-_PATIENCE = 10.0  # seconds in which W&B's file has not grown, after which its end is not waited for
-_OPEN: dict[str, Any] = {}  # W&B's runs of this process that were not ended, by id
+_TAG = 64  # the most characters of a tag in W&B
+_GROUP = 128  # the most characters of a group or name in W&B
+_PATIENCE = 10.0  # seconds to wait for the end of W&B's file while it does not grow
+_OPEN: dict[str, Any] = {}  # runs of W&B in this process that were not finished, by id
 
 
 class WandbReport(Report):
-    """Logs R as a table and a heat map, and every scalar, after each row; `logger` does the same for training curves.
+    """Logs R as a table and a heat map, and every scalar, after each row; `logger` logs the training curves.
 
-    Keys: `<mask>/<scalar>` for every mask and probe, `transfer/<scalar>` for the mask of the scenario, so that runs of
-    all scenarios share a name, and `measure/<name>` for what needs more than R; `<mask>/R` (table) and
-    `<mask>/R_heat_map` (image); all of these against `tasks_learned`. `train/...`, `val/...` and, for evaluations
-    inside tasks, `curve/<mask>/task <j>` against `train/step`. What is unmeasured is left out (null in a table), never
-    0. A run that is continued in its directory keeps its W&B id, and its history has every point once, however it was
-    stopped: the points come in the same order every time, `wandb/points.jsonl` of the run directory keeps them, and
-    those that a kill has taken from W&B's own files are given again; see `cl.report.points`.
+    Against `tasks_learned` it logs `<mask>/<scalar>` for every mask and probe; `transfer/<scalar>` for the mask of the
+    scenario, so that runs of all scenarios share a name; `measure/<name>` for scalars that need more than R; and
+    `<mask>/R` (table) and `<mask>/R_heat_map` (image). Against `train/step` it logs `train/...`, `val/...` and, for
+    evaluations inside tasks, `curve/<mask>/task <j>`. Unmeasured values are left out (null in a table), never 0.
+
+    A run that resumes in its directory keeps its W&B id, and its history has every point once, even after a kill: the
+    file `wandb/points.jsonl` of the run directory holds all points, and those that W&B lost are logged again; see
+    `cl.report.points`.
 
     Args:
         project: W&B project.
-        group: Runs that stand together; by default `group` of the configuration, or else stream, dataset and scenario.
-        tags: Beside `tags` of the configuration, the names of the strategies and the scenario.
-        name: By default strategies and seed.
-        mode: "online", "offline" or "disabled"; by default what WANDB_MODE says, or else online if logged in.
-        dir: Where W&B's files go; by default the run directory.
+        group: W&B group; by default `group` of the configuration, else stream, dataset and scenario.
+        tags: Added to `tags` of the configuration, the names of the strategies and the scenario.
+        name: Name of the run; by default strategies and seed.
+        mode: "online", "offline" or "disabled"; by default that of WANDB_MODE, else online if logged in.
+        dir: Directory of W&B's files; by default the run directory.
 
     Example:
         >>> report = WandbReport(mode="offline", group="split-mnist")
@@ -74,17 +75,17 @@ class WandbReport(Report):
     ) -> None:
         self.project, self.group, self.tags, self.name, self.mode = project, group, list(tags or ()), name, mode
         self.directory = Path(dir) if dir is not None else None
-        self.run: Any = None  # wandb's, while there is one
+        self.run: Any = None  # the run of wandb, while W&B works
         self.logger = WandbCurves(self)
-        self._looked = 0  # evaluations inside tasks that are logged
-        self._journal: Journal | None = None  # while there is a run, whether W&B works or not
-        self._held: Container[int] = ()  # steps of the history that W&B has from earlier sittings
-        self._given: list[int] = []  # steps that W&B was given in this sitting
+        self._logged = 0  # number of evaluations inside tasks that are logged
+        self._journal: Journal | None = None  # during a run, also if W&B does not work
+        self._held: Container[int] = ()  # steps of the history that W&B has from earlier sessions
+        self._given: list[int] = []  # steps that were logged to W&B in this session
         self._view: Run | None = None
-        self._reason = ""  # why it is not as was asked for
+        self._reason = ""  # why W&B does not run in the mode that was asked for
 
     def start(self, run: Run, after_task: int) -> None:
-        """Begin a W&B run, or go on with the one of this directory."""
+        """Start a W&B run, or resume the one of this directory."""
         self.directory, self._view = self.directory or run.directory, run
         own = run.directory / rundir.WANDB
         self._journal = Journal(own / rundir.WANDB_POINTS, run.config)
@@ -93,7 +94,7 @@ class WandbReport(Report):
         count = run.flushed.get("wandb", {}).get("points") if after_task >= 0 else 0
         earlier = self._journal.begin(count)
         self.run = self._begin(run, known)
-        self._looked = len(run.instruments["curves"]) if "curves" in run.instruments else 0
+        self._logged = len(run.instruments["curves"]) if "curves" in run.instruments else 0
         if self.run is not None:
             self.attempt(self._sign, own / rundir.WANDB_ID)
             self.attempt(self._find_held)
@@ -102,18 +103,18 @@ class WandbReport(Report):
             self.attempt(self._announce)
 
     def flush(self) -> Mapping[str, Any] | None:
-        """Put the points on the disk, and return how many stand before a checkpoint."""
+        """Sync the journal to the disk, and return the number of its points."""
         if self._journal is None:
             return None
         self._journal.sync()
         return {"wandb": {"points": self._journal.count}}
 
     def log(self, values: Mapping[str, Any], row: int | None = None) -> None:
-        """Keep one point, and give it to W&B unless an earlier sitting has.
+        """Write one point to the journal, and log it to W&B unless an earlier session has.
 
         Args:
-            values: Its scalars.
-            row: The row of R that it reports, whose table and heat map go with it.
+            values: The scalars of the point.
+            row: The row of R that it reports, which is logged as table and heat map too; None for training curves.
         """
         if self._journal is not None:
             self.attempt(self._give, self._journal.add(values, row))
@@ -129,7 +130,7 @@ class WandbReport(Report):
         _OPEN[self.run.id] = self.run
 
     def _find_held(self) -> None:
-        """Find what W&B has from earlier sittings: online its server tells, offline its files."""
+        """Find the points that W&B has from earlier sessions: online on its server, offline in its files."""
         if self.run.disabled or not self.run.offline:
             self._held = range(0 if self.run.disabled else self.run.starting_step)
             return
@@ -138,14 +139,14 @@ class WandbReport(Report):
         self._held = {step for file in files for step in steps_on_disk(file)}
 
     def _give_again(self, earlier: list[Point]) -> None:
-        """Give W&B the points before the checkpoint that a kill has taken from it."""
+        """Log again the points before the checkpoint that W&B lost in a kill."""
         assert self._journal is not None
         if self.run.disabled:
             return
         for point in earlier:
             self._give(point)
-        kept = {point.step for point in earlier}
-        lost = sum(step not in self._held and step not in kept for step in range(self._journal.count))
+        stored = {point.step for point in earlier}
+        lost = sum(step not in self._held and step not in stored for step in range(self._journal.count))
         if lost:
             warnings.warn(
                 f"Weights & Biases lacks {lost} of the {self._journal.count} points up to the checkpoint, and "
@@ -155,7 +156,7 @@ class WandbReport(Report):
             )
 
     def row(self, run: Run, after_task: int) -> None:
-        """Log R so far, as a table and a picture, and the scalars over the tasks learned."""
+        """Log R so far, as a table and a picture, and the scalars."""
         self._log_curves(run)
         self.log({"tasks_learned": after_task, **(_scalars(run) if after_task else {})}, after_task)
 
@@ -166,7 +167,7 @@ class WandbReport(Report):
         self.run = self._journal = None
 
     def _close(self) -> None:
-        """End the W&B run; offline, wait for its file, and say so where it is not whole."""
+        """Finish the W&B run; offline, wait for its file, and warn if points are missing from it."""
         own, offline = Path(self.run.dir).parent / f"run-{self.run.id}.wandb", self.run.offline
         _OPEN.pop(self.run.id, None)
         self.run.finish()
@@ -175,19 +176,19 @@ class WandbReport(Report):
         steps = _steps_of_ended(own)
         lost = sum(step not in steps and step not in self._held for step in self._given)
         if lost:
-            self._say(f"has not written {lost} of the {self._journal.count} points of this run: is the disk full?")
+            self._warn(f"has not written {lost} of the {self._journal.count} points of this run: is the disk full?")
 
-    def _say(self, what: str) -> None:
-        """Warn of what W&B lacks, and of how it comes to it."""
-        kept = self._journal.path if self._journal is not None else rundir.WANDB_POINTS
+    def _warn(self, problem: str) -> None:
+        """Warn of a problem of W&B, and say how its missing points can be logged later."""
+        path = self._journal.path if self._journal is not None else rundir.WANDB_POINTS
         warnings.warn(
-            f"Weights & Biases {what} {kept} keeps every point: once that is mended, repeat the command, without "
-            f"{rundir.RESULT} where the run has finished, and those that are lacking are given.",
+            f"Weights & Biases {problem} {path} keeps every point. To log the missing ones later, repeat the command; "
+            f"if the run has finished, remove {rundir.RESULT} first.",
             stacklevel=4,
         )
 
     def attempt(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call a function that talks to W&B; if it fails, say so once and go on without W&B."""
+        """Call a function that uses W&B; if it fails, warn once and go on without W&B."""
         if self.run is None:
             return
         try:
@@ -195,14 +196,14 @@ class WandbReport(Report):
                 function(*arguments)
         except Exception as error:
             self.run = None
-            self._say(f"failed ({_sentence(error)}): the run goes on without it.")
+            self._warn(f"failed ({_sentence(error)}): the run goes on without it.")
 
     def _begin(self, run: Run, known: str | None) -> Any:
-        """Return a W&B run in the first mode that works, None (and one sentence) where none does."""
+        """Return a W&B run in the first mode that works; if none does, warn and return None."""
         try:
             import wandb
 
-            if known in _OPEN:  # an earlier sitting in this process, ended by an exception
+            if known in _OPEN:  # an earlier session in this process, ended by an exception
                 _OPEN.pop(known).finish()
             mode = self._mode()
             for candidate in dict.fromkeys([mode, "offline"]):
@@ -212,7 +213,7 @@ class WandbReport(Report):
                     self._reason = _sentence(error)
         except Exception as error:  # not installed, or its own settings are broken
             self._reason = _sentence(error)
-        self._say(f"cannot start ({self._reason}): the run goes on without it.")
+        self._warn(f"cannot start ({self._reason}): the run goes on without it.")
         return None
 
     def _options(self, run: Run, mode: str, known: str | None) -> dict[str, Any]:
@@ -229,7 +230,7 @@ class WandbReport(Report):
             "id": known,
             "resume": "allow" if known and mode == "online" else None,  # offline, the id alone joins the parts
             "reinit": "create_new",
-            # what it would say is said by `_announce`; the bars must not end up in its console log
+            # silent, as `_announce` prints the path; console off, as progress bars would fill its console log
             "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
         }
 
@@ -278,21 +279,21 @@ class WandbReport(Report):
         if curves is None:
             return
         points: dict[int, dict[str, float]] = {}
-        for _, _, step, tested, mask, _, value in curves.records(self._looked):
+        for _, _, step, tested, mask, _, value in curves.records(self._logged):
             points.setdefault(step, {})[f"curve/{mask}/task {tested}"] = float(value)
         for step, point in points.items():
             self.log({**point, "train/step": step})
-        self._looked = len(curves)
+        self._logged = len(curves)
 
 
 class WandbCurves(Logger):
-    """The Lightning logger of a `WandbReport`: training curves in the same W&B run, on a step that never goes back.
+    """The Lightning logger of a `WandbReport`: training curves in the same W&B run, with steps over the whole stream.
 
-    Points that come with `train/task` set the step (the learner counts over the whole stream); those of others'
-    callbacks, whose Lightning step counts chunks and begins anew with every task, take the step of the last one.
+    A point with `train/task` comes from the learner and sets the step. Points of Lightning callbacks, whose step counts
+    chunks and restarts with every task, get the step of the learner's last point.
 
     Example:
-        >>> WandbReport(project="mine").logger.log_metrics({"train/loss": 0.5}, step=10)  # not begun yet: dropped
+        >>> WandbReport(project="mine").logger.log_metrics({"train/loss": 0.5}, step=10)  # dropped: no run has started
     """
 
     def __init__(self, report: WandbReport) -> None:
@@ -307,17 +308,17 @@ class WandbCurves(Logger):
 
     @property
     def version(self) -> str:
-        """The id of the W&B run, empty before it has begun."""
+        """The id of the W&B run; empty before the start."""
         return "" if self._report.run is None else str(self._report.run.id)
 
     @property
     def save_dir(self) -> str | None:
-        """Where W&B's files are."""
+        """The directory of W&B's files."""
         return None if self._report.directory is None else str(self._report.directory)
 
     @property
     def experiment(self) -> Any:
-        """The W&B run, None where there is none."""
+        """The W&B run, or None."""
         return self._report.run
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -327,7 +328,7 @@ class WandbCurves(Logger):
         """Log one point of every curve."""
         if step is not None and "train/task" in metrics:
             self._step = step
-        point = {name: value for name, value in metrics.items() if name != "epoch"}  # it begins anew with every task
+        point = {name: value for name, value in metrics.items() if name != "epoch"}  # epochs restart with every task
         if point:
             self._report.log({**point, "train/step": self._step})
 
@@ -340,7 +341,7 @@ def _draw(run: Run | None, row: int) -> dict[str, Any]:
 
     assert run is not None
     matrices = {mask: _until(matrix, row) for mask, matrix in run.matrices.items()}
-    run = replace(run, directory=Path(), matrices=matrices)  # W&B names the run, and a directory may be moved
+    run = replace(run, directory=Path(), matrices=matrices)  # without the path: a directory may be moved
     drawn: dict[str, Any] = {}
     for mask, matrix in run.matrices.items():
         columns = ["tasks learned", *(f"{j} {name}" for j, name in enumerate(run.task_names, start=1))]
@@ -351,7 +352,7 @@ def _draw(run: Run | None, row: int) -> dict[str, Any]:
 
 
 def _until(matrix: TransferMatrix, row: int) -> TransferMatrix:
-    """Return a matrix without the rows behind one."""
+    """Return a copy of a matrix in which all rows after one are unmeasured."""
     matrix = deepcopy(matrix)
     matrix.R[row + 1 :] = math.nan
     return matrix
@@ -372,14 +373,14 @@ def _or_none(value: float) -> float | None:
 
 
 def _name_of(node: object) -> str:
-    """Return what a part of the configuration is called: its `name`, or else the last word of its `_target_`."""
+    """Return the name of a part of the configuration: its `name`, or else the last word of its `_target_`."""
     if isinstance(node, Mapping):
         return str(node.get("name") or str(node.get("_target_", "")).rpartition(".")[2])
     return str(node or "")
 
 
 def _known(identity: Path) -> str | None:
-    """Return the identity of the W&B run that a file names, or None where there is none."""
+    """Return the id of the W&B run that a file holds, or None if there is none."""
     if not identity.exists():
         return None
     text = identity.read_text(encoding="utf-8", errors="replace").strip()
@@ -394,7 +395,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _steps_of_ended(path: Path) -> set[int]:
-    """Return the steps that a `.wandb` file holds once W&B has written its end, or writes no more."""
+    """Return the steps that a `.wandb` file holds, once W&B has written its end or has stopped writing."""
     steps, end = steps_so_far(path)
     grew = time.monotonic()
     while end is not None and time.monotonic() < grew + _PATIENCE:
@@ -426,7 +427,7 @@ def _pixels(figure: Figure) -> Any:
 
 @contextmanager
 def _staging_in(directory: Path | None) -> Iterator[None]:
-    """Let W&B stage tables in the run directory: an offline run then holds all that `wandb sync` needs."""
+    """In this context, W&B stores tables in the run directory, which makes it complete for `wandb sync`."""
     if directory is None or "WANDB_DATA_DIR" in os.environ:
         yield
         return

@@ -1,4 +1,4 @@
-"""How numbers and their caveats are worded, the same in every report."""
+"""The wording of numbers and remarks that all reports share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from cl.metrics.transfer import caveat
 from cl.report.run import Run
 
-# The scalars of one line, in the words of a reader; all others are in transfer.json.
+# The scalars of the headline, with the words for them; all others are in transfer.json.
 HEADLINE = {
     "average_accuracy": "average accuracy",
     "bwt_gem": "backward transfer",
@@ -17,7 +17,7 @@ HEADLINE = {
 
 
 def percent(value: float, signed: bool = False, digits: int = 1) -> str:
-    """Return a fraction as it is shown everywhere: in percent, "-" where unmeasured.
+    """Return a fraction as text in percent; "-" if it is NaN.
 
     Example:
         >>> percent(0.8449), percent(0.2, signed=True), percent(-0.0001, signed=True), percent(float("nan"))
@@ -30,7 +30,7 @@ def percent(value: float, signed: bool = False, digits: int = 1) -> str:
 
 
 def headline(run: Run, mask: str) -> str:
-    """Return the scalars that a reader looks for first, as one line in percent."""
+    """Return the main scalars of R under one mask, as one line in percent."""
     scalars = run.scalars(mask)
     signed = {"bwt_gem", "fwt_gem"}
     metric = run.matrices[mask].metric
@@ -40,7 +40,7 @@ def headline(run: Run, mask: str) -> str:
 
 
 def named(run: Run, mask: str) -> str:
-    """Return what a matrix is measured by: the mask of a scenario, or a probe.
+    """Return the words for the key of a matrix: "... mask" for the mask of a scenario, else "... probe".
 
     Example:
         >>> from pathlib import Path
@@ -51,7 +51,7 @@ def named(run: Run, mask: str) -> str:
 
 
 def remarks(run: Run) -> list[str]:
-    """Return the sentences that belong beside the numbers: the run's notes, then the caveat of forward transfer."""
+    """Return the sentences to show beside the results: the run's notes, then the caveat of forward transfer."""
     about = caveat("fwt_gem", run.primary.mask) if run.primary.metric == "accuracy" else None
     drift = "No boundaries: a row of R is an evaluation point, where strategies do what they do at the end of a task."
     return run.notes + [drift] * (not run.boundaries) + ([f"Forward transfer, {about.rstrip('.')}."] if about else [])

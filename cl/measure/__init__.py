@@ -1,1 +1,1 @@
-"""What is looked at beside R: curves inside tasks, probes, estimators of transfer, costs, and references."""
+"""Measurements beside R: curves inside tasks, probes, estimators of transfer, costs, and references."""

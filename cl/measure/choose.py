@@ -1,4 +1,4 @@
-"""The instruments of a run, by what is asked for, and those of the user's own."""
+"""The instruments of a run: the built-in ones that the settings ask for, and the user's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cl.measure.learning_curves import LearningCurves
 from cl.measure.resources import Resources
 from cl.rundir import ESTIMATES, LEARNING_CURVES, RESOURCES, TRAINING, TRANSFER
 
-_NAMES = ("resources", "curves", "probes", "estimates")  # under which reports look for those below
+_NAMES = ("resources", "curves", "probes", "estimates")  # reports find the built-in instruments by these names
 _FILES = {table.stem for table in (TRANSFER, TRAINING, LEARNING_CURVES, ESTIMATES, RESOURCES)}
 
 
@@ -27,20 +27,21 @@ def chosen(
     flops: bool = False,
     own: Mapping[str, Instrument] | None = None,
 ) -> dict[str, Instrument]:
-    """Return what is measured beside R, by name; what a task costs always is.
+    """Return the instruments of a run by name; that of the costs, `resources`, is always among them.
 
     Args:
-        stream: What is learned.
-        probes: Fitted anew on the frozen features after each task: "ridge", "knn", "cka".
-        estimators: Forecasts of transfer before each task, see `cl.metrics.transferability`.
-        every: Steps between two evaluations inside a task; or
-        points: How many evaluations a task has.
-        subset: Rows of each task that those, the probes and the estimators look at.
-        flops: Whether operations are counted.
-        own: Instruments of the user's own, by name, which come last.
+        stream: The stream to learn.
+        probes: Probes to fit on the frozen features after each task: "ridge", "knn", "cka".
+        estimators: Estimators of transferability to compute before each task, see `cl.metrics.transferability`.
+        every: Steps between two evaluations inside a task; give this or `points`, or none for no evaluations.
+        points: The number of evaluations inside a task.
+        subset: The most examples of each task for these evaluations, the probes and the estimators.
+        flops: Whether to count operations.
+        own: The user's own instruments, by name, which come last.
 
     Raises:
-        InputError: If there is no such probe or estimator, or an own instrument has the name or file of another.
+        InputError: If a probe or an estimator is unknown, or one of the user's instruments has the name or file of a
+            built-in one.
 
     Example:
         >>> from cl.testing import toy_stream

@@ -1,4 +1,4 @@
-"""Forecasts of transfer: what estimators of transferability say of a task before it is trained."""
+"""Forecasts of transfer: estimators of transferability, computed for each task before it is trained."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ COVARIANCE = "covariance"
 class Estimates(Instrument):
     """Scores the features of each task's training examples under the backbone that is about to learn it.
 
-    `covariance` is the mean similarity of the task's feature covariance to those of the tasks before (Wu, Zhang & Re
-    2020), all under the present backbone; the others, from features and labels alone, are in
+    `covariance` is the mean similarity of the task's feature covariance to those of the earlier tasks (Wu, Zhang & Re
+    2020), all under the present backbone. The other estimators use the features and labels of the task alone; see
     `cl.metrics.transferability`.
 
     Args:
-        stream: What is learned.
-        kinds: Of `cl.metrics.transferability.ESTIMATORS`, and `covariance`.
-        rows: Training rows of a task at most, the same in every run.
+        stream: The stream to learn.
+        kinds: Keys of `cl.metrics.transferability.ESTIMATORS`, or `covariance`.
+        rows: The most training examples of a task to use, the same in every run.
 
     Raises:
-        InputError: If there is no such estimator, or the targets are no labels.
+        InputError: If an estimator is unknown, or the targets are no labels.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -45,15 +45,15 @@ class Estimates(Instrument):
     def __init__(self, stream: Stream, kinds: Sequence[str], rows: int = 1000) -> None:
         super().__init__()
         names = (*ESTIMATORS, COVARIANCE)
-        strangers = [kind for kind in kinds if kind not in names]
-        if strangers:
-            raise unknown("estimator", strangers[0], names)
+        others = [kind for kind in kinds if kind not in names]
+        if others:
+            raise unknown("estimator", others[0], names)
         if stream.target.name != "label":
             raise InputError(f"estimators={list(kinds)} read labels, and {stream.name!r} has none: leave them out.")
         self._stream, self.kinds, self._rows = stream, list(dict.fromkeys(kinds)), rows
 
     def before_task(self, learner: Learner, task: Task) -> None:
-        """Estimate for the present task."""
+        """Compute the estimators for the present task."""
         with watching(learner):
             Z, y = self._features(learner, task)
             earlier = [self._features(learner, t)[0] for t in self._stream[: task.index] if COVARIANCE in self.kinds]
@@ -70,6 +70,6 @@ class Estimates(Instrument):
         return features(learner, data).cpu().to(torch.float64), data.labels.cpu()
 
     def column(self, kind: str) -> list[float]:
-        """Return the estimates of one kind, an entry a task."""
+        """Return the values of one estimator, with one entry per task; NaN for tasks to come."""
         found: dict[Any, float] = {task: value for task, name, value in self.records() if name == kind}  # type: ignore[misc]
         return [found.get(t + 1, float("nan")) for t in range(len(self._stream))]

@@ -21,19 +21,22 @@ from cl.rundir import LEARNING_CURVES, CurvePoint
 
 @checked
 class LearningCurves(Instrument):
-    """Measures the tasks seen so far, the present one included, at step 0, at chosen steps, and once it is learned.
+    """Measures all tasks seen so far, the present one included, at step 0, at chosen steps, and after the task.
 
-    The test sets are cut to a fixed part (De Lange et al. 2023, section 4, take 1,000 rows), the same in every run.
-    min-ACC can only fall as one looks more often, so the cadence belongs beside it.
+    Each test set is cut to a fixed subset, the same in every run (De Lange et al. 2023, section 4: 1,000 examples).
+    Report the interval of the points together with min-ACC, which can only fall if there are more of them.
 
     Args:
-        stream: What is learned.
-        every: Steps between two points; or
-        points: how many a task, after the one at step 0.
-        rows: Rows of each task's test set at most.
+        stream: The stream to learn.
+        every: Steps between two points; give this or `points`.
+        points: The number of points in a task after the one at step 0.
+        rows: The most examples of each task's test set to use.
 
     Raises:
-        InputError: If both or neither of every and points are given, or one is below 1.
+        InputError: If both or neither of every and points are given, or an argument is below 1.
+
+    Attributes:
+        at: For each evaluation, the task in training (from 1), the step in the task, and the step of the run.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -63,7 +66,7 @@ class LearningCurves(Instrument):
         self._values: list[Tensor] = []  # (masks, T) each, on the device until somebody reads them
 
     def steps(self, learner: Learner) -> Sequence[int]:
-        """Return the cadence: step 0, every so many; the last point is that of `after_task`."""
+        """Return the steps of the points: step 0, then at the interval; the last point is measured by `after_task`."""
         last = learner.num_steps
         if self.points is None:
             return range(0, last, self.every or 1)
@@ -71,7 +74,7 @@ class LearningCurves(Instrument):
         return sorted({round(i * last / points) for i in range(points)})
 
     def before_task(self, learner: Learner, task: Task) -> None:
-        """Gather the part of the test sets that is looked at in this task."""
+        """Gather the subsets of the test sets of the tasks seen so far."""
         seen = self._stream[: task.index + 1]
         parts = [shard(subset(t.test, self.rows)) for t in seen]
         self._loader = evaluation(learner, parts)
@@ -88,19 +91,19 @@ class LearningCurves(Instrument):
         self._values.append(torch.stack(list(score.rows().values())))
 
     def after_task(self, learner: Learner, task: Task) -> None:
-        """Measure the last point, of what the strategies have made of the task; let the test sets go."""
+        """Measure the last point, after the strategies' `after_task`, and free the test sets."""
         if learner.step:
             self.look(learner)
         self._loader = None
 
     def values(self, mask: int = 0) -> Tensor:
-        """Return the curves under a mask, by its place: float32 (N, T), NaN where a task was not seen yet."""
+        """Return the curves under the mask of an index: float32 (N, T), NaN for tasks not seen yet."""
         if not self._values:
             return torch.zeros(0, len(self._stream))
         return torch.stack([value[mask].cpu() for value in self._values])
 
     def own(self, mask: int = 0) -> list[list[float]]:
-        """Return the curve of each task while it is trained, from step 0."""
+        """Return the curve of each task while it is trained, from step 0, under the mask of an index."""
         values = self.values(mask)
         own: list[list[float]] = [[] for _ in range(values.shape[1])]
         for n, (task, _, _) in enumerate(self.at):
@@ -111,7 +114,7 @@ class LearningCurves(Instrument):
         return len(self.at)
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        """Return one record a task and mask, from the evaluation at `start`."""
+        """Yield one record for each mask and task seen so far, from evaluation number `start` on."""
         for at, values in zip(self.at[start:], self._values[start:], strict=True):
             for (mask, metric), row in zip(self._names, values.cpu().numpy(), strict=True):
                 for tested, value in enumerate(row[: at[0]], start=1):

@@ -1,4 +1,4 @@
-"""What the features know, whatever the head forgot: probes fitted anew on the frozen backbone after each task."""
+"""Probes of the features, independent of the head: classifiers on the frozen backbone after each task, and CKA."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ PROBES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None] = {
 
 
 class Probes(Instrument):
-    """Matrices P (T+1, T) of classifiers on frozen features, beside R.
+    """Measures a matrix P (T + 1, T) for each probe, beside R.
 
-    `ridge` and `knn`: P[i, j] is the accuracy on task j of a probe fitted to features of task j's training examples
-    under the backbone after i tasks (Davari et al. 2022; Bornschein et al. 2022), among the classes of the task. A
-    fall below the diagonal is what the representation lost; above it stands what it gained for a task to come.
-    `cka`: linear CKA (Kornblith et al. 2019, debiased) of the features of task j's test examples after i tasks with
-    those right after task j was learned, for i >= j: 1 on the diagonal, less as the representation drifts.
+    `ridge` and `knn`: P[i, j] is the test accuracy on task j, among its classes, of a probe that is fitted to the
+    features of task j's training examples under the backbone after i tasks (Davari et al. 2022; Bornschein et al.
+    2022). A fall below the diagonal is what the representation has lost; a rise above it, what it has gained for a task
+    to come. `cka`: linear CKA (Kornblith et al. 2019, debiased) between the features of task j's test examples after i
+    tasks and right after task j was learned, for i >= j: 1 on the diagonal, less as the representation drifts.
 
     Args:
-        stream: What is learned.
+        stream: The stream to learn.
         kinds: Of `ridge`, `knn`, `cka`.
-        rows: Training and test rows of each task at most, the same in every run.
+        rows: The most training and test examples of each task to use, the same in every run.
 
     Raises:
-        InputError: If there is no such probe, or the targets are no labels.
+        InputError: If a probe is unknown, or the targets are no labels.
 
     Example:
         >>> from cl.testing import toy_stream
@@ -47,9 +47,9 @@ class Probes(Instrument):
 
     def __init__(self, stream: Stream, kinds: Sequence[str], rows: int = 1000) -> None:
         super().__init__()
-        strangers = [kind for kind in kinds if kind not in PROBES]
-        if strangers:
-            raise unknown("probe", strangers[0], PROBES)
+        others = [kind for kind in kinds if kind not in PROBES]
+        if others:
+            raise unknown("probe", others[0], PROBES)
         if stream.target.name != "label":
             raise InputError(f"probes={list(kinds)} classify, and {stream.name!r} has no labels: leave them out.")
         metric = {"cka": "cka"}
@@ -57,10 +57,10 @@ class Probes(Instrument):
             {kind: TransferMatrix(len(stream), kind, metric.get(kind, "accuracy")) for kind in dict.fromkeys(kinds)}
         )
         self._stream, self._rows = stream, rows
-        self._learned: dict[int, Tensor] = {}  # cka: features of a task's test rows right after it was learned
+        self._learned: dict[int, Tensor] = {}  # for cka: features of a task's test examples right after it was learned
 
     def transfer_matrices(self) -> dict[str, TransferMatrix]:
-        """Return a matrix a probe."""
+        """Return the matrix P of each probe."""
         return dict(self.matrices.items())  # type: ignore[arg-type]
 
     def row(self, learner: Learner, after_task: int) -> None:
@@ -79,15 +79,15 @@ class Probes(Instrument):
                     labels = train.labels.to(learner.device), test.labels.to(learner.device)
                     row[task.index] = fit(train_x, labels[0], test_x, labels[1])
                 elif task.index < after_task:
-                    row[task.index] = linear_cka(self._kept(task.index, test_x), test_x, debiased=True)
+                    row[task.index] = linear_cka(self._first(task.index, test_x), test_x, debiased=True)
         for kind, row in found.items():
             self.matrices[kind].record(after_task, row)  # type: ignore[operator]
 
-    def _kept(self, task: int, now: Tensor) -> Tensor:
+    def _first(self, task: int, now: Tensor) -> Tensor:
         return self._learned.setdefault(task, now.cpu()).to(now.device)
 
     def get_extra_state(self) -> Any:
-        """Return the features that are compared with."""
+        """Return the features of each task right after it was learned."""
         return dict(self._learned)
 
     def set_extra_state(self, state: Any) -> None:

@@ -1,9 +1,9 @@
-"""What a run is compared with: an expert on each task alone, and a joint learner of the tasks so far.
+"""The references of a run: an expert on each task alone, and a joint learner of the tasks so far.
 
-Both start from the run's initial weights, with its optimizer, schedule and passes over the data, and no strategy. They
-are made when a run first needs them, and kept by all that determines them (the configuration but for strategy and
-reports, the initial weights and the data themselves, the versions of clsim and torch): ten strategies on one seed
-train them once, and so does a sweep whose jobs run side by side.
+Both start from the run's initial weights, with its optimizer, schedule and epochs, and no strategy. A reference is
+trained when a run first needs it, and stored in a file named by a digest of everything that determines it: the
+configuration without strategy and reports, the initial weights, the data, and the versions of clsim and torch. So ten
+strategies on one seed train each reference once, even if they run at the same time.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ if TYPE_CHECKING:
     from cl.engine.learner import Learner
 
 KINDS = ("experts", "joint")
-_WITHOUT = "method", "start"  # parts of the settings: references have no method, and initial weights are digested
+_WITHOUT = "method", "start"  # parts of the settings left out: references have no method; weights are digested
 Reference = dict[str, Any]
 
 
 class Union(Strategy):
-    """Trains on every task of a stream in its first one."""
+    """Joint training: trains on the examples of all tasks of a stream in its first task."""
 
     targets = ("label", "multilabel", "regression")
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Keep the tasks' examples as views."""
+        """Store views of the examples of all tasks."""
         self._parts = [task.train for task in stream]
 
     def training_data(self, learner: LearnerLike, task: Task) -> TaskData:
-        """Return the union."""
+        """Return the examples of all tasks."""
         return TaskData.concat(self._parts)
 
 
 class References:
-    """Makes the references of a run, or finds them.
+    """Trains the references of a run, or reads them from their files.
 
     Args:
         kinds: Of `experts` and `joint`.
-        make: A stream and strategies to an experiment that reports nothing.
-        folder: Where all runs keep theirs, one file each.
+        make: Builds an experiment without reports from a stream and strategies.
+        folder: The directory of the references, one file each, which all runs share.
         config: The resolved configuration of the run.
-        say: Told of each in a sentence.
+        say: Called with a message before each reference is trained, and if it diverges.
 
     Raises:
-        InputError: If there is no such kind.
+        InputError: If a kind is unknown.
 
     Example:
         >>> References(["experts"], lambda stream, strategies: None, Path("references"), {}).kinds
@@ -79,28 +79,28 @@ class References:
         config: dict[str, Any],
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        strangers = [kind for kind in kinds if kind not in KINDS]
-        if strangers:
-            raise unknown("reference", strangers[0], KINDS)
+        others = [kind for kind in kinds if kind not in KINDS]
+        if others:
+            raise unknown("reference", others[0], KINDS)
         self.kinds = tuple(dict.fromkeys(kinds))
         self._make, self._folder, self.say = make, folder, say
         flat = flatten(config)
         curves = {key: flat.get(f"report.{key}") for key in ("every", "points", "subset")}
-        flat.pop("stream.order", None)  # which tasks come together is in the data themselves
+        flat.pop("stream.order", None)  # the digest of the data covers it
         self._config = {**results(flat, _WITHOUT), **curves}
 
     def measure(self, stream: Stream) -> dict[str, list[Reference]]:
-        """Return, by kind, one reference a task: its metric on the task, steps, seconds and, of experts, the curve."""
-        make = {"experts": self._expert, "joint": self._joint}
-        return {kind: [make[kind](stream, t) for t in range(len(stream))] for kind in self.kinds}
+        """Return, by kind, a reference for each task: its metric on it, steps, seconds and, for experts, the curve."""
+        train = {"experts": self._expert, "joint": self._joint}
+        return {kind: [train[kind](stream, t) for t in range(len(stream))] for kind in self.kinds}
 
     def _expert(self, stream: Stream, t: int) -> Reference:
-        task = stream[t].each(lambda part: replace(part.of_tasks([t]), task=0), index=0)  # its own rows alone
+        task = stream[t].each(lambda part: replace(part.of_tasks([t]), task=0), index=0)  # without blended-in examples
         alone = stream.derive([task].__getitem__, num_tasks=1)
         return self._find("expert", t, alone, {}, [task], len(stream))
 
     def _joint(self, stream: Stream, t: int) -> Reference:
-        known = range(t + 1)  # where tasks blend, rows of those to come stand in the earlier ones
+        known = range(t + 1)  # if tasks blend, earlier tasks hold examples of later ones, which are left out
         tasks = [task.each(lambda part: part.of_tasks(known)) for task in stream[: t + 1]]
         together = stream.derive(tasks.__getitem__, num_tasks=t + 1)
         return self._find("joint", t, together, {"union": Union()}, tasks, len(stream))
@@ -108,26 +108,26 @@ class References:
     def _find(
         self, kind: str, t: int, stream: Stream, strategies: dict[str, Strategy], tasks: list[Task], total: int
     ) -> Reference:
-        """Return a reference from its file, or train it while nobody else does."""
+        """Return a reference from its file, or train it under a lock, so that no other process trains it too."""
         from filelock import FileLock
 
         experiment = self._make(stream, strategies)
         file = self._folder / f"{kind}_{self._digest(kind, experiment, tasks)}.json"
         from_first(self._make_folder)
-        with FileLock(file.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others train as it does
+        with FileLock(file.with_suffix(".lock")) if rank() == 0 else nullcontext():  # process 0 locks for all
             what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
-            kept = from_first(lambda: self._kept(file))
-            if kept is None:
+            found = from_first(lambda: self._read(file))
+            if found is None:
                 self.say(f"reference {what} of {total} ...")
                 try:
-                    kept = _train(experiment)
+                    found = _train(experiment)
                     if rank() == 0:
-                        write_sealed(file, kept)
-                except DivergenceError as error:  # unmeasured, and no reason to lose the run itself
+                        write_sealed(file, found)
+                except DivergenceError as error:  # the reference is unmeasured; the run itself goes on
                     self.say(f"reference {what} diverged and is left out: {error}")
                     return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
-            kept = from_first(lambda: kept)
-        return {"task": t + 1, **(kept or {})}
+            found = from_first(lambda: found)
+        return {"task": t + 1, **(found or {})}
 
     def _make_folder(self) -> None:
         try:
@@ -137,8 +137,8 @@ class References:
                 f"reference_dir={self._folder} cannot be made ({error.strerror}): name another."
             ) from error
 
-    def _kept(self, file: Path) -> Reference | None:
-        """Return a reference from its file; one that is torn or changed is made again."""
+    def _read(self, file: Path) -> Reference | None:
+        """Return a reference from its file; None if the file is missing or damaged."""
         remove_leftovers(self._folder, file.name)
         return read_sealed(file)
 
@@ -166,16 +166,16 @@ def reference_experiment(
     points: int | None = None,
     subset: int = 1000,
 ) -> Experiment:
-    """Return the experiment of one reference, which reports nothing; an expert's has a curve inside its task.
+    """Return the experiment that trains one reference, without reports; that of an expert measures a learning curve.
 
     Args:
-        learner: A new learner of that stream.
-        stream: One task (an expert), or all tasks so far (a joint learner).
-        trainer: Makes the Trainer of each task.
+        learner: A new learner for the stream.
+        stream: One task (for an expert), or all tasks so far (for a joint learner).
+        trainer: Builds the Trainer of each task.
         epochs: Passes over the training data.
-        every: Steps between two points of the curve; or
-        points: how many points; ten where neither is given.
-        subset: Test examples that a point is measured on.
+        every: Steps between two points of the curve; give this or `points`.
+        points: The number of points of the curve; ten if neither is given.
+        subset: The most test examples to measure a point on.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -192,7 +192,10 @@ def reference_experiment(
 
 
 def _train(experiment: Experiment) -> Reference:
-    """Learn the first task of an experiment's stream, and measure all of it."""
+    """Learn the first task of an experiment's stream, evaluate all tasks before and after it, and return the reference.
+
+    The metric of the reference is that on the last task of the stream.
+    """
     from cl.measure.learning_curves import LearningCurves
 
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What each task costs: time, steps, operations, parameters, and what the method keeps."""
+"""The costs of each task: time, steps, operations, parameters, and the memory of the method."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from cl.toolkit.memory import Memory
 
 
 class Resources(Instrument):
-    """Records what a task took, from the strategies' `before_task` to the end of their `after_task`.
+    """Records the costs of a task, from the strategies' `before_task` to the end of their `after_task`.
 
-    `seconds` is wall time without what the instruments themselves took. `flops` are those of the training steps: one
-    step in the middle of the task counted by torch (forward, backward, the strategies' own gradients), times the
-    steps; `pass_flops` those of one plain forward and backward pass over the task's rows. What strategies compute
-    between tasks (a Fisher, an SVD) is in the seconds alone. `state_bytes` are the strategies' parameters and buffers;
-    `memory_bytes`, the exemplar memories at their full capacity, are a part of them. `peak_memory_bytes` is the
-    device's peak in the task on a GPU, and that of the whole process so far on a CPU. Of several processes, operations
-    and memories are summed, what each has a copy of counts once, and the seconds and the peak are those of process 0.
+    `seconds` is wall time without the time of the instruments. `flops` are the operations of the training steps: torch
+    counts one step in the middle of the task (forward, backward, the strategies' own gradients), and the count is
+    multiplied by the number of steps. `pass_flops` are the operations of one plain forward and backward pass over the
+    task's examples. Computations of strategies between tasks (a Fisher information, an SVD) are in the seconds alone.
+    `state_bytes` are the strategies' parameters and buffers; `memory_bytes`, the exemplar memories at full capacity,
+    are a part of them. `peak_memory_bytes` is the peak in the task on a GPU, and that of the process so far on a CPU.
+    In several processes, operations and memories are summed, state of which each process has a copy counts once, and
+    the seconds and the peak are those of process 0.
 
     Args:
         flops: Whether to count operations; torch's counter takes a second to load.
@@ -50,18 +51,18 @@ class Resources(Instrument):
         self._others: Instruments | None = None
 
     def watch(self, instruments: Instruments) -> None:
-        """Name the instruments whose time is not the method's."""
-        self.__dict__["_others"] = instruments  # not a child, which would be registered in a circle
+        """Store the instruments, whose time is subtracted."""
+        self.__dict__["_others"] = instruments  # not as a sub-module, which would make a circle of modules
 
     def steps(self, learner: Learner) -> Sequence[int]:
-        """Return the step that is counted, and the one after it."""
+        """Return the step whose operations are counted, and the next one."""
         if not self.flops or learner.compiled or not learner.num_steps or math.isfinite(self._counted):
             return ()
-        middle = max(learner.num_steps // 2, learner.step)  # or where the task goes on
+        middle = max(learner.num_steps // 2, learner.step)  # the present step, if the task resumes after its middle
         return middle, middle + 1
 
     def look(self, learner: Learner) -> None:
-        """Start counting when all others have looked, or stop before they do."""
+        """Start to count after all other instruments have measured, or stop before they do."""
         if self._counter is None:
             learner.looks[learner.step].append(self._count)
             return
@@ -83,14 +84,14 @@ class Resources(Instrument):
         self._counter.__enter__()
 
     def begin(self, learner: Learner) -> None:
-        """Start the clock, before anybody's `before_task`."""
+        """Start the clock, before the `before_task` of the strategies."""
         self._began, self._aside, self._counted = time.perf_counter(), self._measuring(), math.nan
         self._a_row = math.nan
         if learner.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(learner.device)
 
     def after_task(self, learner: Learner, task: Task) -> None:
-        """Record the task."""
+        """Record the costs of the task."""
         aside = self._measuring() - self._aside
         memories = [module for module in learner.strategies.modules() if isinstance(module, Memory)]
         held, counted = sum(map(_bytes, memories)), self._counted * learner.step
@@ -113,14 +114,14 @@ class Resources(Instrument):
         )
 
     def get_extra_state(self) -> Any:
-        """Return the records, and the present task's clock and count."""
+        """Return the records, and the time and operations of the present task so far."""
         clock = {"spent": time.perf_counter() - self._began, "aside": self._measuring() - self._aside}
-        # between two steps an open counter has counted the one step that it is there for
+        # a counter that is still open has counted its one step, as this is called between two steps
         counted = self._counted if self._counter is None else float(self._counter.get_total_flops())
         return {"records": list(self._records), **clock, "counted": counted, "a_row": self._a_row}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore what `get_extra_state` returned; the clock goes on."""
+        """Restore what `get_extra_state` returned; the clock continues from that time."""
         self._records = list(state["records"])
         self._began, self._aside = time.perf_counter() - state["spent"], self._measuring() - state["aside"]
         self._counted, self._a_row = state["counted"], state["a_row"]
@@ -129,9 +130,9 @@ class Resources(Instrument):
         return 0.0 if self._others is None else self._others.seconds
 
     def column(self, name: str) -> list[float]:
-        """Return one column, an entry a task."""
-        place = self.columns.index(name)
-        return [float(record[place]) for record in self.records()]
+        """Return one column, with one entry per task."""
+        position = self.columns.index(name)
+        return [float(record[position]) for record in self.records()]
 
 
 def _bytes(module: nn.Module) -> int:

@@ -1,12 +1,15 @@
-"""Metrics that need more than the transfer matrix, one file a family; those of R alone are in `cl.metrics.transfer`.
+"""Metrics, as functions of tensors: one file for each kind.
 
-`inside_tasks`: evaluations inside the tasks. `against_experts`: experts, joint learners and other methods to compare
-    with.
-`lifelong`: the suite of l2metrics and its log format. `costs`: memory, samples and operations. `composite`: scores
-of single papers. `calibration`: what a confidence is worth. `features`: probes of frozen features and CKA.
-`checks`: what all of them ask of their input.
+- `transfer`: all metrics of the transfer matrix R alone.
+- `inside_tasks`: metrics of evaluations inside the tasks.
+- `against_experts`: comparisons with experts, joint learners and other methods.
+- `lifelong`: the suite of l2metrics and its log format.
+- `costs`: memory, samples and operations. `composite`: scores of single papers. `calibration`: calibration errors.
+- `features`: probes of frozen features, and CKA. `transferability`: forecasts of transfer from features and labels.
+- `statistics`: intervals, tests, ranks and correlations over seeds and streams.
+- `checks`: the conversion and the checks of inputs. `scalar`: a metric with its definition.
 
-Apart from two that write logs, every function is pure; but for `features` and `calibration_bins`, which stay
-where the data lie, it computes in float64 on the CPU, from tensors or plain sequences. It returns NaN, never 0,
-when a quantity is undefined or an input that it reads is NaN. Tasks are numbered from 1 in formulas and arguments.
+Every function is pure, except two that write logs. It computes in float64 on the CPU, from tensors or plain sequences;
+`features` and `calibration_bins` compute on the device of their inputs instead. It returns NaN, never 0, if the
+quantity is undefined or an input that it reads is NaN. In formulas and arguments, tasks are numbered from 1.
 """

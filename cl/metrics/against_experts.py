@@ -1,7 +1,8 @@
 """Metrics against a reference: experts of single tasks, other methods, thresholds, k-shot probes.
 
-`experts` (T,) or (T, points) belongs to learners that saw one task alone, with the same architecture and budget. A
-function that returns a vector (T,) gives one value a task; its mean is the number that the paper reports.
+`experts`, (T,) or (T, points), are results of learners of one task alone, with the same architecture and budget. A
+function that returns a vector (T,) gives one value per task; the mean of the vector is the number that the paper
+reports.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ def fwt_expert(R: Table, experts: Values, from_first: bool = False) -> Tensor:
     """Forward transfer against experts: how far each task, just learned, is above a learner of that task alone.
 
     FWT = 1/(T-1) sum_{j>=2} (R[j,j] - experts[j]), in [-1, 1], higher is better, NaN for T = 1. With `from_first` the
-    first task, where nothing could be transferred, counts too and the divisor is T. An expert knows the classes of its
-    task alone, so a class-incremental run is read under the mask of the task, too: among all classes seen so far it
-    would be compared on a harder question. Source: Wang et al. 2023 (survey, arXiv 2302.00487).
+    first task, to which nothing can be transferred, counts too and the divisor is T. An expert knows the classes of its
+    task alone, so give R under the mask "task" for a class-incremental run too: to choose among all classes seen so far
+    is a harder problem than that of the expert. Source: Wang et al. 2023 (survey, arXiv 2302.00487).
 
     Raises:
         InputError: if a shape is wrong.
@@ -37,11 +38,11 @@ def fwt_expert(R: Table, experts: Values, from_first: bool = False) -> Tensor:
 
 
 def fwt_continual_world(curves: Table, experts: Table) -> Tensor:
-    """Forward transfer of Continual World (T,): the area that a curve gained of what the expert's curve left.
+    """Forward transfer of Continual World (T,): the gain in area under the curve over the expert, as a share.
 
-    FT_j = (AUC_j - AUC_j^ref) / (1 - AUC_j^ref) with AUC_j the mean of row j, in (-inf, 1], higher is better, NaN where
-    the expert leaves less than 1e-6. `curves` (T, points) are of each task while it was trained and `experts`
-    (T, points) of learners from scratch, over one budget. FT is the mean over all tasks, the first included.
+    FT_j = (AUC_j - AUC_j^ref) / (1 - AUC_j^ref) with AUC_j the mean of row j, in (-inf, 1], higher is better, NaN if
+    1 - AUC_j^ref is below 1e-6. `curves` (T, points) are those of each task while it was trained, and `experts`
+    (T, points) those of learners from scratch over the same budget. FT is the mean over all tasks, the first included.
     Source: Wolczyk et al. 2021 (Continual World, arXiv 2105.10919), from a secondary account.
 
     Raises:
@@ -59,9 +60,9 @@ def fwt_continual_world(curves: Table, experts: Table) -> Tensor:
 
 
 def jump_start(curves: Table, experts: Table | None = None) -> Tensor:
-    """Jump-start of each task (T,): the metric before its first step, where the curve begins at step 0.
+    """Jump-start of each task (T,): the metric before its first step, for curves that begin at step 0.
 
-    JS_j = curves[j,0], in [0, 1], higher is better; with `experts` (T, points) the gain over them, in [-1, 1], as
+    JS_j = curves[j,0], in [0, 1], higher is better. With `experts` (T, points) it is the gain over them, in [-1, 1], as
     Taylor & Stone 2009 (Transfer learning for reinforcement learning domains) define it.
 
     Raises:
@@ -78,9 +79,9 @@ def jump_start(curves: Table, experts: Table | None = None) -> Tensor:
 def time_to_threshold(curve: Values, expert: Values, threshold: float) -> Tensor:
     """Time to threshold: how many times longer the expert takes to reach a metric, on one task.
 
-    TT = n_expert / n with n the index, from 0, of the first point at or above the threshold; above 1 is better. NaN
-    where either never reaches it or the learner is there at once; a NaN before that point is unmeasured. The two
-    curves (points,) may differ in length but not in the distance of their points.
+    TT = n_expert / n with n the index, from 0, of the first point at or above the threshold; above 1 is better. It is
+    NaN if a curve never reaches the threshold, has a NaN before it does, or if n is 0. The two curves (points,) may
+    differ in length but not in the distance between their points.
     Source: Taylor & Stone 2009 (Transfer learning for reinforcement learning domains), as a ratio.
 
     Raises:
@@ -98,10 +99,11 @@ def time_to_threshold(curve: Values, expert: Values, threshold: float) -> Tensor
 
 
 def fwt_libero(curves: Table) -> Tensor:
-    """Forward transfer of LIBERO (K,): the mean of each task's curve, held at its best point from there on.
+    """Forward transfer of LIBERO (K,): the mean of each task's curve, which is constant from its best point on.
 
-    FWT_k = 1/E sum_e c_k(e) with c_k(e) = c_k(e*) for e >= e*, the first maximum; in [0, 1], higher is better: fast
-    and successful, no baseline subtracted. `curves` (K, E) are of each task while it was trained, from step 0.
+    FWT_k = 1/E sum_e c_k(e) with c_k(e) = c_k(e*) for e >= e*, the first maximum; in [0, 1], higher is better. It
+    rewards fast and successful learning, and subtracts no baseline. `curves` (K, E) are those of each task while it was
+    trained, from step 0.
     Source: Liu et al. 2023 (LIBERO, arXiv 2306.03310), from its code.
 
     Raises:
@@ -118,11 +120,11 @@ def fwt_libero(curves: Table) -> Tensor:
 
 
 def nbt_libero(R: Table) -> Tensor:
-    """Negative backward transfer of LIBERO (K,): how far each task is, on average, below the moment it was learned.
+    """Negative backward transfer of LIBERO (K,): the mean fall of each task, after later ones, since it was learned.
 
     NBT_k = 1/(K-k) sum_{i>k} (R[k,k] - R[i,k]) and NBT_K = 0, in [-1, 1], lower is better. NBT is the mean over all K,
-    the 0 of the last task included; all NaN for K = 1. LIBERO keeps of each task the checkpoint that is best on it,
-    so its R[k,k] is the best point of the curve. Source: Liu et al. 2023 (LIBERO, arXiv 2306.03310), from its code.
+    the 0 of the last task included; all NaN for K = 1. LIBERO selects, for each task, the checkpoint that is best on
+    it, so its R[k,k] is the best point of the curve. Source: Liu et al. 2023 (LIBERO, arXiv 2306.03310), from its code.
 
     Raises:
         InputError: if R is not (K + 1, K).
@@ -163,7 +165,7 @@ def auc_libero(R: Table, curves: Table) -> Tensor:
 
 
 def fwt_relative(R: Table, reference: Table) -> Tensor:
-    """Forward transfer against another method: the mean distance of the two on each task, just learned.
+    """Forward transfer against another method: the mean difference of the two on each task, just learned.
 
     FWT = 1/T sum_j (R[j,j] - reference[j,j]), in [-1, 1], higher is better; both matrices are (T + 1, T), from the
     same order of tasks and the same seed. Source: CUBER (Lin et al. 2022), with GPM as the reference; the divisor T is
@@ -183,11 +185,12 @@ def fwt_relative(R: Table, reference: Table) -> Tensor:
 
 
 def rai_duet(now: Values, before: Values, unseen: Values, reference: Values) -> Tensor:
-    """Retention-adaptability index: what is kept of old tasks, and what is reached on pairs never seen together.
+    """Retention-adaptability index: the mean of retention on old tasks and generalisation to unseen pairs.
 
-    RAI = (RI + GI) / 2 with RI = mean_k min(1, now[k] / before[k]) over old tasks, measured after all and right after
-    each, and GI = mean_p min(1, unseen[p] / reference[p]) over (classes, domain) pairs that were never trained
-    together, against a model trained on the pair. In [0, 1], higher is better; NaN where a denominator is 0.
+    RAI = (RI + GI) / 2. RI = mean_k min(1, now[k] / before[k]) over old tasks k, measured after all tasks (`now`) and
+    right after task k (`before`). GI = mean_p min(1, unseen[p] / reference[p]) over (classes, domain) pairs p that were
+    never trained together, where `reference` is a model trained on the pair. In [0, 1], higher is better; NaN if a
+    denominator is 0.
     Source: Monga et al. 2025 (DuET, arXiv 2506.21260); the clipping and the reference are from a secondary account.
 
     Raises:
@@ -197,17 +200,18 @@ def rai_duet(now: Values, before: Values, unseen: Values, reference: Values) -> 
         >>> f"{rai_duet([0.54, 0.44], [0.60, 0.50], unseen=[0.30, 0.24], reference=[0.50, 0.48]):.6f}"
         '0.720000'
     """
-    kept = _clipped_ratio(("now", now), ("before", before))
+    retained = _clipped_ratio(("now", now), ("before", before))
     reached = _clipped_ratio(("unseen", unseen), ("reference", reference))
-    return (kept + reached) / 2
+    return (retained + reached) / 2
 
 
 def few_shot_transfer(P: Table) -> Tensor:
-    """Few-shot transfer: what the tasks before gave to the features that a k-shot probe of a new task needs.
+    """Few-shot transfer: how much the earlier tasks improved the features for a k-shot probe of a new task.
 
-    FS_k = 1/(T-1) sum_{j>=2} (P[j-1,j] - P[0,j]), in [-1, 1], higher is better, NaN for T = 1: fwt_gem of the matrix P
-    (T + 1, T) whose entry [i, j] is the accuracy on task j of a probe fitted on k examples a class to the frozen
-    features after i tasks, a mean over 10 draws or more. Source: ours, beside Davari et al. 2022 (arXiv 2203.13381).
+    FS_k = 1/(T-1) sum_{j>=2} (P[j-1,j] - P[0,j]), in [-1, 1], higher is better, NaN for T = 1. It is fwt_gem of a
+    matrix P (T + 1, T): P[i,j] is the accuracy on task j of a probe that is fitted to the frozen features of k examples
+    per class after i tasks, as the mean over at least 10 draws. Source: clsim, after Davari et al. 2022 (arXiv
+    2203.13381).
 
     Raises:
         InputError: if P is not (T + 1, T).
@@ -231,7 +235,7 @@ def _clipped_ratio(above: tuple[str, Values], below: tuple[str, Values]) -> Tens
 
 
 def _first_at(curve: Tensor, threshold: float) -> Tensor:
-    """Return the index of the first entry at or above the threshold, NaN if there is none or a NaN stands before it."""
+    """Return the index of the first entry at or above the threshold; NaN if there is none or a NaN comes before it."""
     found = ((curve >= threshold) | curve.isnan()).nonzero().flatten()
     nothing = len(found) == 0 or curve[found[0]].isnan()
     return curve.new_tensor(torch.nan if nothing else float(found[0]))

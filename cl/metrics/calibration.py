@@ -1,4 +1,4 @@
-"""Calibration: whether a confidence of 0.8 is right in 8 of 10 cases."""
+"""Calibration: whether predictions with a confidence of 0.8 are right in 8 of 10 cases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cl.metrics.checks import Values, to_float64, vector
 def expected_calibration_error(confidence: Values, correct: Values, bins: int = 15) -> Tensor:
     """Expected calibration error: the mean distance between confidence and accuracy over bins of equal width.
 
-    ECE = sum_m |B_m| / N |acc(B_m) - conf(B_m)|, bin m of M holds the confidences in ((m-1)/M, m/M]; in [0, 1], lower
-    is better. It is biased upwards where bins hold few examples.
+    ECE = sum_m |B_m| / N |acc(B_m) - conf(B_m)|, where bin m of M holds the confidences in ((m-1)/M, m/M]; in [0, 1],
+    lower is better. It is biased upwards if bins hold few examples.
     Source: Guo et al. 2017 (arXiv 1706.04599), section 2, eq. 3.
 
     Args:
@@ -37,14 +37,15 @@ def expected_calibration_error(confidence: Values, correct: Values, bins: int = 
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums that `ece_from_bins` reads, so that batches can be added up where they lie.
+    """Return the sums per bin that `ece_from_bins` takes; those of several batches can be added up.
 
-    Nothing is checked and nothing leaves the device; a NaN confidence falls into the first bin and makes its sum NaN.
+    The inputs are not checked and nothing leaves the device. A NaN confidence is counted in the first bin and makes its
+    sum NaN.
 
     Args:
         confidence: (N,) in [0, 1].
-        correct: (N,) bool or 0 and 1.
-        bins: How many of equal width.
+        correct: (N,) bool, or 0 and 1.
+        bins: The number of bins, of equal width.
 
     Returns:
         Count, sum of confidence and sum of correct of each bin, (bins,) each, in the dtype of `confidence`.
@@ -58,10 +59,10 @@ def calibration_bins(confidence: Tensor, correct: Tensor, bins: int = 15) -> tup
     """
     if bins < 1:
         raise InputError(f"Calibration needs at least one bin, got bins={bins}.")
-    place = (confidence.nan_to_num(0.0) * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    index = (confidence.nan_to_num(0.0) * bins).ceil().long().sub(1).clamp(0, bins - 1)
     sums = torch.zeros(3, bins, dtype=confidence.dtype, device=confidence.device)
     rows = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence.dtype)])
-    sums.index_add_(1, place, rows)
+    sums.index_add_(1, index, rows)
     return sums[0], sums[1], sums[2]
 
 
@@ -72,12 +73,12 @@ def ece_from_bins(count: Tensor, confidence: Tensor, correct: Tensor) -> Tensor:
     The sums of parts of the data add up. Source: Guo et al. 2017 (arXiv 1706.04599), eq. 3.
 
     Args:
-        count: (..., bins) examples.
+        count: (..., bins) number of examples.
         confidence: (..., bins) sum of their confidences.
-        correct: (..., bins) how many were right.
+        correct: (..., bins) number of right predictions.
 
     Returns:
-        (...), such as one value a task for sums of shape (T, bins).
+        (...), such as one value per task for sums of shape (T, bins).
 
     Raises:
         InputError: if the shapes differ or there is no axis of bins.

@@ -1,4 +1,4 @@
-"""What the metrics ask of their input: float64 on the CPU and the right shape, or one clear sentence."""
+"""Conversion of the metrics' inputs to float64 on the CPU, and checks of their shapes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ Table = Tensor | Sequence[Sequence[float]] | Sequence[Tensor]
 
 
 def to_float64(name: str, values: Values | Table | float) -> Tensor:
-    """Return the values as float64 on the CPU (not every accelerator has float64), without a graph.
+    """Return the values as float64 on the CPU (not every accelerator has float64), detached from the graph.
+
+    Args:
+        name: The name of the argument, for the message.
+        values: A tensor, a number, or sequences of numbers or of tensors.
 
     Raises:
-        InputError: if they are no numbers, or rows of unequal lengths.
+        InputError: if the values are no numbers, or rows of unequal lengths.
 
     Example:
         >>> to_float64("curves", [[1, 2], [3, 4]]).dtype
@@ -35,10 +39,10 @@ def to_float64(name: str, values: Values | Table | float) -> Tensor:
 
 
 def vector(name: str, values: Values, length: int | None = None, low: float = -math.inf) -> Tensor:
-    """Return the values as a vector.
+    """Return the values as a vector, float64 (n,).
 
     Raises:
-        InputError: if it is empty, has not that length, or an entry is below `low`.
+        InputError: if it is empty, has another length than `length`, or an entry is below `low`.
 
     Example:
         >>> vector("seconds", [1, 2], length=2, low=0)
@@ -54,17 +58,17 @@ def vector(name: str, values: Values, length: int | None = None, low: float = -m
 
 
 def table(name: str, values: Table, rows: str, columns: str, shape: tuple[int | None, int | None]) -> Tensor:
-    """Return the values as a matrix.
+    """Return the values as a matrix, float64 (rows, columns).
 
     Args:
-        name: What the user calls it.
+        name: The name of the argument, for the message.
         values: Rows of numbers.
-        rows: What a row is.
-        columns: What a column is.
-        shape: How many there must be; None where any number from 1 will do.
+        rows: The word for the rows.
+        columns: The word for the columns.
+        shape: The required numbers of rows and columns; None allows any number from 1 on.
 
     Raises:
-        InputError: if its shape is another.
+        InputError: if the shape is another.
 
     Example:
         >>> table("curves", [[0.1, 0.9]], "tasks", "points", (None, 2)).shape
@@ -79,7 +83,7 @@ def table(name: str, values: Table, rows: str, columns: str, shape: tuple[int | 
 
 
 def transfer_matrix(R: Table, name: str = "A transfer matrix over T tasks") -> Tensor:
-    """Return a transfer matrix R (T + 1, T).
+    """Return a transfer matrix R, float64 (T + 1, T).
 
     Raises:
         InputError: if it has another shape.
@@ -109,7 +113,7 @@ def learned(R: Table) -> tuple[Tensor, Tensor]:
 
 
 def keep(values: Tensor, mask: Tensor, fill: float = math.nan) -> Tensor:
-    """Return the entries where the mask holds and `fill` elsewhere.
+    """Return the entries where the mask is true, and `fill` elsewhere.
 
     Example:
         >>> keep(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
@@ -119,7 +123,7 @@ def keep(values: Tensor, mask: Tensor, fill: float = math.nan) -> Tensor:
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return above / below, NaN (never infinite) where the denominator is 0.
+    """Return above / below; NaN, and never infinite, where the denominator is 0.
 
     Example:
         >>> ratio(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))

@@ -12,8 +12,8 @@ def hars_kore(gain: float, change: float) -> Tensor:
 
     HARS = 2 f_A f_R / (f_A + f_R) with f_A = 100 gain / (gain + 100) and f_R = change + 100; `gain` is the relative
     gain on new knowledge and `change` the relative change of the retained ability, both in percent, a loss negative.
-    In [0, 100] for gain >= 0 and -100 <= change <= 0, higher is better; NaN for a negative gain, for a loss of more
-    than everything, and where both parts are 0. Source: the KORE paper.
+    In [0, 100] for gain >= 0 and -100 <= change <= 0, higher is better; NaN for a negative gain, for a change below
+    -100, and if both f_A and f_R are 0. Source: the KORE paper.
 
     Raises:
         InputError: if an argument is no number.

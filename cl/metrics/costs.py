@@ -1,4 +1,4 @@
-"""What learning costs: parameters, stored samples and operations, and error beside compute."""
+"""The costs of learning: parameters, stored samples and operations, and error together with compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cl.metrics.checks import Values, ratio, vector
 
 
 def model_size_efficiency_diaz(params: Values) -> Tensor:
-    """Model size efficiency: how little the model grew; `params` (T,) are its sizes after each task.
+    """Model size efficiency: 1 if the model does not grow; `params` (T,) are its sizes after each task.
 
     MS = min(1, 1/T sum_i params[1] / params[i]), in [0, 1], higher is better.
     Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
@@ -25,9 +25,10 @@ def model_size_efficiency_diaz(params: Values) -> Tensor:
 
 
 def sample_storage_efficiency_diaz(stored: Values, lifetime: float) -> Tensor:
-    """Sample storage efficiency: how few of all `lifetime` samples were kept; `stored` (T,) counts them per task.
+    """Sample storage efficiency: the share of all `lifetime` samples that is not stored, as the mean over tasks.
 
-    SSS = 1 - min(1, 1/T sum_i stored[i] / lifetime), in [0, 1], higher is better (one unit for both: samples or bytes).
+    SSS = 1 - min(1, 1/T sum_i stored[i] / lifetime), in [0, 1], higher is better. `stored` (T,) counts the stored
+    samples, once per task. Both are in one unit: samples or bytes.
     Source: Diaz-Rodriguez et al. 2018 (arXiv 1810.13166).
 
     Example:
@@ -39,7 +40,7 @@ def sample_storage_efficiency_diaz(stored: Values, lifetime: float) -> Tensor:
 
 
 def computational_efficiency_diaz(pass_ops: Values, ops: Values, scale: float = 1.0) -> Tensor:
-    """Computational efficiency: the cost of one pass over each task's data over all that was spent on the task.
+    """Computational efficiency: the cost of one pass over each task's data, divided by all operations for the task.
 
     CE = min(1, 1/T sum_i scale * pass_ops[i] / (1 + ops[i])), in [0, 1], higher is better. `pass_ops` (T,) are the
     operations of one forward and backward pass over task i, `ops` (T,) all operations spent learning it.
@@ -96,7 +97,7 @@ def cl_stability_diaz(stds: Values, weights: Values | None = None) -> Tensor:
 def nevis_error(errors: Values, num_samples: Values | None = None) -> Tensor:
     """NEVIS error: the mean over tasks of the test error right after the task was learned; forgetting is not scored.
 
-    E = 1/T sum_t errors[t] with errors[t] = 1 - R[t,t], in [0, 1], lower is better; stands beside `nevis_compute`.
+    E = 1/T sum_t errors[t] with errors[t] = 1 - R[t,t], in [0, 1], lower is better. Report it with `nevis_compute`.
     With `num_samples` (T,), the size of each test set, the mean is weighted by it, as the benchmark's code logs too.
     Source: Bornschein et al. 2022 (NEVIS'22, arXiv 2211.11747), from its code.
 
@@ -117,8 +118,8 @@ def nevis_error(errors: Values, num_samples: Values | None = None) -> Tensor:
 def nevis_compute(flops: Values, reference: Values | None = None) -> Tensor:
     """NEVIS compute: the floating-point operations spent on the whole stream, every tried hyper-parameter included.
 
-    C = sum_t flops[t], lower is better; with `reference` (T,), those of a reference learner, the ratio C / C_ref, NaN
-    where that spent nothing. Its place is beside `nevis_error` in a Pareto plot: the two are no scalar.
+    C = sum_t flops[t], lower is better. With `reference` (T,), the operations of a reference learner, it is the ratio
+    C / C_ref; NaN if C_ref is 0. The benchmark plots it against `nevis_error` and combines the two into no score.
     Source: Bornschein et al. 2022 (NEVIS'22, arXiv 2211.11747), from its code, which leaves evaluation out.
 
     Raises:

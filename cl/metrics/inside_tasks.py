@@ -1,8 +1,8 @@
 """Metrics of evaluations inside the tasks: anytime accuracy, the stability gap, windowed forgetting.
 
 `curves` (N, T) has one row per evaluation, in order, NaN where a task was not evaluated; `training` (N,) is the number
-1..T of the task that was being trained. Evaluations before a task's first step are left out: they repeat the last one
-of the task before. All minima fall when the evaluations are denser, so report how many steps lie between two.
+1..T of the task that was being trained. Leave out evaluations before a task's first step: they repeat the last one of
+the previous task. Minima can only fall if there are more evaluations, so report the number of steps between two.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def min_accuracy_delange(curves: Table, training: Values) -> Tensor:
 
 
 def worst_case_accuracy_delange(curves: Table, training: Values) -> Tensor:
-    """Worst-case accuracy after each task (T,): the new task at its end and every old one at its lowest.
+    """Worst-case accuracy after each task (T,): of the new task at its end, and of every old task at its lowest.
 
     WC-ACC_k = 1/k curves[t_k,k] + (1 - 1/k) min-ACC_k with t_k the last evaluation in task k, in [0, 1], higher is
     better; WC-ACC_1 is the accuracy on task 1. Source: De Lange et al. 2023 (arXiv 2205.13452).
@@ -115,7 +115,7 @@ def stability_gap(curves: Table, training: Values) -> Tensor:
 
     G[k,i] = curves[t_{k-1},i] - min_{training[n]=k} curves[n,i] for i < k, NaN elsewhere and where task k - 1 or k has
     no evaluation, in [-1, 1], lower is better (negative: task i never fell); t_k is the last evaluation in task k.
-    Source: the phenomenon is that of De Lange et al. 2023 (arXiv 2205.13452); this measure of it is ours.
+    Source: clsim; the phenomenon was described by De Lange et al. 2023 (arXiv 2205.13452).
 
     Raises:
         InputError: as `average_anytime_accuracy`.
@@ -137,11 +137,12 @@ def stability_gap(curves: Table, training: Values) -> Tensor:
 
 
 def recovery(curves: Table, training: Values) -> Tensor:
-    """Recovery from the stability gap (T, T): after how many evaluations in task k the accuracy on task i is back.
+    """Recovery from the stability gap (T, T): how many evaluations of task k pass until task i has recovered.
 
-    The first n, counted from 1 in task k, after the lowest point of task i with curves[n,i] >= curves[t_{k-1},i].
-    NaN where it never is, where task i did not fall (`stability_gap` is not above 0) and for i >= k. Lower is better;
-    the unit is evaluations. Source: ours, beside De Lange et al. 2023 (arXiv 2205.13452).
+    The entry is the first n, counted from 1 in task k, after the lowest point of task i, with
+    curves[n,i] >= curves[t_{k-1},i]. It is NaN if there is no such n, if task i did not fall (`stability_gap` is not
+    above 0), and for i >= k. Lower is better; the unit is evaluations. Source: clsim, after De Lange et al. 2023
+    (arXiv 2205.13452).
 
     Raises:
         InputError: as `average_anytime_accuracy`.

@@ -1,4 +1,4 @@
-"""`Scalar`: a function that makes one number of a run, and what must be said next to that number."""
+"""`Scalar`: a function from the measurements of a run to one number, together with the definition of that number."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Scalar(Generic[P, T]):
     """One scalar, which is called like its function.
 
     Attributes:
-        name: What it is called in every file and table.
-        function: What is measured to a number; NaN where that is undefined.
-        formula: One line, tasks numbered from 1.
-        source: The paper or the library that the definition is from.
-        scale: Unit and range, such as "fraction, [0, 1]"; without a range, 0 and more.
-        divisor: What the sum of the formula is divided by; the libraries differ here most. "1" where there is none.
-        higher_is_better: The sign.
-        weighting: What counts once in a mean, such as "task mean"; "none" where the formula is no mean.
-        needs: What a run must have measured: keys of `cl.report.scalars.NEEDS`, or "instrument:NAME".
-        fair: Whether it is read under the mask "task" where there is one, beside experts who know no other classes.
+        name: The name in every file and table.
+        function: Returns the number from the measurements; NaN if it is undefined.
+        formula: The formula in one line, with tasks numbered from 1.
+        source: The paper or the library that defines it.
+        scale: Unit and range, such as "fraction, [0, 1]"; without a range it means 0 or more.
+        divisor: The divisor of the sum in the formula, in which libraries often differ; "1" if there is none.
+        higher_is_better: Whether a higher value is better.
+        weighting: What each term of a mean stands for, such as "task mean"; "none" if the formula is no mean.
+        needs: What a run must have measured: keys of `cl.report.evidence.NEEDS`, or "instrument:NAME".
+        fair: Whether it is read under the mask "task" if the run has one, as experts know no other classes.
 
     Example:
         >>> from cl.metrics.transfer import bwt_gem, worked_example
@@ -47,10 +47,10 @@ class Scalar(Generic[P, T]):
     fair: bool = False
 
     def __post_init__(self) -> None:
-        functools.update_wrapper(self, self.function)  # its docstring, and its example, are those of the function
+        functools.update_wrapper(self, self.function)  # with the docstring of the function, whose example is tested
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what the function returns."""
+        """Return the result of the function."""
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -58,7 +58,7 @@ class Scalar(Generic[P, T]):
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the largest value that its scale names."""
+        """The lowest and the highest value of the scale."""
         return range_of_scale(self.scale)
 
 
@@ -76,20 +76,20 @@ def scalar(
     needs: tuple[str, ...] = (),
     fair: bool = False,
 ) -> Callable[[Callable[P, T]], Scalar[P, T]]:
-    """Make a function a scalar that runs report: in `transfer.json`, W&B, the terminal and `cl-compare`.
+    """Decorate a function as a scalar, which runs report in `transfer.json`, W&B, the terminal and `cl-compare`.
 
-    The function is given what a run has measured, `cl.Evidence`, and returns a number, or NaN where it is undefined. A
-    number outside the range of its scale is left out, and the reason is told.
+    The function takes the measurements of a run, a `cl.Evidence`, and returns a number, or NaN if it is undefined. A
+    number outside of the range of the scale is left out, and the reason is reported.
 
     Args:
-        formula: One line, tasks numbered from 1.
-        source: The paper or the library that the definition is from.
-        scale: Unit and range, such as "fraction, [0, 1]"; without a range, 0 and more.
-        divisor: What the sum of the formula is divided by; "1" where there is none.
-        higher_is_better: The sign.
-        weighting: What counts once in a mean, such as "task mean"; "none" where the formula is no mean.
-        needs: What a run must have measured: keys of `cl.report.scalars.NEEDS`, or "instrument:NAME".
-        fair: Whether the function reads `evidence.fair_R`, under the mask "task" where there is one.
+        formula: The formula in one line, with tasks numbered from 1.
+        source: The paper or the library that defines it.
+        scale: Unit and range, such as "fraction, [0, 1]"; without a range it means 0 or more.
+        divisor: The divisor of the sum in the formula; "1" if there is none.
+        higher_is_better: Whether a higher value is better.
+        weighting: What each term of a mean stands for, such as "task mean"; "none" if the formula is no mean.
+        needs: What a run must have measured: keys of `cl.report.evidence.NEEDS`, or "instrument:NAME".
+        fair: Whether the function reads `evidence.fair_R`, which is under the mask "task" if the run has one.
 
     Example:
         >>> @scalar(formula="max_j R[T,j] - min_j R[T,j]", source="this page", higher_is_better=False)
@@ -98,16 +98,16 @@ def scalar(
         >>> spread.name, spread.range
         ('spread', (0.0, 1.0))
     """
-    said = locals()
+    definition = locals()
 
     def decorate(function: Callable[P, T]) -> Scalar[P, T]:
-        return Scalar(name=function.__name__, function=function, **said)
+        return Scalar(name=function.__name__, function=function, **definition)
 
     return decorate
 
 
 def range_of_scale(scale: str) -> tuple[float, float]:
-    """Return the range that a scale names; of amounts, which it does not, 0 and more.
+    """Return the range in a scale; a scale without one, such as "seconds", means 0 or more.
 
     Example:
         >>> range_of_scale("fraction, [-1, 1]"), range_of_scale("(-inf, 1]"), range_of_scale("seconds")
@@ -118,7 +118,7 @@ def range_of_scale(scale: str) -> tuple[float, float]:
 
 
 def range_of_metric(metric: str) -> tuple[float, float]:
-    """Return the range of an entry of R.
+    """Return the range of a metric, and so of the entries of R.
 
     Example:
         >>> range_of_metric("accuracy"), range_of_metric("R2")

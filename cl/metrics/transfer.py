@@ -6,8 +6,9 @@ names a task, NaN means unmeasured, and a higher entry is better. Formulas numbe
 (`bwt_gem`, `bwt_diaz`) because many different quantities share one name in the field.
 
 Every function is pure and computes in float64 on the CPU. It returns NaN, never 0, when the quantity is undefined
-(backward transfer of a single task) or when a cell that it reads is unmeasured; cells that it does not read are free.
-Ranges hold for metrics in [0, 1], such as accuracy. Formula, source, range, divisor and sign stand above each function.
+(backward transfer of a single task) or when a cell that it reads is unmeasured; other cells have no influence. Ranges
+hold for metrics in [0, 1], such as accuracy. The decorator of a function gives formula, source, range, divisor and
+sign.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from cl.errors import InputError, unknown
 from cl.metrics.checks import keep, learned, ratio, transfer_matrix, vector
 from cl.metrics.scalar import AnyScalar, Scalar
 
-# The scalars of R alone, as written to transfer.json; and what libraries call backward transfer, forward transfer and
-# forgetting, to compare numbers with theirs, not to report. Each function below says in which table it stands.
+# SCALARS: the scalars of R alone, which are written to transfer.json. LIBRARY_VARIANTS: what libraries compute as
+# backward transfer, forward transfer and forgetting, to compare with their numbers; these are not reported.
 SCALARS: dict[str, AnyScalar] = {}
 LIBRARY_VARIANTS: dict[str, AnyScalar] = {}
 
@@ -45,7 +46,7 @@ def _of_R(
     higher_is_better: bool = True,
     table: dict[str, AnyScalar] = SCALARS,
 ) -> Callable[[Callable[P, Tensor]], Scalar[P, Tensor]]:
-    """Make a function of R (T + 1, T) a scalar, a mean over tasks, and enter it in a table."""
+    """Decorate a function of R (T + 1, T) as a scalar that is a mean over tasks, and add it to a table."""
 
     def decorate(function: Callable[P, Tensor]) -> Scalar[P, Tensor]:
         found = Scalar(
@@ -61,7 +62,7 @@ def _of_R(
 
 
 def worked_example() -> Tensor:
-    """Return the (4, 3) matrix of every example below, on which bwt_gem and bwt_diaz differ in sign.
+    """Return the (4, 3) matrix that all examples below use; its bwt_gem and bwt_diaz differ in sign.
 
     Example:
         >>> worked_example().shape
@@ -211,7 +212,7 @@ def fwt_continuum(R: Tensor) -> Tensor:
 
 
 def _best(R: Tensor, zero_shot: bool, final: bool) -> Tensor:
-    """Return per task max_l R[l,j], l from j (or from 1 if zero_shot) to T - 1 (or T if final); needs T > 1."""
+    """Return max_l R[l,j] for each task j, with l from j (1 if zero_shot) to T - 1 (T if final); needs T > 1."""
     rows, _ = learned(R)
     if not zero_shot:
         rows = keep(rows, torch.ones_like(rows, dtype=torch.bool).tril(), -math.inf)
@@ -238,7 +239,8 @@ def forgetting_chaudhry(R: Tensor, zero_shot: bool = False) -> Tensor:
 def intransigence_chaudhry(R: Tensor, joint: Tensor | Sequence[float]) -> Tensor:
     """Intransigence: how far each task, just learned, is below a joint learner of tasks 1..k; mean over k.
 
-    `joint` (T,) is on task k, trained on tasks 1..k. The formula stands in `cl.report.scalars`.
+    `joint` (T,) holds, for each k, the metric on task k of a learner that was trained on tasks 1..k together. The
+    formula is in `cl.report.scalars`.
 
     Example:
         >>> f"{intransigence_chaudhry(worked_example(), [0.92, 0.89, 0.86]):.6f}"
@@ -531,7 +533,7 @@ def step_effect(R: Tensor) -> Tensor:
 
 
 def to_records(R: Tensor) -> list[tuple[int, int, float]]:
-    """Return every cell as (after_task, task, value): after_task 0..T, task 1..T, NaN kept, row by row.
+    """Return every cell as (after_task, task, value), row by row: after_task 0..T, task 1..T, NaN if unmeasured.
 
     Example:
         >>> to_records(torch.tensor([[0.5], [0.75]]))
@@ -541,19 +543,19 @@ def to_records(R: Tensor) -> list[tuple[int, int, float]]:
     return [(i, j, value) for i, row in enumerate(rows) for j, value in enumerate(row, start=1)]
 
 
-# --------------------------------------------------------------------------- what must be said beside a number
+# --------------------------------------------------------------------------- caveats
 
-# What reads R[i,j] with 1 <= i < j: the metric on a task that has not been learned yet.
+# Whether a matrix, and which scalars, read R[i,j] with 1 <= i < j: the metric on a task that is not learned yet.
 _MATRICES = {"backward_transfer": False, "forward_transfer": True, "step_effect": True}
 READS_UNSEEN = {"fwt_gem", "fwt_diaz", "fwt_continuum", "fwt_gem_code"}
 READS_UNSEEN |= {"transfer_zscl", "average_zscl", "transfer_mammoth", "forward_transfer_ratio"}
 
 
 def caveat(name: str, mask: str) -> str | None:
-    """Return what must be said next to the scalar or matrix `name` measured under `mask`, or None.
+    """Return the caveat to show beside the scalar or matrix `name` measured under `mask`, or None.
 
-    Under the mask "class" a task to come is scored by outputs that no example has trained yet, so what reads those
-    cells (`fwt_*`, `transfer_*`, average_zscl, forward_transfer, step_effect) is not zero-shot knowledge.
+    Under the mask "class" a task to come is scored by outputs that no example has trained yet. So quantities that read
+    those cells (`fwt_*`, `transfer_*`, average_zscl, forward_transfer, step_effect) do not measure zero-shot knowledge.
 
     Raises:
         InputError: if no scalar and no matrix has that name.
@@ -582,12 +584,12 @@ class TransferMatrix(nn.Module):
     """The transfer matrix of one run: a float32 buffer `R` (T + 1, T), NaN where unmeasured, and its scalars.
 
     R[i, j] is the metric on the task of index j after i tasks; row 0 is the untrained learner. The buffer is the whole
-    state: it moves with its parent and loads strictly with `weights_only=True`.
+    state: it moves with the parent module and loads strictly with `weights_only=True`.
 
     Args:
         num_tasks: T.
         mask: Which classes competed: "class", "task" or "domain".
-        metric: What an entry is; higher is better.
+        metric: The name of the metric; higher is better.
 
     Raises:
         InputError: if num_tasks is below 1.
@@ -610,7 +612,7 @@ class TransferMatrix(nn.Module):
         self.mask = mask
         self.metric = metric
         self.register_buffer("R", torch.full((num_tasks + 1, num_tasks), math.nan, dtype=torch.float32))
-        # Known on the host, so that record() refuses a second write without reading the device.
+        # A copy on the host, so that record() can refuse to write a row twice without reading the device.
         self._rows: set[int] = set()
         self.register_load_state_dict_post_hook(_find_rows)  # type: ignore[no-untyped-call]
 
@@ -621,15 +623,15 @@ class TransferMatrix(nn.Module):
 
     @property
     def num_measured(self) -> int:
-        """How many of the T + 1 rows are recorded."""
+        """The number of recorded rows, 0 to T + 1."""
         return len(self._rows)
 
     @torch.no_grad()
     def record(self, after_task: int, values: Tensor) -> None:
-        """Write row `after_task` (0 before the first task), once; no host synchronisation if `values` is on R's device.
+        """Write a row of R, once; it does not synchronise with the device if `values` is on the device of R.
 
         Args:
-            after_task: How many tasks have been learned, 0..T.
+            after_task: The number of tasks learned, 0..T; it is the number of the row.
             values: (T,) the metric on every task, NaN where it was not measured.
 
         Raises:
@@ -648,7 +650,7 @@ class TransferMatrix(nn.Module):
 
     @torch.no_grad()
     def reset(self, after_task: int | None = None) -> None:
-        """Make one row unmeasured, or all of them; the only way to record a row again.
+        """Mark one row, or all rows, as unmeasured, so that they can be recorded again.
 
         Raises:
             InputError: if there is no such row.
@@ -674,7 +676,7 @@ class TransferMatrix(nn.Module):
         return {name: scalar.function(cut).item() for name, scalar in SCALARS.items()}
 
     def extra_repr(self) -> str:
-        """Return what the module prints between its brackets."""
+        """Return the text between the brackets of the module's repr."""
         return f"num_tasks={self.num_tasks}, mask={self.mask!r}, metric={self.metric!r}, measured={self.num_measured}"
 
     def _check_row(self, after_task: int) -> None:
@@ -682,14 +684,14 @@ class TransferMatrix(nn.Module):
             raise InputError(f"The transfer matrix has rows 0 to {self.num_tasks}, got after_task={after_task}.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransferMatrix:
-        kept = self.R
+        before = self.R
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.R.dtype != kept.dtype:  # .bfloat16() on the parent would leave three digits of an accuracy
-            self.R = kept.to(self.R.device)
+        if self.R.dtype != before.dtype:  # R stays float32: after .bfloat16() of the parent it would have three digits
+            self.R = before.to(self.R.device)
         return self
 
 
 def _find_rows(module: nn.Module, _: object) -> None:
-    """Read from a loaded buffer which rows it holds, those with a number (one synchronisation a load)."""
+    """Find the recorded rows of a loaded buffer: those with a number; it synchronises with the device."""
     assert isinstance(module, TransferMatrix)
     module._rows = set(module.R.isnan().all(1).logical_not().nonzero().flatten().tolist())

@@ -1,12 +1,12 @@
-r"""What frozen features know of a task, and how alike two representations are: two probes and linear CKA.
+r"""Probes of frozen features, and the similarity of two representations: ridge and k-NN probes, and linear CKA.
 
-A probe matrix `P` (T + 1, T) has the layout of the transfer matrix: `P[i, j]` is the test accuracy of a probe fitted on
-the features of the network after i tasks, on the task of index j. Every head is refitted, so what it loses is lost by
-the representation and not by the classifier.
+A probe matrix `P` (T + 1, T) has the layout of the transfer matrix: `P[i, j]` is the test accuracy, on the task of
+index j, of a probe that is fitted to the features of the network after i tasks. As every probe is fitted again, a loss
+in P is one of the representation and not of the classifier.
 
-The probes and CKA run where the features lie, in float64 (float32 on a device without it), and never read a value back
-to the host if `classes` is given. They return NaN where the answer is undefined: features that are not finite, no test
-example, a constant representation.
+The probes and CKA run on the device of the features, in float64 (float32 on a device without it), and do not
+synchronise with it if `classes` is given. They return NaN if the result is undefined: features that are not finite, no
+test example, a constant representation.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def ridge_scores(
     .. math:: W = (X^\top X + \lambda n I)^{-1} X^\top Y = X^\top (X X^\top + \lambda n I)^{-1} Y,
 
     whichever system is smaller, and the scores are X_test W plus the class frequencies. Source: Hoerl and Kennard 1970;
-    the dual is Saunders et al. 1998. METRICS 13 asks for a logistic probe with its penalty chosen on validation data;
-    this one has one solution, no solver and no choice, and the same on every row of P.
+    the dual is Saunders et al. 1998. Unlike a logistic probe it has a closed-form solution, and its penalty is the same
+    for every row of P.
 
     Args:
         train_x: (n, D) features.
@@ -346,7 +346,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _nearest(distance: Tensor, k: int) -> Tensor:
-    """Return which k columns (m, n) are the nearest of each row, the earlier one of equals."""
+    """Return a mask (m, n) of the k nearest columns in each row; of equal distances the earlier column counts."""
     edge = distance.topk(k, largest=False).values[:, -1:]
     closer, tied = distance < edge, distance == edge
     return closer | (tied & (tied.cumsum(1) <= k - closer.sum(1, keepdim=True)))

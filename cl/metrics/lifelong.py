@@ -2,10 +2,10 @@
 
 A lifetime alternates evaluation blocks (EX, every task) and learning blocks (LX, one task): row 0 of `E` (L + 1, T) is
 the EX before any learning and row b the EX after the b-th LX, so a transfer matrix is the E of a stream whose tasks
-are learned once. `order` (L,) is the task 1..T of each LX, by default 1..T. The formulas are those of l2metrics 3.1.0
-(its code), and so are the quantities that it leaves out of a mean, which is said where it matters.
+are learned once. `order` (L,) is the task 1..T of each LX, by default 1..T. The formulas are those of the code of
+l2metrics 3.1.0, which also leaves the same terms out of a mean; the docstrings say which.
 
-l2metrics smooths each LX and scales a task to [1, 101] before anything else: `preprocess`.
+Before all else, l2metrics smooths each LX and scales the values of a task to [1, 101]: `preprocess`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ KINDS = ("ratio", "contrast")
 
 
 class Lifetime(NamedTuple):
-    """A metric over a lifetime, and the parts that it is the mean of.
+    """A metric over a lifetime, and the values per task or pair whose mean it is.
 
     Attributes:
-        value: 0-d; NaN if there is no part or an input of one is NaN.
-        parts: One a task (T,) or one a pair of tasks (T, T), NaN where there is none.
+        value: 0-d; NaN if there is no part or an input of a part is NaN.
+        parts: One per task (T,) or per pair of tasks (T, T), NaN if it is undefined.
 
     Example:
         >>> performance_maintenance([[0.1, 0.1], [0.9, 0.4], [0.8, 0.9]]).parts
@@ -61,9 +61,9 @@ class Preprocessed(NamedTuple):
 def smooth(curve: Values, window: int | None = None) -> Tensor:
     """Return a curve (n,) as its moving average, mirrored at both ends.
 
-    The window W is min(n / 5, 100) rounded down, also where the given one is longer than the curve; below 3 the curve
-    stays as it is. Entry m is the mean from m - W / 2 rounded up to m - 1 + W / 2 rounded down, as l2metrics cuts it:
-    an odd window is not centred.
+    By default, and if the given window is longer than the curve, the window W is min(n / 5, 100) rounded down. With W
+    below 3 the curve is returned unchanged. Entry m is the mean of the W entries from m - ceil(W / 2) on, as in
+    l2metrics, so that the window is not centred.
 
     Raises:
         InputError: if the curve is no vector.
@@ -129,7 +129,7 @@ def preprocess(
     tests = vector("evaluations", evaluations)
     alone = [smooth(curve) for curve in experts]
     everything = torch.cat([*blocks, tests, *alone])
-    everything = everything[~everything.isnan()]  # what was not measured has no part in the range
+    everything = everything[~everything.isnan()]  # unmeasured values do not count for the range
     if not len(everything):
         return Preprocessed(blocks, tests, alone)
     if clamp:
@@ -142,7 +142,7 @@ def preprocess(
 
 
 def _percentiles(values: Tensor) -> tuple[float, float]:
-    """Return the 10th and the 90th percentile, between neighbours where they fall between two values."""
+    """Return the 10th and the 90th percentile, interpolated linearly between values."""
     return values.quantile(0.1).item(), values.quantile(0.9).item()
 
 
@@ -530,8 +530,8 @@ def _lifetime(E: Table, order: Sequence[int] | None) -> tuple[Tensor, list[int]]
 
 def _mean(found: dict[tuple[int, ...], Tensor], shape: tuple[int, ...]) -> Lifetime:
     parts = torch.full(shape, math.nan, dtype=torch.float64)
-    for place, value in found.items():
-        parts[place] = value
+    for position, value in found.items():
+        parts[position] = value
     return Lifetime(torch.stack(list(found.values())).mean() if found else parts.new_tensor(math.nan), parts)
 
 
@@ -539,7 +539,7 @@ def _peak(curve: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest value of the smoothed curve and the index of the first one; both NaN if a value is."""
     smoothed = smooth(curve)
     peak = smoothed.amax()
-    # The mirror at the ends makes equal means, which rounding must not tell apart.
+    # Mirroring at the ends makes equal means, which may differ by rounding.
     at = (smoothed >= peak - 1e-12 * peak.abs()).double().argmax().double()
     return peak, keep(at, ~peak.isnan())
 

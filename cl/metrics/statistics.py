@@ -1,7 +1,7 @@
 """Statistics over seeds, strategies and streams: intervals, paired tests, corrections, ranks and correlations.
 
-Every function is pure and computes in float64. NaN is unmeasured: a NaN value (in a pair, either of the two) is left
-out, `num` says how many remain, and what they do not determine is NaN, never 0. An infinite value is refused.
+Every function is pure and computes in float64. NaN means unmeasured: a NaN value, or a pair with one, is left out, and
+`num` is the number of those that remain. A result that they do not determine is NaN, never 0. Infinities are refused.
 
 The unit is the seed: one seed fixes the stream, the initial weights and the order of examples, so two strategies are
 compared on the differences over the seeds that they share. Which test:
@@ -36,7 +36,7 @@ from cl.errors import InputError
 
 Array = NDArray[np.float64]
 EXACT = 15  # at most this many differences have all 2^n signs enumerated
-ROUNDING = 4 * float(np.finfo(np.float32).eps)  # metrics come in float32: a relative spread below this is none
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # a relative spread below this counts as 0, as metrics are float32
 
 # --------------------------------------------------------------------------- helpers
 
@@ -58,7 +58,7 @@ def _finite(values: Array) -> Array:
 
 
 def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    """Return the pairs of which both are measured."""
+    """Return the pairs in which both values are measured."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
         raise InputError(f"Pairs need two vectors of one length, got shapes {x.shape} and {y.shape}: match the seeds.")
@@ -152,7 +152,8 @@ def bounded(cells: CellIntervals, low: float = -math.inf, high: float = math.inf
     An accuracy has no interval up to 131 %. With u the mean's place in the range, the t interval is taken on the scale
     of :math:`\\log (u / (1 - u))`, or of :math:`\\log |m - b|` where one bound b is finite, and mapped back; its half
     width there is that of the values divided by the slope (the delta method; Agresti 2013, Categorical Data Analysis,
-    section 3.1.6, for one proportion). Mean and standard deviation stay; where the mean is a bound, it is the interval.
+    section 3.1.6, for one proportion). Mean and standard deviation are unchanged. If the mean equals a bound, both ends
+    of the interval are the mean.
 
     Args:
         cells: Intervals symmetric about their means.
@@ -333,11 +334,11 @@ def sign_flip(a: ArrayLike, b: ArrayLike, level: float = 0.95, num_resamples: in
 def wilcoxon(a: ArrayLike, b: ArrayLike, level: float = 0.95, num_resamples: int = 9_999, seed: int = 0) -> PairedTest:
     """Test whether two strategies differ, by the signed ranks of their differences.
 
-    The sign-flip test of sign(d) rank(|d|): one wild seed counts little. Differences of 0 are left out of it and ties
-    have average ranks, with which the p stays exact. The interval holds the shifts that the test does not reject:
-    order statistics of the means of all pairs of d, each with itself too (Hodges & Lehmann 1963). It bounds the centre
-    of symmetry and, with a wild seed, may leave out the mean. Source: Wilcoxon 1945. Enumeration, least p
-    and undefined cases are as in `sign_flip`; where all differences are 0, p is 1.
+    This is the sign-flip test of sign(d) rank(|d|), on which an outlier has little influence. Differences of 0 are left
+    out, and ties have average ranks; p is exact nevertheless. The interval holds the shifts that the test does not
+    reject: its bounds are order statistics of the means of all pairs of d, each d also with itself (Hodges & Lehmann
+    1963). It bounds the centre of symmetry; with an outlier it may not contain the mean. Source: Wilcoxon 1945.
+    Enumeration, least p and undefined cases are as in `sign_flip`; if all differences are 0, p is 1.
 
     Args:
         a: Values of one strategy, one a seed or one a stream, (n,).
@@ -404,7 +405,7 @@ def _bounded(plain: Interval, ordered: Array, tail: int) -> Interval:
 
 
 def _p_values(p: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
-    """Return a copy of p and the places of the measured ones, ascending by value."""
+    """Return a copy of p and the positions of the measured p-values, ascending by value."""
     values = np.array(p, dtype=np.float64)
     if values.ndim != 1:
         raise InputError(f"p-values must be a vector, got shape {values.shape}: give those of one family.")

@@ -1,10 +1,11 @@
-r"""How well a frozen network will transfer to a task, read from features Z (n, D) and labels y (n,) before training.
+r"""Estimators of how well a network transfers to a task, from features Z (n, D) and labels y (n,) before training.
 
-Every estimator of `ESTIMATORS` is a pure function of (Z, y): compare it with the forward transfer that is measured
+Every estimator of `ESTIMATORS` is a pure function of (Z, y). Compare its values with the forward transfer measured
 afterwards, by a rank correlation over networks or tasks. `covariance_similarity` compares two tasks instead.
 
-All compute in float64 on the CPU, are 0-d, do not depend on the order of rows or the names of classes (but for ties of
-the k-NN), and return NaN, never 0, where the answer is undefined or a feature is not finite. Labels are any integers.
+All compute in float64 on the CPU and return a 0-d tensor. They do not depend on the order of examples or the names of
+classes (except for ties of the k-NN), and return NaN, never 0, if the result is undefined or a feature is not finite.
+Labels may be any integers.
 
     >>> Z = torch.tensor([[1.0, 2], [3, 2], [1, 3], [3, 4], [5, 2], [7, 2], [5, 3], [7, 4]])
     >>> y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
@@ -393,7 +394,7 @@ def _leading(X: Tensor, energy: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimator:
-    """One estimator of (Z, y), and what must be said next to its number.
+    """One estimator of (Z, y), with its definition.
 
     Attributes:
         function: Features (n, D) and labels (n,) to a 0-d tensor.

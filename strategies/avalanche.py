@@ -97,8 +97,8 @@ class Avalanche(Strategy):
         """Refuse to continue a stopped run, and settings that Avalanche's loop would ignore."""
         if learner.tasks_learned != self._learned:
             raise InputError(
-                f"What {self.path} remembered of the {learner.tasks_learned} tasks learned is in no checkpoint, and so "
-                "the run cannot be continued: begin it anew in another hydra.run.dir."
+                f"No checkpoint contains what {self.path} stored in the {learner.tasks_learned} tasks learned, so the "
+                "run cannot be continued: start it again in another hydra.run.dir."
             )
         asked = {
             "gradient_clip": learner.gradient_clip is not None,
@@ -109,7 +109,7 @@ class Avalanche(Strategy):
             raise InputError(f"{self.path} trains by a loop of its own, which knows no {name}: drop it.")
         epochs = self.epochs or learner.epochs
         if not epochs:
-            raise InputError(f"{self.path} is not told the run's epochs: say strategy.avalanche.epochs=5.")
+            raise InputError(f"{self.path} needs a number of epochs: set strategy.avalanche.epochs=5.")
         self._inner.train_epochs = epochs
 
     def training_data(self, learner: LearnerLike, task: Task) -> TaskData:

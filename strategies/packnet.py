@@ -104,8 +104,8 @@ class PackNet(Strategy):
                 first.setdefault(task, []).append(name.removesuffix(".weight"))
         if not first:
             return None
-        told = "; ".join(f"{', '.join(names)} from task {task} on" for task, names in sorted(first.items()))
-        return f"PackNet has no free weights left in {told}: raise packnet.share, or use a wider backbone."
+        full = "; ".join(f"{', '.join(names)} from task {task} on" for task, names in sorted(first.items()))
+        return f"PackNet has no free weights left in {full}: raise packnet.share, or use a wider backbone."
 
     def _owned(self, learner: LearnerLike) -> list[tuple[str, Tensor, Tensor]]:
         """Return the name, the weight and the owners of each layer."""

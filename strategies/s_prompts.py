@@ -137,8 +137,8 @@ class SPrompts(Strategy):
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the class token of each example under the prompts of its domain, (B, D)."""
         transformer: Any = learner.backbone.eval()
-        told = learner.task_labels
-        self._domains = self._nearest(learner, view) if told is None else told
+        given = learner.task_labels
+        self._domains = self._nearest(learner, view) if given is None else given
         tokens = transformer.embed(view)
         prompts = torch.stack(tuple(self.prompts))[self._domains].to(tokens.dtype)
         output: Tensor = transformer.encode(torch.cat([tokens, prompts], dim=1))

@@ -516,9 +516,7 @@ def test_a_stopped_run_is_not_continued_in_silence(tmp_path):
     assert torch.equal(finished.matrices["class"].R, whole.matrices["class"].R), "what is finished can be read again"
     files[-1].unlink()
     learner, stream = build()
-    with pytest.raises(
-        InputError, match="remembered of the 2 tasks learned is in no checkpoint, and so the run cannot"
-    ):
+    with pytest.raises(InputError, match="stored in the 2 tasks learned, so the run cannot"):
         Experiment(learner, stream, TRAINER, directory=tmp_path).run()
 
 

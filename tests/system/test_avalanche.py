@@ -616,7 +616,7 @@ REFUSED = {
     "shapes of experiences": (
         lambda: bench([*two(1), *two(1, (4,), lambda t: 1)], two()),
         {},
-        r"torch.float32 inputs of shape \(3,\) and torch.float32 of \(4,\): give all sets one shape",
+        r"torch.float32 inputs of shape \(3,\) and torch.float32 of \(4,\): bring them to one shape",
     ),
     "shapes of items": (
         lambda: bench(ragged(), two(1)),

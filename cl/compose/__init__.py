@@ -1,13 +1,13 @@
-"""Building blocks of streams: pure functions from streams to streams, which YAML can nest.
+"""Building blocks of streams: pure functions from streams to streams, which can be nested in YAML.
 
     >>> from cl.data.sources import digits
     >>> stream = permute(copies(digits(), num_tasks=3))
     >>> [task.name for task in repeat(stream, visits=[0, 1, 0])]
     ['permutation 1', 'permutation 2', 'permutation 1 again']
 
-Each takes a stream, or a dataset as a stream of one task, and leaves it as it is. Tasks are made when they are needed,
-arrays are shared, and draws are functions of a seed and of the task. What changes training labels or drops rows leaves
-validation and test sets alone.
+Each takes a stream, or a dataset as a stream of one task, and returns a new stream. Tasks are built when they are
+needed, arrays are shared, and random draws depend on a seed and on the task alone. Label noise, missing labels and
+subsets concern training examples only; validation and test sets stay as they are.
 """
 
 from cl.compose.base import Source, copies

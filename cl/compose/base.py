@@ -1,4 +1,4 @@
-"""Datasets as streams, and what the building blocks share."""
+"""Datasets as streams, and helpers that the building blocks share."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ def copies(
     seed: int = 0,
     shared_labels: bool | None = None,
 ) -> Stream:
-    """Make a stream whose every task is the whole dataset, to be changed task by task.
+    """Return a stream in which every task is the whole dataset, for blocks that change each task differently.
 
     Args:
         dataset: Any dataset.
-        num_tasks: T.
-        scenario: "domain" by default.
-        val_fraction: Share of the training set that becomes validation.
+        num_tasks: Number of tasks, T.
+        scenario: "class", "task" or "domain"; None means "domain".
+        val_fraction: Share of the training set that becomes the validation set, in [0, 1).
         order: See `Stream`.
         seed: Seed of the validation split and of a shuffled order.
-        shared_labels: Whether all tasks have the same labels, or each its own; None means the same where the scenario
-            is "domain". With "task" and True the task is told, and one output a class serves all tasks.
+        shared_labels: Whether all tasks have the same labels, or each has its own; None means the same if the scenario
+            is "domain". With scenario "task" and shared labels, the task is given at test, and all tasks share one
+            output for each class.
 
     Raises:
-        InputError: If there are no tasks, or the scenario is "domain" and labels are each task's own.
+        InputError: If there are no tasks, or the scenario is "domain" and `shared_labels` is False.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -76,28 +77,36 @@ def copies(
 
 
 def shift(y: Tensor, offset: int, width: int) -> Tensor:
-    """Move labels, or columns of targets, by an offset into a space of some width."""
+    """Add an offset to labels (N,), or move the columns of targets (N, C) by it to targets (N, `width`)."""
     return y + offset if y.ndim == 1 else F.pad(y, (offset, width - offset - y.shape[1]))
 
 
 def as_stream(source: Source) -> Stream:
-    """Return a dataset as a stream of one task, and a stream as it is."""
+    """Return a dataset as a stream of one task; a stream is returned as it is."""
     return copies(source) if isinstance(source, Dataset) else source
 
 
 def labels_only(stream: Stream, what: str) -> None:
-    """Refuse targets that are no single label."""
+    """Refuse a stream whose targets are not labels; `what` names the block in the error."""
     if stream.target.name != "label":
         raise InputError(f"{what} counts labels, but the targets of {stream.name!r} are {stream.target.name}.")
 
 
 def generator(seed: int, what: str, task: int) -> np.random.Generator:
-    """Return the generator of one task's draws."""
+    """Return the random generator of one task; `what` names the block, so that each has its own draws."""
     return np.random.default_rng(derive(seed, what, task))
 
 
 def choose(y: Tensor, count: Callable[[int, int], int], seed: int, what: str, task: int) -> Tensor:
-    """Draw rows of each class, ascending; how many is a function of the class and its size."""
+    """Draw examples of each class without replacement, and return their positions, ascending.
+
+    Args:
+        y: Labels, int64 (N,).
+        count: Returns the number to draw from a class and the number of its examples.
+        seed: Seed of the draw.
+        what: Name of the block, so that each has its own draws.
+        task: Position of the task.
+    """
     labels, kept = y.numpy(), []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

@@ -1,21 +1,21 @@
 """The fifteen corruptions of CIFAR-C at severities 1 to 5, on whole batches of images.
 
-Hendrycks & Dietterich 2019, arXiv 1903.12261, section 4; the parameters are those of the authors' CIFAR script
+Hendrycks & Dietterich 2019, arXiv 1903.12261, section 4. The parameters are those of the authors' CIFAR script
 (hendrycks/robustness, make_cifar_c.py), in pixels of a 32 x 32 image except where a comment says otherwise.
 
-The corrupted image is a pure function of (pixels, kind, severity, seed), bit for bit: neither the batch it stands in,
-nor its place there, nor the number of threads matters. So
+A corrupted image is a pure function of (pixels, kind, severity, seed), bit for bit. It depends neither on the batch,
+nor on the image's position in it, nor on the number of threads. For this,
 
 - random numbers are a hash of the image and a counter; normals and Poisson counts are looked up by quantile;
 - sums run in a fixed order, or over numbers of so few bits that a sum in float64 has no rounding.
 
-Two rows with the same pixels are corrupted alike. Departures from the authors' script:
+So two images with the same pixels are corrupted in the same way. Differences from the authors' script:
 
 - values are rounded to the nearest level, where the script drops the fraction (half a level darker);
 - `frost` overlays a fractal texture with the brightness, contrast and tint of the script's photographs of ice, which
-  are not ours to ship; it has neither their needles nor their large structures;
-- `glass_blur` is one parallel look-up a pass. The script means to swap neighbours, but its swap of array views copies
-  one way, and its scan never reads a pixel that it has written: the look-up gives the same image;
+  may not be shipped with this package; it has neither their needles nor their large structures;
+- `glass_blur` is one parallel look-up a pass. The script intends to swap neighbours, but its swap of array views copies
+  one way only, and its scan never reads a pixel that it has written: the look-up gives the same image;
 - `elastic_transform` and `motion_blur` sample without the intermediate rounding to 1/32 pixel and to 8 bits.
 """
 
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from cl.errors import InputError, unknown
 from cl.random import derive
 
-_BLOCK = {"cpu": 2**18}  # values corrupted at a time, to fit the cache; else 2^24; changes speed and memory only
+_BLOCK = {"cpu": 2**18}  # values corrupted at a time, by device, else 2^24: affects only speed and memory
 _GOLDEN = -7046029254386353131  # 2^64 over the golden ratio as int64: the step of splitmix64
 
 
@@ -50,11 +50,12 @@ def corrupt(x: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
     """Corrupt images as CIFAR-C does (Hendrycks & Dietterich 2019, section 4).
 
     Args:
-        x: Images, uint8 (N, C, H, W), grey (C=1) or RGB (C=3), H and W at least 8; left as they are.
+        x: Images, uint8 (N, C, H, W), grey (C=1) or RGB (C=3), H and W at least 8; they are not changed.
         kind: One of `CORRUPTIONS`.
-        severity: 1 to 5, the authors' scale; elastic_transform moves the whole less and neighbours more as it grows.
-        seed: 0 or more; with the pixels, the kind and the severity it decides every random number. The kinds
-            defocus_blur, zoom_blur, brightness, contrast, pixelate and jpeg_compression draw none.
+        severity: 1 to 5, on the authors' scale. For elastic_transform, a higher severity moves the whole image less
+            and neighbouring pixels more.
+        seed: 0 or more. Seed, pixels, kind and severity determine every random number. The kinds defocus_blur,
+            zoom_blur, brightness, contrast, pixelate and jpeg_compression draw none.
 
     Returns:
         New images of the same shape, type and device.
@@ -89,20 +90,20 @@ def corrupt(x: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
 
 
 class _Draws:
-    """Random numbers of each image: splitmix64 (Steele et al. 2014, section 5) of a counter, begun at a content key."""
+    """Random numbers of each image: splitmix64 (Steele et al. 2014, section 5), started at a hash of the image."""
 
     def __init__(self, x: Tensor, seed: int) -> None:
         self.x, self.seed, self.used = x, seed, 0
 
     @cached_property
     def key(self) -> Tensor:
-        """Hash of the pixels and the seed, int64 (N,): odd multiples of the pixels, summed modulo 2^64."""
+        """A hash of the pixels and the seed, int64 (N,): the sum of odd multiples of the pixels modulo 2^64."""
         pixels = self.x.flatten(1).long()
         weight = _mix(torch.arange(1, pixels.shape[1] + 1, device=self.x.device) * _GOLDEN) | 1
         return _mix((pixels * weight).sum(1) + self.seed)
 
     def bits(self, *shape: int) -> Tensor:
-        """Uniform on 0..65535, int32 (N, *shape); each call goes on where the last one stopped."""
+        """Integers uniform on 0..65535, int32 (N, *shape); each call continues the sequence of the last one."""
         count = math.prod(shape)
         step = torch.arange(self.used + 1, self.used + 1 + -(-count // 4), device=self.x.device) * _GOLDEN
         self.used += len(step)
@@ -110,18 +111,20 @@ class _Draws:
         return (word.int() & 0xFFFF).reshape(-1, *shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform on (0, 1), multiples of 2^-17, float32 (N, *shape)."""
+        """Numbers uniform on (0, 1), multiples of 2^-17, float32 (N, *shape)."""
         return (self.bits(*shape) + 0.5) / 2**16
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal, multiples of 2^-12 in (-4.4, 4.4), float32 (N, *shape)."""
+        """Standard normal numbers, multiples of 2^-12 in (-4.4, 4.4), float32 (N, *shape)."""
         bits = self.bits(*shape)
         return _normal_quantiles().to(bits.device).index_select(0, bits.flatten()).view_as(bits)
 
 
 def _mix(z: Tensor) -> Tensor:
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor  # the mask makes the shift a logical one
+        z = (
+            z ^ (z >> shift & (1 << 64 - shift) - 1)
+        ) * factor  # the mask turns the arithmetic shift into a logical one
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
@@ -144,12 +147,12 @@ def _fixed(matrix: Tensor) -> Tensor:
 
 
 def _linear_matrix(position: Tensor, size: int) -> Tensor:
-    """Linear interpolation of `size` samples at given positions, (len(position), size)."""
+    """Return the matrix that interpolates `size` samples linearly at given positions, (len(position), size)."""
     return _fixed((1 - (position[:, None] - torch.arange(size)).abs()).clamp(min=0))
 
 
 def _zoom_matrices(x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Maps of the rows and of the columns that enlarge the middle of an image to the whole."""
+    """Return the matrices, for rows and for columns, that enlarge the middle of an image to the whole."""
     rows, columns = (
         _zoom_matrix(size, math.ceil(size / factor), round(math.ceil(size / factor) * factor)) for size in x.shape[2:]
     )
@@ -158,14 +161,14 @@ def _zoom_matrices(x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=256)
 def _zoom_matrix(size: int, crop: int, zoomed: int) -> Tensor:
-    """Cut out the middle, enlarge it with its corner pixels kept in the corners, cut out the middle again."""
+    """Return the matrix that crops the middle, enlarges it with aligned corner pixels, and crops the middle again."""
     row = torch.arange(size, dtype=torch.float64) + (zoomed - size) // 2
     return _linear_matrix((size - crop) // 2 + row * ((crop - 1) / (zoomed - 1)), size)
 
 
 @lru_cache(maxsize=256)
 def _gaussian_matrix(size: int, sigma: float, truncate: float) -> Tensor:
-    """Gaussian blur, mirrored at the edge (d c b a | a b c d)."""
+    """Return the matrix of a Gaussian blur, mirrored at the edge (d c b a | a b c d)."""
     radius = int(truncate * sigma + 0.5)
     offset = torch.arange(-radius, radius + 1)
     weight = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
@@ -183,7 +186,10 @@ def _gaussian_noise(x: Tensor, draw: _Draws, scale: float) -> Tensor:
 
 
 def _shot_noise(x: Tensor, draw: _Draws, photons: int) -> Tensor:
-    """Poisson counts by inversion, `photons` of them for white and at most; all values share one sorted table."""
+    """Replace pixels by Poisson counts, drawn by inversion; `photons` is the mean for white and the largest count.
+
+    All pixel values share one sorted table of quantiles.
+    """
     table = _poisson_quantiles(photons).to(x.device)
     level = x.int()
     count = torch.searchsorted(table.flatten(), level * 2**16 + draw.bits(*x.shape[1:]), right=True, out_int32=True)
@@ -192,7 +198,7 @@ def _shot_noise(x: Tensor, draw: _Draws, photons: int) -> Tensor:
 
 @lru_cache
 def _poisson_quantiles(photons: int) -> Tensor:
-    """The first of 2^16 quantiles at which a count exceeds k, plus 2^16 times the pixel value, (256, photons)."""
+    """Return the first of 2^16 quantiles at which a count exceeds k, plus 2^16 times the pixel, (256, photons)."""
     level, count = torch.arange(256)[:, None], torch.arange(photons)
     cdf: Tensor = torch.special.gammaincc(count + 1.0, level.double() * photons / 255)
     return ((cdf * 2**16 - 0.5).ceil() + level * 2**16).int()
@@ -215,7 +221,7 @@ def _defocus_blur(x: Tensor, draw: _Draws, radius: float, alias: float) -> Tenso
 
 
 def _disk(radius: float, alias: float) -> Tensor:
-    """A disk of at most 3 x 3 pixels under a 3 x 3 Gaussian, (5, 5)."""
+    """Return a disk of at most 3 x 3 pixels, blurred by a 3 x 3 Gaussian, (5, 5)."""
     square = torch.arange(-2, 3, dtype=torch.float64) ** 2
     disk = (square[:, None] + square <= radius**2).double()
     edge = torch.exp(-0.5 * square[1:4] / alias**2)
@@ -227,16 +233,16 @@ def _glass_blur(x: Tensor, draw: _Draws, sigma: float, passes: int) -> Tensor:
     height, width = x.shape[2:]
     rows, columns = _gaussian_matrix(height, sigma, 4), _gaussian_matrix(width, sigma, 4)
     x = _separable(x, rows, columns).round()
-    place = torch.arange(height * width, device=x.device).view(height, width)
-    inner = (place >= 2 * width) & (place % width >= 2)  # the script leaves two rows and columns where they are
+    position = torch.arange(height * width, device=x.device).view(height, width)
+    inner = (position >= 2 * width) & (position % width >= 2)  # the script does not move the first two rows and columns
     for _ in range(passes):
         bits = draw.bits(height, width)
-        x = _look_up(x, place - ((bits & 1) + (bits >> 1 & 1) * width) * inner)
+        x = _look_up(x, position - ((bits & 1) + (bits >> 1 & 1) * width) * inner)
     return _separable(x, rows, columns)
 
 
 def _look_up(x: Tensor, index: Tensor) -> Tensor:
-    """Gather pixels of (N, C, H, W) by their place 0..HW-1, int64 (N, H, W)."""
+    """Gather pixels of (N, C, H, W) by their positions 0..HW-1, int64 (N, H, W)."""
     return x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view_as(x)
 
 
@@ -245,12 +251,12 @@ def _motion_blur(x: Tensor, draw: _Draws, radius: int, sigma: float) -> Tensor:
 
 
 def _smear(x: Tensor, degrees: Tensor, radius: int, sigma: float) -> Tensor:
-    """Blur one way, in a direction (N, 1, 1) of each image, with half a Gaussian at whole pixels, as ImageMagick does.
+    """Blur each image to one side of a direction (N, 1, 1), with half a Gaussian at whole pixels, as ImageMagick does.
 
-    Its kernel has 2 radius + 1 weights; those past 4 sigma, 1/3000 of the first or less, are left out.
+    ImageMagick's kernel has 2 radius + 1 weights; those beyond 4 sigma, at most 1/3000 of the first, are left out here.
     """
     height, width = x.shape[2:]
-    angle = degrees.double() * (math.pi / 180)  # of 2^16 odd fractions, none on a boundary between two pixels
+    angle = degrees.double() * (math.pi / 180)  # no angle points to a boundary between two pixels
     weight = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(min(2 * radius, int(4 * sigma)) + 1)]
     row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
     out = torch.zeros_like(x)
@@ -312,7 +318,10 @@ def _fog(x: Tensor, draw: _Draws, amount: float, decay: float) -> Tensor:
 
 
 def _plasma(draw: _Draws, shape: Sequence[int], decay: float) -> Tensor:
-    """Diamond-square fractal on a torus, scaled to [0, 1], float32 (N, 1, H, W); the noise falls by decay^2 a level."""
+    """Return a diamond-square fractal on a torus, scaled to [0, 1], float32 (N, 1, H, W).
+
+    The noise is divided by decay^2 at each level.
+    """
     size = 1 << (max(shape) - 1).bit_length()
     noise = draw.uniform(size, size) * 2 - 1
     plasma, step = torch.zeros_like(noise), size
@@ -334,7 +343,7 @@ def _plasma(draw: _Draws, shape: Sequence[int], decay: float) -> Tensor:
 
 
 def _brightness(x: Tensor, draw: _Draws, amount: float) -> Tensor:
-    """Add to V of HSV: at the same hue and saturation, R, G and B grow in proportion to it."""
+    """Add to V in HSV: with the same hue and saturation, R, G and B are proportional to V."""
     value = x.amax(1, keepdim=True)
     brighter = (value + 255 * amount).clamp(max=255)
     return torch.where(value > 0, x * brighter / value.clamp(min=1), brighter)
@@ -346,7 +355,10 @@ def _contrast(x: Tensor, draw: _Draws, factor: float) -> Tensor:
 
 
 def _elastic_transform(x: Tensor, draw: _Draws, amplitude: float, sigma: float, affine: float) -> Tensor:
-    """Move three points of the image at random, then every pixel by smoothed noise; lengths are shares of its side."""
+    """Move three points of the image at random, then every pixel by smoothed noise.
+
+    Amplitude, sigma and affine are in units of the image's shorter side.
+    """
     height, width = x.shape[2:]
     side, arm = min(height, width), min(height, width) // 3
     middle = torch.tensor([width // 2, height // 2], device=x.device)
@@ -355,7 +367,7 @@ def _elastic_transform(x: Tensor, draw: _Draws, amplitude: float, sigma: float, 
     (ax, ay), (bx, by) = ((moved[:, i] - moved[:, i + 1]).T[..., None, None] for i in (0, 1))
     row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
     right, down = column - moved[:, 1, :1, None], row - moved[:, 1, 1:, None]
-    # a pixel's place in the moved frame (a, b), times two arms: its place in the image that was
+    # a pixel's coordinates in the moved frame (a, b), times two arms, are its position in the original image
     area = (ax * by - ay * bx) / (2 * arm)
     source_x = point[1, 0] + (ax * down - ay * right) / area
     source_y = point[1, 1] + (right * by - down * bx) / area
@@ -368,7 +380,7 @@ def _elastic_transform(x: Tensor, draw: _Draws, amplitude: float, sigma: float, 
 
 
 def _sample(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Interpolate linearly at places (N, H, W), mirrored at the edge pixels (c b | a b c)."""
+    """Interpolate linearly at positions (N, H, W), mirrored at the edge pixels (c b | a b c)."""
     height, width = x.shape[2:]
     row = (height - 1 - (height - 1 - row.abs()).abs()).clamp(min=0)
     column = (width - 1 - (width - 1 - column.abs()).abs()).clamp(min=0)
@@ -381,7 +393,10 @@ def _sample(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 
 def _pixelate(x: Tensor, draw: _Draws, scale: float) -> Tensor:
-    """Pillow's box filter to a smaller size and back, rounded after each axis: the mean of one or two whole pixels."""
+    """Resize by Pillow's box filter to a smaller size and back, rounded after each axis.
+
+    At these scales each pixel of the small image is the mean of one or two whole pixels.
+    """
     for axis in (3, 2):
         size, small = x.shape[axis], int(x.shape[axis] * scale)
         edge = (2 * size * torch.arange(small + 1) + small) // (2 * small)
@@ -391,7 +406,7 @@ def _pixelate(x: Tensor, draw: _Draws, scale: float) -> Tensor:
     return x
 
 
-# JPEG (ITU-T T.81, annex K), as libjpeg codes it
+# JPEG (ITU-T T.81, annex K), as libjpeg implements it
 
 
 _LUMINANCE = (
@@ -402,7 +417,7 @@ _CHROMINANCE = "17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 9
 
 
 def _jpeg_compression(x: Tensor, draw: _Draws, quality: int) -> Tensor:
-    """Code and decode with chroma at half resolution (4:2:0); entropy coding is lossless and left out."""
+    """Encode and decode with chroma at half resolution (4:2:0); entropy coding, which is lossless, is left out."""
     height, width = x.shape[2:]
     x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
     y = _luma(x)
@@ -420,7 +435,7 @@ def _jpeg_compression(x: Tensor, draw: _Draws, quality: int) -> Tensor:
 
 
 def _double_matrix(size: int) -> Tensor:
-    """Enlarge twofold to `size` pixels, each 3/4 of the nearest and 1/4 of the next."""
+    """Return the matrix that doubles a side to `size` pixels, each 3/4 of the nearest pixel and 1/4 of the next."""
     half = (size + 1) // 2
     return _linear_matrix((torch.arange(size) / 2 - 0.25).clamp(0, half - 1), half)
 
@@ -470,5 +485,5 @@ _KINDS: dict[str, tuple[Callable[..., Tensor], Sequence[tuple[float, ...]]]] = {
     "jpeg_compression": (_jpeg_compression, [(80,), (65,), (58,), (50,), (40,)]),
 }
 
-# Three kinds of noise, four of blur, four of weather and four of colour, geometry and coding.
+# The names of three kinds of noise, four of blur, four of weather, and four of colour, geometry and coding.
 CORRUPTIONS: tuple[str, ...] = tuple(_KINDS)

@@ -1,9 +1,9 @@
-"""Which order of classes to learn in, ranked from features before any training: the Curriculum Designer.
+"""The Curriculum Designer, which ranks the orders in which to learn classes from features, before any training.
 
 Singh et al., "Learning to Learn: How to Continuously Teach Humans and Machines", ICCV 2023, arXiv 2211.15470. Features
-come from a frozen network that never saw the stream; `class_distances` makes the matrix D of them, `design_orders`
-proposes orders, `rank_orders` scores any others, and `effectiveness` scores an order after it was learned. Give an
-order to a stream as its `class_order`.
+come from a frozen network that never saw the stream. `class_distances` computes a matrix D of class distances from
+them, `design_orders` proposes orders, `rank_orders` scores any orders, and `effectiveness` scores an order after it was
+learned. A stream learns an order that it is given as `class_order`.
 
     >>> x, y = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.arange(4)
     >>> distances = class_distances(x, y, metric="euclidean")
@@ -12,16 +12,17 @@ order to a stream as its `class_order`.
     >>> [(round(score, 4), order) for score, order in rank_orders(distances)[:2]]
     [(3.4915, (1, 3, 2, 0)), (3.4861, (0, 3, 2, 1))]
 
-Differences from the paper and from the reference code (ZhangLab-DeepNeuroCogLab/Learning2Learn). The paper's full text
-was not at hand, so what follows was checked against the code alone.
+Differences from the paper and from the reference code (ZhangLab-DeepNeuroCogLab/Learning2Learn). The full text of the
+paper was not available, so only the code was compared.
 
-- The variance of a row is that of all C entries, its zero included, divided by C, as in the reference code, which
+- The variance of a row is over all C entries, its zero included, with divisor C, as in the reference code. That code
   then divides the variances by their sum over classes before the score takes 1 minus them. Here the score takes the
-  variance itself, which weighs less: of order 1/C^2 beside shares of order 1/C.
+  variance itself, which has less weight: it is of order 1/C^2, where the shares are of order 1/C.
 - "otdd" is the distance of two classes as Gaussians, a part of OTDD: see `class_distances`.
 - The mean of a class is that of its examples; the reference code averages the means of batches, the last one smaller.
-- The reference generator fails on an even number of classes, where one class is left for two ends; here it takes the
-  one free place. Its scorer visits that middle class from both ends, which adds exactly 1 to every order; so does ours.
+- The reference generator fails on an even number of classes, where one class is left for two ends; here that class
+  takes the one free position. The reference scorer visits that middle class from both ends, which adds exactly 1 to
+  every score; so does this one.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def class_distances(features: Tensor, labels: Tensor, metric: str = "cosine") ->
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
     if metric == "otdd":
         distances = _wasserstein(classes, distances)
-    alone = distances.sum(1) <= 1e-12 * means.norm(dim=1).max()  # the rest is rounding
+    alone = distances.sum(1) <= 1e-12 * means.norm(dim=1).max()  # equal up to rounding
     if alone.any():
         raise InputError(
             f"Class {int(alone.nonzero()[0])} lies at {metric} distance 0 from every other class: "
@@ -96,22 +97,23 @@ def class_distances(features: Tensor, labels: Tensor, metric: str = "cosine") ->
 def design_orders(distances: Tensor, top_k: int = 2) -> list[tuple[int, ...]]:
     """Return the designer's own orders, one for each candidate start class.
 
-    Candidates are the classes whose row of D varies least. Walking inward from both ends, the remaining class farthest
-    from the start goes to the front and the nearest to the back. The start stays the reference throughout, so this is
-    the start, then all others from the farthest to the nearest. Up to four classes no order with that start scores
-    higher; beyond, one may, since `order_score` moves its reference. Another start often scores higher: a row that
-    varies more gains more from a near end and a far next class than it loses by its variance.
+    Candidates are the classes whose row of D varies least. An order is filled inward from both ends: the remaining
+    class farthest from the start class goes to the front, and the nearest to the back. So an order is the start class,
+    and then all others from the farthest to the nearest. Up to four classes, no order with that start scores higher;
+    with more classes one may, since `order_score` compares each class with the one before it. An order with another
+    start often scores higher: a row that varies more may gain more from near and far classes than it loses by its
+    variance.
 
     Args:
-        distances: (C, C), of `class_distances`.
-        top_k: Candidate start classes, 1..C.
+        distances: The matrix D of `class_distances`, (C, C).
+        top_k: Number of candidate start classes, 1..C.
 
     Returns:
-        `top_k` permutations of 0..C-1, the start class of the smallest variance first. Of equals, the lower class
+        `top_k` permutations of 0..C-1, that of the smallest variance first. Of classes with equal values, the lower one
         starts first and comes later in an order, as in the reference code.
 
     Raises:
-        InputError: If `distances` is not such a matrix or `top_k` is out of range.
+        InputError: If `distances` is not such a matrix, or `top_k` is out of range.
 
     Example:
         >>> design_orders(torch.tensor([[0.0, 0.4, 0.6], [0.2, 0.0, 0.8], [0.3, 0.7, 0.0]]), top_k=1)
@@ -184,18 +186,18 @@ def rank_orders(
 
 
 def effectiveness(accuracy: float, drop: float) -> float:
-    """Return how well a curriculum taught: F = 2a / (Da + 1), the harmonic mean of a and 1/D; higher is better.
+    """Return the effectiveness of a curriculum, F = 2a / (Da + 1), the harmonic mean of a and 1/D; higher is better.
 
-    a is the final mean accuracy over tasks, D = R_11 - R_T1 what was lost of the first task's accuracy. F is at least 0
-    and not bounded by 1: D = 0 gives 2a, and a negative D (backward transfer) more still, infinity at a = 1, D = -1.
-    As an objective, clip D at 0.
+    a is the final mean accuracy over tasks, and D = R_11 - R_T1 is the drop of the first task's accuracy. F is at least
+    0 and not bounded by 1: D = 0 gives 2a, a negative D (backward transfer) gives more, and a = 1, D = -1 gives
+    infinity. Clip D at 0 to use F as an objective.
 
     Args:
-        accuracy: a, in [0, 1]; NaN where unmeasured.
-        drop: D, in [-1, 1]; NaN where unmeasured.
+        accuracy: a, in [0, 1], or NaN.
+        drop: D, in [-1, 1], or NaN.
 
     Returns:
-        F; NaN if either is NaN.
+        F, which is NaN if either is NaN.
 
     Raises:
         InputError: If a value is out of range, as percentages are.
@@ -245,7 +247,7 @@ def _wasserstein(classes: list[Tensor], mean_distances: Tensor) -> Tensor:
     for i, j in itertools.combinations(range(len(roots)), 2):
         # tr (S_i^1/2 S_j S_i^1/2)^1/2 is the nuclear norm of R_i R_j^T.
         square[i, j] = square[j, i] = scale[i, j] - 2 * torch.linalg.svdvals(roots[i] @ roots[j].T).sum()
-    return square.where(square > 1e-12 * scale, 0).sqrt()  # what cancellation leaves of equal Gaussians is 0
+    return square.where(square > 1e-12 * scale, 0).sqrt()  # equal Gaussians: cancellation leaves rounding errors
 
 
 def _check_distances(distances: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Blocks that change what is seen: permuted, turned and corrupted inputs."""
+"""Blocks that change inputs: permute pixels, rotate and corrupt images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def transform(
     name: str,
     task_names: Sequence[str] | None = None,
 ) -> Stream:
-    """Change the inputs of every task, training and test alike.
+    """Transform the inputs of every task, in training, validation and test sets.
 
     Args:
         source: Stream or dataset.
-        change: Position of a task to a deterministic map of its raw inputs (n, *input), row by row; None leaves them.
-        name: What reports call the stream.
-        task_names: What they call the tasks; None means as before.
+        change: Maps the position of a task to a deterministic map of its raw inputs (n, *input), which acts on each
+            input independently; None does not change them.
+        name: Name of the new stream in reports.
+        task_names: Names of the tasks; None keeps those of the source.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -56,11 +57,11 @@ def permute_pixels(x: Tensor, order: Tensor) -> Tensor:
 
 
 def permute(source: Source, identity_first: bool = False, seed: int = 0) -> Stream:
-    """Permute the pixels of every input, one permutation a task (Goodfellow et al. 2013, section 4).
+    """Permute the pixels of every input, with one permutation for each task (Goodfellow et al. 2013, section 4).
 
     Args:
         source: Stream or dataset; without augmentation, which would act on permuted pixels.
-        identity_first: Whether the first task keeps its pixels where they are.
+        identity_first: Whether the pixels of the first task are not permuted.
         seed: Seed of the permutations.
 
     Raises:
@@ -85,7 +86,7 @@ def permute(source: Source, identity_first: bool = False, seed: int = 0) -> Stre
 
 
 def turn(x: Tensor, angle: float) -> Tensor:
-    """Turn images (N, C, H, W) counter-clockwise by degrees, bilinear, the corners filled with 0.
+    """Rotate images (N, C, H, W) counter-clockwise by degrees, with bilinear interpolation and corners of 0.
 
     Example:
         >>> turn(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), 90).squeeze().round().tolist()
@@ -99,14 +100,14 @@ def turn(x: Tensor, angle: float) -> Tensor:
 
 
 def rotate(source: Source, angles: Sequence[float]) -> Stream:
-    """Turn every image, one angle a task (Lopez-Paz and Ranzato 2017, section 5).
+    """Rotate every image, with one angle for each task (Lopez-Paz and Ranzato 2017, section 5).
 
     Args:
         source: Stream or dataset of images.
-        angles: Degrees, counter-clockwise.
+        angles: The angle of each task in degrees, counter-clockwise.
 
     Raises:
-        InputError: If the inputs are no images, or the angles are not one a task.
+        InputError: If the inputs are not images, or there are more or fewer angles than tasks.
 
     Example:
         >>> from cl.data.sources import digits
@@ -126,16 +127,17 @@ def rotate(source: Source, angles: Sequence[float]) -> Stream:
 
 
 def corrupt(source: Source, kinds: Sequence[str], severity: int = 3, seed: int = 0) -> Stream:
-    """Corrupt every image, one kind of corruption a task (Hendrycks and Dietterich 2019, section 3).
+    """Corrupt every image, with one kind of corruption for each task (Hendrycks and Dietterich 2019, section 3).
 
     Args:
-        source: Stream or dataset of images, uint8.
-        kinds: Of `cl.compose.corruptions.CORRUPTIONS`, or "clean".
+        source: Stream or dataset of uint8 images.
+        kinds: The kind of each task, one of `cl.compose.corruptions.CORRUPTIONS` or "clean".
         severity: 1 to 5.
         seed: Seed of the noise.
 
     Raises:
-        InputError: If the inputs are no uint8 images, or the kinds are not one a task.
+        InputError: If the inputs are not images, there are more or fewer kinds than tasks, or a kind or the severity
+            does not exist.
 
     Example:
         >>> from cl.compose import copies

@@ -1,4 +1,4 @@
-"""Blocks that change what is said of it: other, wrong and missing labels, fewer rows."""
+"""Blocks that change labels or choose examples: other, wrong and missing labels, and fewer training examples."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cl.ranges import checked
 
 
 def relabel(source: Source, labels: Sequence[int] | Mapping[int, Sequence[int]]) -> Stream:
-    """Replace labels, in training, validation and test.
+    """Replace labels in training, validation and test sets.
 
     Args:
-        source: Stream or dataset of labels.
-        labels: The new label of each old one; or such lists by task, where others keep theirs.
+        source: Stream or dataset with labels.
+        labels: The new label of each old one; or such a list for each of some tasks, by position.
 
     Raises:
-        InputError: If a list does not name a label for each class.
+        InputError: If a list does not give a label in 0..C-1 for each class.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -62,14 +62,14 @@ def label_noise(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Make a share of the training labels wrong (Patrini et al. 2017, section 5).
+    """Replace a share of the training labels by wrong ones (Patrini et al. 2017, section 5).
 
     Args:
-        source: Stream or dataset of labels.
-        fraction: Share of each task's training rows, rounded to a whole number, in [0, 1].
-        kind: "symmetric": any other class of the task, all alike; "pairflip": the task's next class.
+        source: Stream or dataset with labels.
+        fraction: Share of each task's training examples, rounded to a whole number, in [0, 1].
+        kind: "symmetric" draws another class of the task uniformly; "pairflip" takes the task's next class.
         order: See `Stream`.
-        seed: Seed of the rows and of their labels.
+        seed: Seed of the choice of examples and of their labels.
 
     Raises:
         InputError: If the share is outside [0, 1], the kind is unknown, or a task has one class.
@@ -93,8 +93,8 @@ def label_noise(
         if len(classes) < 2 and len(rows):
             raise InputError(f"Task {t} of {stream.name!r} has one class, so no label of it can be wrong.")
         step = draw.integers(1, max(2, len(classes)), len(rows)) if kind == "symmetric" else np.ones(len(rows), int)
-        place = (torch.searchsorted(classes, y[rows]) + torch.from_numpy(step)) % len(classes)
-        y[rows] = classes[place]
+        position = (torch.searchsorted(classes, y[rows]) + torch.from_numpy(step)) % len(classes)
+        y[rows] = classes[position]
         return replace(task, train=_with_labels(task.train, y))
 
     return stream.derive(build, name=f"{stream.name}, {fraction:.0%} label noise", order=order, seed=seed)
@@ -113,13 +113,13 @@ def label_scarcity(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Keep a share of the training labels; the other rows become the task's unlabelled ones.
+    """Keep a share of the training labels; the other training examples become the task's `unlabelled` ones.
 
     Args:
-        source: Stream or dataset of labels.
-        fraction: Share of each class that stays labelled, at least one row, in (0, 1].
+        source: Stream or dataset with labels.
+        fraction: Share of each class that stays labelled, in (0, 1]; at least one example.
         order: See `Stream`.
-        seed: Seed of the rows.
+        seed: Seed of the choice of examples.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -150,14 +150,14 @@ def subsample(
     tasks: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Stream:
-    """Keep some of each class's training rows.
+    """Keep some of the training examples of each class.
 
     Args:
-        source: Stream or dataset of labels.
-        fraction: Share of each class, at least one row, in (0, 1].
-        max_per_class: Rows of a class at most; None means as many as there are.
-        tasks: The tasks that are thinned out; None means all.
-        seed: Seed of the rows.
+        source: Stream or dataset with labels.
+        fraction: Share of each class to keep, in (0, 1]; at least one example.
+        max_per_class: Largest number of examples of a class to keep; None sets no limit.
+        tasks: The tasks whose examples are reduced; None means all.
+        seed: Seed of the choice of examples.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -186,17 +186,17 @@ def long_tail(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    r"""Give the classes training sets of exponentially falling size (Cui et al. 2019, section 5.1).
+    r"""Reduce the training sets of the classes to exponentially decreasing sizes (Cui et al. 2019, section 5.1).
 
-    The class of rank r keeps the share :math:`\rho^{-r/(C-1)}` of its rows, at least one. Liu et al. 2022 ("Long-tailed
-    class incremental learning") call ranks in the order of learning ordered, others shuffled.
+    The class of rank r keeps the share :math:`\rho^{-r/(C-1)}` of its examples, at least one. Liu et al. 2022
+    ("Long-tailed class incremental learning") call this ordered if ranks follow the order of classes, else shuffled.
 
     Args:
-        source: Stream or dataset of labels.
-        imbalance: rho, the largest share over the smallest, 1 or more.
-        shuffled: Whether ranks are drawn; else the first class is the largest.
+        source: Stream or dataset with labels.
+        imbalance: rho, the ratio of the largest and the smallest share, 1 or more.
+        shuffled: Whether ranks are drawn at random; else class 0 keeps most.
         order: See `Stream`.
-        seed: Seed of ranks and rows.
+        seed: Seed of the ranks and of the choice of examples.
 
     Example:
         >>> from cl.data.sources import synthetic

@@ -1,4 +1,4 @@
-"""Blocks that change which tasks there are: in another order, again, one stream after another, cut in parts."""
+"""Blocks that change the sequence of tasks: reorder and repeat tasks, concatenate streams, cut tasks into parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Match = Literal["name", "position"]
 
 
 def reorder(source: Source, order: Order, seed: int = 0) -> Stream:
-    """Learn the tasks in another order, which the stream stores.
+    """Return a stream with the tasks in another order, which it stores as its `order`.
 
     Example:
         >>> from cl.compose import copies, permute
@@ -45,17 +45,17 @@ def repeat(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Learn tasks again: the whole stream several times, or the tasks in any sequence.
+    """Repeat tasks: the whole stream several times, or the tasks in any sequence.
 
     Args:
         source: Stream or dataset.
-        times: How often the stream is gone through.
-        visits: Positions of the tasks to learn, in place of `times`; each may come again.
+        times: Number of times to learn the whole stream.
+        visits: Positions of the tasks to learn, one after another, instead of `times`; a task may come again.
         order: See `Stream`.
         seed: Seed of a shuffled order.
 
     Raises:
-        InputError: If there is nothing to visit, or a position is not in the stream.
+        InputError: If there is no task to learn, or a position is not in the stream.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -67,7 +67,7 @@ def repeat(
     outside = [t for t in path if not 0 <= t < len(stream)]
     if not path or outside:
         raise InputError(
-            f"repeat goes to {outside[0] if outside else 'no task'} of {stream.name!r}: give positions in "
+            f"repeat visits {outside[0] if outside else 'no task'} of {stream.name!r}: give positions in "
             f"0..{len(stream) - 1}, or times of 1 or more."
         )
 
@@ -81,7 +81,7 @@ def repeat(
 
 
 def resize(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Bring images (N, C, H, W) to another shape: grey repeated as colour, size by bilinear interpolation.
+    """Resize images (N, C, H, W) to a shape (C, H, W), by bilinear interpolation; grey is repeated for colour.
 
     Example:
         >>> resize(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), (3, 16, 16)).shape
@@ -103,22 +103,22 @@ def concat(
     seed: int = 0,
     match: Match = "name",
 ) -> Stream:
-    """Learn one stream after the other.
+    """Concatenate streams: learn one after the other.
 
     Args:
-        streams: Streams or datasets, in order, or by name.
-        scenario: "domain" shares the labels; "class" and "task" give each stream labels of its own; None means
-            "domain" where the numbers of classes agree and they have some in common, else "class".
-        input_shape: (C, H, W) that all images are brought to; None means they agree already.
+        streams: Streams or datasets, in order; or a mapping from names to them.
+        scenario: "domain": streams share labels; "class" and "task": each has labels of its own. None means "domain" if
+            the streams have equally many classes, and either unnamed ones or some names in common; else "class".
+        input_shape: The shape (C, H, W) to resize all images to; None requires that all have one shape.
         order: See `Stream`.
         seed: Seed of a shuffled order.
-        match: Which classes are the same where labels are shared: those of one name, so that there are as many classes
-            as names; or by "position", the k-th of each, whatever their names, so that all need as many. Where a
-            stream does not name its classes, position is all there is.
+        match: Which classes are the same if labels are shared. "name": those of one name; "position": the k-th of each
+            stream, whatever its name, and all streams must have equally many. If a stream does not name its classes,
+            they are matched by position.
 
     Raises:
-        InputError: If shapes or targets differ; or with shared labels no name is in common or, by position, numbers of
-            classes differ.
+        InputError: If shapes or targets differ; or if labels are shared, but the streams have no name in common or, by
+            position, different numbers of classes.
 
     Example:
         >>> from cl.data.sources import digits, synthetic
@@ -136,10 +136,10 @@ def concat(
     scenario, columns, own_names, width = _label_space(parts, names, scenario, match)
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     later = [torch.arange(len(part)) + start for part, start in zip(parts, starts, strict=False)]
-    places = [(k, t) for k, part in enumerate(parts) for t in range(len(part))]
+    sources = [(k, t) for k, part in enumerate(parts) for t in range(len(part))]
 
     def build(position: int) -> Task:
-        k, t = places[position]
+        k, t = sources[position]
         task = parts[k][t]
 
         def change(part: TaskData) -> TaskData:
@@ -151,7 +151,7 @@ def concat(
 
     return parts[0].derive(
         build,
-        len(places),
+        len(sources),
         scenario=scenario,
         num_classes=width,
         class_names=own_names if len(own_names) == width else (),
@@ -166,7 +166,7 @@ def concat(
 def _label_space(
     parts: Sequence[Stream], names: Sequence[str], scenario: Scenario | None, match: Match
 ) -> tuple[Scenario, list[list[int]], list[str], int]:
-    """Return the scenario, each stream's labels among all, what all are called, and how many there are."""
+    """Return the scenario, the new label of each class of each stream, the names of the classes, and their number."""
     if match not in get_args(Match):
         raise unknown("match", match, get_args(Match))
     counts = [part.num_classes for part in parts]
@@ -177,13 +177,13 @@ def _label_space(
     scenario = scenario or ("domain" if len(set(counts)) == 1 and not alone else "class")
     if scenario != "domain":
         starts = [sum(counts[:k]) for k in range(len(counts))]
-        places = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
-        return scenario, places, [name for own in known for name in own], sum(counts)
+        columns = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+        return scenario, columns, [name for own in known for name in own], sum(counts)
     if alone:
         raise InputError(
             f"The classes of {names[0]!r} ({known[0][0]}, ...) and of {names[1]!r} ({known[1][0]}, ...) have no name "
-            "in common, which scenario=domain needs: use scenario=task or class, or match=position where the k-th of "
-            "each are meant to be the same."
+            "in common, which scenario=domain needs: use scenario=task or class, or match=position if the k-th classes "
+            "are meant to be the same."
         )
     if together is not None:
         return scenario, *together, len(together[1])
@@ -202,7 +202,7 @@ def _one_shape(parts: Sequence[Stream], names: Sequence[str], wanted: Sequence[i
             raise InputError(f"Inputs of {name!r} have shape {part.input_shape}, not {shape}: set stream.input_shape.")
         if part.target is not parts[0].target:
             raise InputError(
-                f"Targets of {name!r} are {part.target.name}, not {parts[0].target.name}: bring them to one."
+                f"Targets of {name!r} are {part.target.name}, not {parts[0].target.name}: use streams with one kind."
             )
     return shape
 
@@ -213,17 +213,17 @@ def partition(
     num_tasks: Annotated[int, Interval(ge=1, le=MOST_TASKS)] = 5,
     seed: int = 0,
 ) -> Stream:
-    """Cut a task into several of the same classes: new instances, no new class (data-incremental).
+    """Cut each task into several with the same classes: new instances, no new classes (data-incremental learning).
 
-    Test sets are cut likewise, so that each column of R is a part of the whole test set, drawn alike.
+    Validation and test sets are cut in the same way, so each column of R is measured on a part of the whole test set.
 
     Args:
         source: A dataset, or a stream, each of whose tasks is cut.
-        num_tasks: Parts of each task.
+        num_tasks: Number of parts of each task.
         seed: Seed of the parts.
 
     Raises:
-        InputError: If a class has fewer rows than there are parts.
+        InputError: If a class has fewer examples than there are parts.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -248,7 +248,7 @@ def partition(
 
 
 def _kth(y: Tensor, k: int, num_parts: int, seed: int) -> Tensor:
-    """Return the k-th of several parts of each class, ascending."""
+    """Return the positions of the examples in the k-th part of each class, ascending."""
     labels, kept = y.numpy(), []
     for label in np.unique(labels):
         rows = np.random.default_rng(derive(seed, "partition", int(label))).permutation(np.flatnonzero(labels == label))

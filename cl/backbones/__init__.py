@@ -1,4 +1,4 @@
-"""Networks that map inputs to features; the head is no part of them."""
+"""Backbones: networks that map inputs to features, without the head."""
 
 from cl.backbones.networks import MLP as MLP
 from cl.backbones.networks import AlexNetGPM as AlexNetGPM

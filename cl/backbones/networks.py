@@ -1,4 +1,4 @@
-"""Networks that map inputs to features, `(B, *input) -> (B, num_features)`; the head is not theirs."""
+"""Networks that map inputs to features, `(B, *input) -> (B, num_features)`, without the head."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from cl.ranges import checked
 
 @checked
 class MLP(nn.Sequential):
-    """Linear layers, each followed by a ReLU, on the flattened input; optionally with batch norm before it.
+    """Linear layers on the flattened input, each followed by a ReLU, optionally with batch norm before the ReLU.
 
     Args:
-        input_shape: Any.
-        hidden: Width of each layer; the last is `num_features`. Without layers the input itself is the feature.
-        bias: Whether layers have biases; projection methods such as GPM need none.
-        norm: Whether batch norm stands before each ReLU.
+        input_shape: Shape of one input, of any number of dimensions.
+        hidden: Width of each layer; the last is `num_features`. Without layers, the flattened input is the feature.
+        bias: Whether layers have biases; projection methods such as GPM require False.
+        norm: Whether there is batch norm before each ReLU.
 
     Example:
         >>> MLP((1, 28, 28), hidden=[100, 50])(torch.zeros(2, 1, 28, 28)).shape
@@ -60,7 +60,7 @@ class SimpleCNN(nn.Sequential):
     """Blocks of 3x3 convolution, ReLU and 2x2 max-pooling, then one linear layer; no normalisation, no dropout.
 
     Args:
-        input_shape: (C, H, W) with H and W at least 2 to the number of blocks.
+        input_shape: (C, H, W), with H and W at least 2^(number of blocks).
         channels: Channels of each block.
         hidden: Width of the linear layer, `num_features`.
         bias: Whether layers have biases.
@@ -112,7 +112,7 @@ class _ResidualBlock(nn.Module):
 
 
 class _HalfBlock(nn.Module):
-    """One 3x3 convolution beside a shortcut, with a norm behind each of its two ReLUs (released code of TAG)."""
+    """One 3x3 convolution with a shortcut, and a norm after each of its two ReLUs (released code of TAG)."""
 
     def __init__(self, inside: int, outside: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -137,18 +137,19 @@ BLOCKS: dict[str, Callable[[int, int, int, Callable[[int], nn.Module]], nn.Modul
 class ResNet18(nn.Sequential):
     """ResNet-18 for small images: a 3x3 stem of stride 1, no max-pooling, four stages, global average pooling.
 
-    He et al. 2016 with the stem of its CIFAR networks; `width=20` is the slim one of GEM (Lopez-Paz and Ranzato 2017).
+    He et al. 2016, with the stem of their CIFAR networks. `width=20` is the slim network of GEM (Lopez-Paz and Ranzato
+    2017).
 
     Args:
         input_shape: (C, H, W) with H and W at least 8.
         width: Channels of the first stage; `num_features` is 8 times as many.
-        norm: "batch"; "batch_no_stats", which uses each batch's statistics at test too and so makes a prediction
-            depend on its batch; or "group", which depends on no other row.
-        block: "residual", the paper's; or "half", of the network that the code of Stable SGD (Mirzadeh et al. 2020)
-            and TAG calls ResNet-18: one convolution a block, a norm behind each ReLU, none in the shortcut.
+        norm: "batch"; "batch_no_stats", which uses the statistics of the batch also at test, so that a prediction
+            depends on its batch; or "group", with which an example does not depend on others.
+        block: "residual", that of the paper; or "half", that of the network that the code of Stable SGD (Mirzadeh et
+            al. 2020) and TAG calls ResNet-18: one convolution a block, a norm after each ReLU, none in the shortcut.
 
     Raises:
-        InputError: If the inputs are no images of that size, or `norm` or `block` is unknown.
+        InputError: If the inputs are not images of that size, or `norm` or `block` is unknown.
 
     Example:
         >>> ResNet18((3, 32, 32), width=20).num_features
@@ -166,14 +167,14 @@ class ResNet18(nn.Sequential):
             if value not in known:
                 raise InputError(f"{name}={value!r} of ResNet18 is unknown: use one of {', '.join(known)}.")
         channels, _, _ = image_shape("ResNet18", input_shape, 8)
-        make = NORMS[norm]
+        new_norm = NORMS[norm]
         layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv=nn.Conv2d(channels, width, 3, padding=1, bias=False), norm=make(width), relu=nn.ReLU()
+            conv=nn.Conv2d(channels, width, 3, padding=1, bias=False), norm=new_norm(width), relu=nn.ReLU()
         )
         inside = width
         for stage in range(4):
             outside, stride = width * 2**stage, 2 if stage else 1
-            blocks = BLOCKS[block](inside, outside, stride, make), BLOCKS[block](outside, outside, 1, make)
+            blocks = BLOCKS[block](inside, outside, stride, new_norm), BLOCKS[block](outside, outside, 1, new_norm)
             layers[f"stage{stage + 1}"] = nn.Sequential(*blocks)
             inside = outside
         super().__init__(layers | {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()})
@@ -182,22 +183,23 @@ class ResNet18(nn.Sequential):
 
 @checked
 class AlexNetGPM(nn.Sequential):
-    """The five-layer network of the GPM experiments on CIFAR-100 (Saha et al. 2021, appendix C), or of HAT's.
+    """The five-layer network of the GPM experiments on CIFAR-100 (Saha et al. 2021, appendix C), or that of HAT.
 
-    Each layer is bias-free and followed by batch normalisation without running statistics, ReLU and dropout, the three
-    convolutions by 2x2 max-pooling too. At test a prediction depends on its batch (of one task, in a random order that
-    is always the same), and a batch of one row is refused by the normalisation: the paper's code is so, and its numbers
-    belong to test batches of 64. HAT's network (Serra et al. 2018) has biases in the place of the normalisation.
+    Three convolutions and two linear layers without biases are each followed by batch normalisation without running
+    statistics, ReLU and dropout, and the convolutions also by 2x2 max-pooling. So a prediction at test depends on its
+    batch, which holds examples of one task in a fixed random order, and a batch of one example is refused. The paper's
+    code does the same, with test batches of 64. The network of HAT (Serra et al. 2018) has biases instead of the
+    normalisation.
 
     Args:
-        input_shape: (C, H, W) with H and W at least 19.
-        channels: Channels of the convolutions with kernels 4, 3 and 2.
+        input_shape: (C, H, W), with H and W at least 19.
+        channels: Channels of the convolutions, whose kernels have sizes 4, 3 and 2.
         hidden: Width of the two linear layers, `num_features`.
-        dropout: Probability after the first two layers, and after the others.
-        norm: Whether there is batch normalisation, without biases; else there are biases.
+        dropout: Probability of dropout after the first two layers, and after the others.
+        norm: Whether there is batch normalisation and no biases; else there are biases and no normalisation.
 
     Raises:
-        InputError: If the inputs are no images of that size.
+        InputError: If the inputs are not images of that size.
 
     Example:
         >>> AlexNetGPM((3, 32, 32))(torch.zeros(2, 3, 32, 32)).shape
@@ -234,24 +236,25 @@ class AlexNetGPM(nn.Sequential):
 
 
 def load_backbone(module: nn.Module, path: str | Path) -> None:
-    """Load the weights of a backbone, strictly, from the checkpoint of a run.
+    """Load the weights of a backbone from the checkpoint of a run.
 
     Args:
         module: The backbone.
-        path: A file with a dict whose "state_dict" has the keys "backbone.*"; read without running code.
+        path: A checkpoint: a dict whose "state_dict" has the keys "backbone.*". No code in the file is run.
 
     Raises:
-        InputError: If the file is missing or no such checkpoint, or the weights are another backbone's.
+        InputError: If the file is missing or not such a checkpoint, or its keys or shapes are not those of the
+            backbone.
     """
     path = expand_path(path)
     if not path.is_file():
-        raise InputError(f"{path} is no file: name a checkpoint of a run.")
+        raise InputError(f"{path} is not a file: name a checkpoint of a run.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         weights = {key.removeprefix("backbone."): w for key, w in saved.items() if key.startswith("backbone.")}
         shapes = {key: w.shape for key, w in weights.items()}
-    except Exception as error:  # a stranger's file has many ways to be none
-        raise InputError(f"{path} is no checkpoint with a state_dict: name one that a run has written.") from error
+    except Exception as error:  # files of other origin raise errors of many types
+        raise InputError(f"{path} is not a checkpoint with a state_dict: name one that a run has written.") from error
     own = module.state_dict()
     odd = sorted(own.keys() ^ weights.keys()) or sorted(k for k in own if own[k].shape != shapes[k])
     if odd:
@@ -272,7 +275,7 @@ def initialise(modules: Sequence[nn.Module], scheme: str) -> None:
     """Draw the weights of every linear layer and convolution anew, and set their biases to zero.
 
     Args:
-        modules: Drawn in order, from torch's global generator.
+        modules: The modules, which are drawn in order from torch's global generator.
         scheme: "xavier" (Glorot and Bengio 2010, equation 16) or "kaiming" (He et al. 2015, equation 10), uniform.
 
     Raises:

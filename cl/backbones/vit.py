@@ -1,4 +1,4 @@
-"""Transformers whose tokens a prompt can join, and every other model of timm."""
+"""Vision transformers that take prompts, and all other models of timm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from torch import Tensor, nn
 from cl.errors import InputError
 from cl.ranges import checked
 
-Prefixes = Mapping[int, Tensor]  # block to keys and values (B, 2, L, D) that stand before its own
+Prefixes = Mapping[int, Tensor]  # by block, keys and values (B, 2, L, D) that are put before its own
 
 
 def image_shape(what: str, shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
-    """Return C, H, W of images at least so many pixels high and wide, or refuse them in the backbone's name.
+    """Return C, H and W of images that are at least so many pixels high and wide.
+
+    Args:
+        what: The backbone, for the error.
+        shape: The shape of an input.
+        smallest: Least height and width.
 
     Raises:
-        InputError: If the shape is another.
+        InputError: If the shape is not that of an image, or the image is too small.
 
     Example:
         >>> image_shape("LeNet", (1, 28, 28), smallest=16)
@@ -50,7 +55,7 @@ def _encode(model: Any, tokens: Tensor, prefixes: Prefixes | None = None) -> Ten
 
 
 def _prefixed(block: Any, x: Tensor, prefix: Tensor) -> Tensor:
-    """Run a block of timm's whose tokens attend to a prefix, too."""
+    """Run a block of timm whose tokens also attend to a prefix."""
     x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), prefix)))
     out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return out
@@ -69,7 +74,7 @@ def _attend(attention: Any, x: Tensor, prefix: Tensor) -> Tensor:
 
 
 def _num_blocks(model: Any) -> int:
-    """Return the number of blocks, if all are such as `_prefixed` runs."""
+    """Return the number of blocks; raise an AttributeError if `_prefixed` cannot run all of them."""
     from timm.layers import Attention
     from timm.models.vision_transformer import Block
 
@@ -77,20 +82,20 @@ def _num_blocks(model: Any) -> int:
         plain = type(block) is Block and type(block.attn) is Attention
         extras = [getattr(block.attn, name, None) for name in ("gate", "norm")] if plain else []
         if not plain or any(extra is not None and not isinstance(extra, nn.Identity) for extra in extras):
-            raise AttributeError("The blocks' attention is of a kind that takes no prefixes.")
+            raise AttributeError("The attention of the blocks does not take prefixes.")
     return len(model.blocks)
 
 
 def freeze_transformer(method: str, backbone: nn.Module, **blocks: Sequence[int]) -> None:
-    """Freeze the backbone of a method with prompts; refuse one that cannot take them.
+    """Freeze the backbone of a method with prompts; refuse a backbone that cannot take them.
 
     Args:
-        method: The name of its configuration.
-        backbone: To be frozen.
-        blocks: The blocks that get prefixes, by the name of the argument that lists them.
+        method: The method's name in the configuration.
+        backbone: The backbone.
+        blocks: For each argument of the method that lists blocks, the blocks that get prefixes.
 
     Raises:
-        InputError: If the backbone is no transformer, takes no prefixes, or lacks a block.
+        InputError: If the backbone is not a transformer, does not take prefixes, or lacks a block.
 
     Example:
         >>> freeze_transformer("coda_prompt", ViT((3, 8, 8), dim=16, depth=2, heads=2), blocks=[0, 2])
@@ -119,20 +124,20 @@ def freeze_transformer(method: str, backbone: nn.Module, **blocks: Sequence[int]
 
 @checked
 class ViT(nn.Module):
-    """A small vision transformer (Dosovitskiy et al. 2021), timm's, whose feature is the encoded class token.
+    """A small vision transformer of timm (Dosovitskiy et al. 2021), whose feature is the encoded class token.
 
     Args:
-        input_shape: (C, H, W) with H and W multiples of `patch_size`.
-        patch_size: Side of a patch.
+        input_shape: (C, H, W), with H and W multiples of `patch_size`.
+        patch_size: Side of a patch, in pixels.
         dim: Width of a token, D = `num_features`; a multiple of `heads`.
-        depth: Blocks.
-        heads: Attention heads.
-        mlp_ratio: Hidden width of a block's MLP over `dim`.
-        dropout: Of positions, projections and MLPs.
-        drop_path: Stochastic depth at the last block, growing linearly from 0.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        mlp_ratio: Ratio of the hidden width of a block's MLP and `dim`.
+        dropout: Probability of dropout of position embeddings, projections and MLPs.
+        drop_path: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
 
     Raises:
-        InputError: If patches do not fill the image, or heads do not share D.
+        InputError: If `patch_size` does not divide H and W, or `heads` does not divide `dim`.
 
     Example:
         >>> vit = ViT((3, 8, 8), dim=16, depth=1, heads=2)
@@ -162,7 +167,7 @@ class ViT(nn.Module):
         if height % patch_size or width % patch_size:
             raise InputError(f"patch_size={patch_size} of ViT does not divide {height}x{width}: choose one that does.")
         if dim % heads:
-            raise InputError(f"dim={dim} of ViT is no multiple of heads={heads}: change one of them.")
+            raise InputError(f"dim={dim} of ViT is not a multiple of heads={heads}: change one of them.")
         self.num_features, self.num_blocks = dim, depth
         self.model = VisionTransformer(
             img_size=(height, width),
@@ -179,7 +184,7 @@ class ViT(nn.Module):
         )
 
     def embed(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the class token and N patches with their positions, (B, 1+N, D)."""
+        """Map images (B, C, H, W) to the tokens of class and N patches, with position embeddings, (B, 1+N, D)."""
         return _embed(self.model, x)
 
     def encode(self, tokens: Tensor, prefixes: Prefixes | None = None) -> Tensor:
@@ -187,28 +192,29 @@ class ViT(nn.Module):
         return _encode(self.model, tokens, prefixes)
 
     def forward(self, x: Tensor, prefixes: Prefixes | None = None) -> Tensor:
-        """Map (B, C, H, W) to the encoded class token (B, D).
+        """Map images (B, C, H, W) to the encoded class token (B, D).
 
         Args:
             x: Images.
-            prefixes: By block, keys and values (B, 2, L, D) that stand before its own and all its tokens attend to
-                (Li and Liang 2021); each head takes its part of D.
+            prefixes: By block, L keys and values (B, 2, L, D) that are put before its own, so that all its tokens
+                attend to them (Li and Liang 2021); each head takes its part of D.
         """
         return self.encode(self.embed(x), prefixes)[:, 0]
 
 
 class Timm(nn.Module):
-    """Any model of timm by name, without its classifier; a vision transformer offers what `ViT` does to prompts.
+    """Any model of timm by name, without its classifier; a vision transformer takes prompts as `ViT` does.
 
     Args:
-        input_shape: (C, H, W); given to models of a fixed size as `img_size`.
-        name: Of `timm.list_models()`.
-        pretrained: Whether to download weights; normalise as they expect (`timm.data.resolve_model_data_config`).
+        input_shape: (C, H, W); passed to models of a fixed size as `img_size`.
+        name: A name of `timm.list_models()`.
+        pretrained: Whether to download weights; inputs should be normalised as the weights expect
+            (`timm.data.resolve_model_data_config`).
         kwargs: Further arguments of `timm.create_model`, such as
-            `pretrained_cfg_overlay: {file: weights.safetensors}` for weights that lie on the disk.
+            `pretrained_cfg_overlay: {file: weights.safetensors}` for weights in a local file.
 
     Raises:
-        InputError: If there is no such model, it cannot take such images, or its weights cannot be had.
+        InputError: If there is no such model, it does not take such images, or its weights cannot be loaded.
 
     Example:
         >>> Timm((3, 32, 32), "test_resnet").num_features
@@ -229,17 +235,19 @@ class Timm(nn.Module):
             self.model = timm.create_model(name, pretrained=pretrained, **options).eval()
             with torch.no_grad():
                 self.num_features = int(self.model(torch.zeros(1, *input_shape)).shape[1])
-        except Exception as error:  # models fail in ways of their own
+        except Exception as error:  # models raise errors of many types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             remedy = (
                 "check the network, or set pretrained=false" if pretrained else "resize the images or change kwargs"
             )
             raise InputError(
-                f"timm cannot make {name!r} for inputs {tuple(input_shape)} ({reason}): {remedy}."
+                f"timm cannot build {name!r} for inputs {tuple(input_shape)} ({reason}): {remedy}."
             ) from error
         self.model.train()
         config = getattr(self.model, "pretrained_cfg", None) or {}
-        self.input_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # that its weights expect
+        self.input_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = (
+            None  # mean and std of the inputs that its weights expect
+        )
         if pretrained and config.get("mean") and config.get("std"):
             self.input_statistics = tuple(config["mean"]), tuple(config["std"])
 
@@ -255,7 +263,7 @@ class Timm(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """The number of blocks that can take a prefix; only a vision transformer of plain attention has it."""
+        """The number of blocks, which can take prefixes; only a vision transformer with standard attention has it."""
         return _num_blocks(self._transformer("num_blocks"))
 
     def _transformer(self, wanted: str) -> Any:
@@ -263,11 +271,11 @@ class Timm(nn.Module):
 
         model: nn.Module = self.model
         if not isinstance(model, VisionTransformer):
-            raise AttributeError(f"{type(model).__name__} has no {wanted!r}: it is no vision transformer.")
+            raise AttributeError(f"{type(model).__name__} has no {wanted!r}: it is not a vision transformer.")
         return model
 
     def forward(self, x: Tensor, prefixes: Prefixes | None = None) -> Tensor:
-        """Map (B, C, H, W) to what the model would give its classifier, (B, num_features); for prefixes see `ViT`."""
+        """Map images (B, C, H, W) to what the classifier would receive, (B, num_features); on prefixes, see `ViT`."""
         features: Tensor = (
             self.model(x)
             if prefixes is None
@@ -279,7 +287,7 @@ class Timm(nn.Module):
 def _check_name(name: str) -> None:
     import timm
 
-    if ":" in name or timm.is_model(name):  # hf_hub:owner/name is looked up there
+    if ":" in name or timm.is_model(name):  # timm looks up hf_hub:owner/name on the hub
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() has all names."

@@ -1,1 +1,1 @@
-"""What methods share: memories, the Fisher information, subspaces, subnetworks, herding."""
+"""Building blocks that several methods share: memories, Fisher information, subspaces, subnetworks, herding."""

@@ -1,4 +1,4 @@
-"""Rows of several tasks in one batch, each under the weights of its own."""
+"""Run a batch with examples of several tasks, each under the weights of its own task."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def check_apart(name: str, learner: LearnerLike, stream: Stream) -> None:
-    """Refuse a stream in which examples of several tasks come together, where each task is learned in its turn.
+    """Refuse a stream whose tasks contain examples of several tasks, for a method that learns tasks one by one.
 
     Raises:
-        InputError: Naming method and stream.
+        InputError: If they do; names method and stream.
     """
     if learner.mixed:
         raise InputError(
-            f"{name} learns something for each task in its turn, but in {stream.name!r} examples of several tasks come "
+            f"{name} learns tasks one by one, but in {stream.name!r} examples of several tasks come "
             "together: choose another stream, or another strategy."
         )
 
@@ -32,22 +32,28 @@ def check_apart(name: str, learner: LearnerLike, stream: Stream) -> None:
 def run_by_task(
     learner: LearnerLike, module: nn.Module, inputs: Tensor, weights: Callable[[int], Mapping[str, Tensor]]
 ) -> Tensor:
-    """Return what each row (B, ...) gets from a module with the weights of its task; for `encode` and `classify`.
+    """Return the outputs of a module, for each example under the weights of its task; for `encode` and `classify`.
 
     Args:
-        learner: Knows the labels.
+        learner: The learner, which has the task labels of the examples.
         module: Backbone or head.
-        inputs: Its inputs (B, ...).
-        weights: Index of a task to parameters in place of the module's own.
+        inputs: The inputs of the module, (B, ...).
+        weights: Maps the index of a task to the parameters that replace the module's own.
     """
     return rows_by_task(learner, inputs, lambda rows, task: functional_call(module, dict(weights(task)), (rows,)))
 
 
 def rows_by_task(learner: LearnerLike, inputs: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Return what each row (B, ...) gets from a function of rows of one task and the task's index.
+    """Return the outputs of a function of examples of one task and that task's index, for examples of any tasks.
 
-    Rows without a label are of the present task. So are, in training, those of a strategy that is alone, where nobody
-    replays others: there the device is not waited for.
+    Examples without a task label are taken as those of the present task. In training with a single strategy, which
+    replays no others, all examples are of the present task; their labels are then not read, which would wait for the
+    device.
+
+    Args:
+        learner: The learner, which has the task labels of the examples.
+        inputs: The inputs, (B, ...).
+        run: Maps examples (b, ...) and the index of their task to outputs (b, ...).
     """
     labels = learner.task_labels
     alone = learner.backbone.training and learner.told is None and len(learner.strategies) == 1 and not learner.mixed

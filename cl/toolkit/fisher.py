@@ -1,11 +1,12 @@
-r"""The diagonal of the Fisher information of a classifier, by its estimators.
+r"""Estimators of the diagonal of a classifier's Fisher information.
 
 .. math:: F_i = \mathbb{E}_x \, \mathbb{E}_{y} (\partial \log p_\theta(y|x) / \partial \theta_i)^2
 
-"true": y over the model's own p(y|x), summed; "sampled": one y drawn from it; "empirical": the labels of the data,
-which gives no Fisher information where the model does not fit them (Kunstner, Balles and Hennig 2019). The square of
-the mean gradient of b examples, in place of single gradients, is about b times smaller. Van de Ven (2025, "On the
-Computation of the Fisher Information in Continual Learning") compares them as EXACT, SAMPLE, EMPIRICAL and BATCHED.
+The expectation over y is, for "true", a sum over the model's own p(y|x); for "sampled", one draw from it; for
+"empirical", the label in the data, which does not give Fisher information if the model does not fit the labels
+(Kunstner, Balles and Hennig 2019). The squared mean gradient of b examples, instead of the mean of squared gradients of
+single examples, is about b times smaller. Van de Ven (2025, "On the Computation of the Fisher Information in Continual
+Learning") compares these as EXACT, SAMPLE, EMPIRICAL and BATCHED.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from cl.engine.strategy import LearnerLike
 
 FISHERS = ("true", "sampled", "empirical")
-_HELD_AT_ONCE = 2**24  # numbers of gradients of single examples
-_ROWS_AT_ONCE = 256  # that pass through a network whose linear layers need none
+_HELD_AT_ONCE = 2**24  # most numbers in the gradients of single examples that are stored at a time
+_ROWS_AT_ONCE = 256  # examples in a pass for linear layers, whose gradients are not stored
 
 
 def gradient_sum(
@@ -46,13 +47,13 @@ def gradient_sum(
     r"""Return :math:`\sum_k w_k \, h(g_k)` over the gradients of a scalar at single examples, as one vector.
 
     Args:
-        module: Inputs (B, ...) to outputs; its trainable parameters are what is derived by.
-        of: The scalar of the outputs (b, ...) and of a row of each column.
-        shape: h, element by element: the square or the absolute value, of which h(a b) = h(a) h(b).
+        module: Maps inputs (B, ...) to outputs. Gradients are with respect to its trainable parameters.
+        of: Maps the outputs (b, ...) and one row of each of the `columns` to the scalar.
+        shape: The elementwise function h, the square or the absolute value, for which h(a b) = h(a) h(b).
         x: Inputs (n, ...).
-        rows: Which b inputs each gradient is of, (m, b); b is 1 for single examples.
-        weights: w, (m,).
-        columns: What `of` knows beside the outputs, (m, ...) each.
+        rows: The b inputs that each of the m gradients is of, int64 (m, b); b is 1 for single examples.
+        weights: The weights w, (m,).
+        columns: Further arguments of `of`, (m, ...) each.
 
     Example:
         >>> w, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, -2.0], [-3.0, 4.0]])
@@ -77,7 +78,7 @@ def _one_by_one(
     weights: Tensor,
     columns: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Return the sums over gradients that are all written out, by the names of parameters."""
+    """Return the sums by the names of parameters, computed from the gradients of single examples."""
     others = {name: p.detach() for name, p in module.named_parameters() if name not in theta}
 
     def scalar(theta: dict[str, Tensor], some: Tensor, *column: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def _one_by_one(
     totals = {name: torch.zeros(p.numel(), device=x.device) for name, p in theta.items()}
     chunk = max(1, _HELD_AT_ONCE // sum(p.numel() for p in theta.values()))
     for some, w, *parts in zip(*(column.split(chunk) for column in (rows, weights, *columns)), strict=True):
-        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap can batch
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention that vmap can batch
             gradients = vmap(grad(scalar), in_dims=(None, 0, *(0 for _ in parts)))(theta, x[some], *parts)
         for name, g in gradients.items():
             totals[name] += w @ shape(g.reshape(len(w), -1).float())
@@ -103,15 +104,16 @@ def _of_linear_layers(
 ) -> dict[str, Tensor]:
     r"""Return the sums for linear layers in closed form, by the names of their parameters.
 
-    A layer's gradient at one example is :math:`\delta a^\top`, with a what comes in and :math:`\delta` the gradient of
-    what goes out. As :math:`h(\delta_i a_j) = h(\delta_i) h(a_j)` for squares and absolute values, the sum is one
-    product, :math:`\sum_k w_k \, h(\delta_k) h(a_k)^\top`, and no gradient is written out.
+    The gradient of a layer's weight at one example is :math:`\delta a^\top`, where a is the layer's input and
+    :math:`\delta` the gradient with respect to its output. As :math:`h(\delta_i a_j) = h(\delta_i) h(a_j)` for squares
+    and absolute values, the sum is one matrix product, :math:`\sum_k w_k \, h(\delta_k) h(a_k)^\top`, and no gradient
+    of a single example is stored.
     """
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.append((name, shape(inputs[0].detach().float()), output))
-        return output.clone()  # what comes next may change it in place
+        return output.clone()  # the next layer may change it in place
 
     layers = {name: m for name, m in module.named_modules() if type(m).forward is nn.Linear.forward}
     totals: dict[str, Tensor] = {}
@@ -150,14 +152,16 @@ def diagonal_fisher(
     r"""Return :math:`F_i = \mathbb{E}_x \sum_y w(y|x) (\partial \log p(y|x) / \partial \theta_i)^2` as one vector.
 
     Args:
-        module: Inputs (B, ...) to logits (B, C); its trainable parameters are theta.
+        module: Maps inputs (B, ...) to logits (B, C); theta are its trainable parameters.
         x: Inputs (n, ...).
-        classes: The classes that compete, (K,); or for each row which of all do, bool (n, C), and then K = C below.
+        classes: The classes that compete, (K,); or the classes that compete for each example, bool (n, C), and then
+            K = C below.
         weights: w(y|x), (n, K); None means the model's own p(y|x), which gives the true Fisher.
-        batch_size: b > 1 squares the mean gradient of b examples instead, n // b times; each needs one label.
-        target: "label"; or "multilabel" (independent Bernoulli outputs) or "regression" (Gaussian ones of variance 1),
-            whose Fisher is :math:`\mathbb{E}_x \sum_c v_c (\partial z_c / \partial \theta_i)^2` with
-            :math:`v_c = \sigma(z_c)(1 - \sigma(z_c))`, or 1.
+        batch_size: Number b of examples whose mean gradient is squared; the expectation is then over n // b batches,
+            and each example needs one label. 1 squares the gradients of single examples.
+        target: "label"; "multilabel", independent Bernoulli outputs; or "regression", Gaussian outputs of variance 1.
+            The Fisher of the last two is :math:`\mathbb{E}_x \sum_c v_c (\partial z_c / \partial \theta_i)^2` with
+            :math:`v_c = \sigma(z_c)(1 - \sigma(z_c))` for "multilabel" and 1 for "regression".
 
     Example:
         >>> w = nn.Linear(1, 2, bias=False)
@@ -184,7 +188,7 @@ def diagonal_fisher(
 
 
 def _competing(logits: Tensor, classes: Tensor, among: Tensor | None = None) -> Tensor:
-    """Return the logits of competing classes: some columns, or with the others of each row at minus infinity."""
+    """Return the logits of competing classes: the columns of `classes`, or all with the others at minus infinity."""
     if classes.dtype != torch.bool:
         return logits[:, classes].float()
     assert among is not None
@@ -196,7 +200,7 @@ def _logits(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _own_weights(z: Tensor, target: str) -> Tensor:
-    """Return what each output's squared gradient counts in the true Fisher, (n, K)."""
+    """Return the weight of each output's squared gradient in the true Fisher, (n, K)."""
     if target == "label":
         return z.softmax(1)
     return z.sigmoid() * (-z).sigmoid() if target == "multilabel" else (z > -torch.inf).float()
@@ -207,11 +211,11 @@ def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: T
 
     Args:
         kind: "true", "sampled" or "empirical".
-        module: Inputs to logits (B, C).
+        module: Maps inputs to logits (B, C).
         x: Inputs (n, ...).
         y: Labels in the data, (n,).
-        classes: The classes that compete, (K,), or for each row which do, bool (n, C).
-        random: Draws the labels of "sampled".
+        classes: The classes that compete, (K,), or those that compete for each example, bool (n, C).
+        random: The generator that draws the labels of "sampled".
 
     Example:
         >>> y, classes = torch.tensor([3, 2]), torch.tensor([2, 3])
@@ -226,20 +230,20 @@ def label_weights(kind: str, module: nn.Module, x: Tensor, y: Tensor, classes: T
         with torch.no_grad():
             p = _competing(_logits(module, x), classes, classes).softmax(1)
         draw = torch.from_numpy(random.generator.random((len(x), 1))).to(p)
-        place = (p.cumsum(1) <= draw).sum(1)
-        last = (p > 0).long().mul_(torch.arange(p.shape[1], device=p.device)).amax(1)  # where rounding is past the end
-        y = torch.minimum(place, last) if own else classes[torch.minimum(place, last)]
+        position = (p.cumsum(1) <= draw).sum(1)
+        last = (p > 0).long().mul_(torch.arange(p.shape[1], device=p.device)).amax(1)  # if rounding leads past the end
+        y = torch.minimum(position, last) if own else classes[torch.minimum(position, last)]
     return (y[:, None] == (torch.arange(classes.shape[1], device=y.device) if own else classes)).float()
 
 
 def sampled_inputs(
     learner: LearnerLike, task: Task, num_samples: int | None, random: Random
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a draw of a task's training examples, prepared and not augmented, with labels and competing classes.
+    """Return a random sample of a task's training examples, normalised but not augmented.
 
     Returns:
-        Inputs (n, ...), labels (n,), and which classes compete on each row in training, bool (n, C): where tasks have
-        no boundaries between them, or leak into each other, a task's examples are those of several.
+        Inputs (n, ...), labels (n,), and the classes that compete for each example in training, bool (n, C), which
+        differ if the examples of a task come from several tasks.
     """
     data = task.train
     if num_samples is not None and num_samples < len(data):
@@ -252,10 +256,18 @@ def sampled_inputs(
 def task_fisher(
     learner: LearnerLike, task: Task, kind: str, num_samples: int | None, batch_size: int, random: Random
 ) -> Tensor:
-    """Return the diagonal Fisher of backbone and head on a draw of a task's training examples, as one vector.
+    """Return the diagonal Fisher of backbone and head on a sample of a task's training examples, as one vector.
 
-    The classes of each row are those that compete in training; the network is in evaluation mode. See
+    The classes of each example are those that compete in training; the network is in evaluation mode. See
     `diagonal_fisher`.
+
+    Args:
+        learner: The learner.
+        task: The task.
+        kind: "true", "sampled" or "empirical".
+        num_samples: Number of examples; None takes all.
+        batch_size: See `diagonal_fisher`.
+        random: The generator that draws examples, and the labels of "sampled".
     """
     module = nn.Sequential(learner.backbone, learner.head)
     view, y, classes = sampled_inputs(learner, task, num_samples, random)
@@ -265,37 +277,40 @@ def task_fisher(
 
 
 def check_single(name: str, learner: LearnerLike, remedy: str) -> None:
-    """Refuse gradients of single examples where each output depends on the rest of its batch.
+    """Refuse a backbone whose outputs depend on the rest of the batch, for gradients of single examples.
 
     Raises:
-        InputError: If the backbone has batch norm without running statistics, which single rows crash or change.
+        InputError: If the backbone has batch norm without running statistics, which fails on, or changes with, single
+            examples.
     """
     if depends_on_batch(learner.backbone):
         raise InputError(
-            f"{name} derives outputs of single examples, and {type(learner.backbone).__name__} normalises each by the "
+            f"{name} needs gradients of single examples, but {type(learner.backbone).__name__} normalises each by the "
             f"rest of its batch: {remedy}."
         )
 
 
 def check_fisher(kind: str, batch_size: int) -> None:
-    """Refuse an estimator that does not exist.
+    """Refuse an unknown estimator, or a batch size that it does not allow.
 
     Raises:
-        InputError: If the kind is unknown, or batches are asked of the true Fisher, whose examples have many labels.
+        InputError: If the kind is unknown, or `batch_size` is above 1 for the true Fisher, which sums over many labels.
     """
     if kind not in FISHERS:
         raise unknown("kind of Fisher", kind, FISHERS)
     if batch_size < 1:
         raise InputError(f"The Fisher's batch_size={batch_size} must be 1 or more.")
     if kind == "true" and batch_size > 1:
-        raise InputError(f"The Fisher's batch_size={batch_size} needs one label an example: empirical or sampled.")
+        raise InputError(
+            f"The Fisher's batch_size={batch_size} needs one label for each example: use empirical or sampled."
+        )
 
 
 def check_labels(owner: str, kind: str, stream: Stream) -> None:
-    """Refuse an estimator that draws labels where the stream's targets are others.
+    """Refuse an estimator that needs single labels on a stream with other targets.
 
     Raises:
-        InputError: Naming both.
+        InputError: If they do not fit; names both.
     """
     if stream.target.name != "label" and kind != "true":
-        raise InputError(f"{owner}.fisher={kind} draws one label, but {stream.name!r} has others: use fisher=true.")
+        raise InputError(f"{owner}.fisher={kind} needs labels, but {stream.name!r} has other targets: use fisher=true.")

@@ -1,4 +1,4 @@
-"""What few examples stand for many: herding, which chooses them, and the class means that predictions are made by."""
+"""Herding, which chooses a few examples that represent a class, and prediction by the nearest class mean."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def herding(features: Tensor, size: int) -> Tensor:
-    r"""Return examples whose mean stays near the mean of all (Welling 2009; Rebuffi et al. 2017, algorithm 4).
+    r"""Choose examples whose mean feature is near that of all (Welling 2009; Rebuffi et al. 2017, algorithm 4).
 
-    With the mean :math:`\mu` of all features, the k-th is, of those not chosen yet,
+    With the mean :math:`\mu` of all features, the k-th example is, among those not chosen yet,
 
     .. math:: p_k = \arg\min_x \Big\lVert \mu - \frac1k \Big(\phi(x) + \sum_{i<k} \phi(p_i)\Big) \Big\rVert
 
     Args:
-        features: phi, (n, D).
-        size: How many to choose, at most n.
+        features: The features phi, (n, D).
+        size: Number of examples to choose; at most n are chosen.
 
     Returns:
-        Their places in the order of choice, int64 (size,): the first m are the choice of m.
+        Their positions in the order of choice, int64 (min(size, n),); the first m are those that size m would choose.
 
     Example:
         >>> herding(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.96, 0.28]]), 3).tolist()
@@ -37,7 +37,7 @@ def herding(features: Tensor, size: int) -> Tensor:
     mean, squares = features.mean(0), features.square().sum(1)
     rest, chosen = torch.zeros_like(mean), []
     for _ in range(min(size, len(features))):
-        rest = rest + mean  # k mu, less those chosen; the distance times k is that of phi(x) from it
+        rest = rest + mean  # k mu minus the features chosen so far; k times the norm above is |rest - phi(x)|
         best = (squares - 2 * (features @ rest)).argmin().view(1)
         squares = squares.index_fill(0, best, torch.inf)
         rest = rest - features.index_select(0, best)[0]
@@ -47,14 +47,14 @@ def herding(features: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def unit_features(learner: LearnerLike, data: TaskData) -> Tensor:
-    """Return the features of examples, never augmented, in evaluation mode and of length 1, (n, D)."""
+    """Return the features of examples, normalised to length 1, (n, D); without augmentation, in evaluation mode."""
     with learner.evaluating():
         batches = EvalLoader([data], learner.device, learner.eval_batch_size)
         return torch.cat([F.normalize(learner.features(batch.x, batch.task).float(), dim=1) for batch in batches])
 
 
 def class_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
-    """Return the mean feature of each class, of length 1, (C, D); zeros where a class has no row.
+    """Return the mean feature of each class, normalised to length 1, (C, D); zeros for a class without examples.
 
     Example:
         >>> class_means(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 1]), 2)
@@ -66,9 +66,9 @@ def class_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
 
 
 def nearness(features: Tensor, means: Tensor) -> Tensor:
-    """Return the negative squared distance of features (B, D), brought to length 1, from unit means (C, D).
+    """Return the negative squared distances (B, C) of features (B, D), normalised to length 1, from unit means (C, D).
 
-    A class whose mean is zero is at the largest distance that two unit vectors have.
+    A class whose mean is zero gets -4, the largest distance of two unit vectors.
 
     Example:
         >>> nearness(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))

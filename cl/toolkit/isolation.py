@@ -1,4 +1,4 @@
-"""What methods share that give each task a subnetwork: its weights, rows and outputs, and what they refuse."""
+"""Helpers of methods that give each task a subnetwork: its weights and outputs, and checks of network and optimizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layer_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def by_row(values: Tensor, like: Tensor) -> Tensor:
-    """Return one value a row, so that it is broadcast over another tensor's rows.
+    """Return values (n,) in the shape (n, 1, ...), so that they are broadcast over the rows of a tensor (n, ...).
 
     Example:
         >>> by_row(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4)).shape
@@ -43,13 +43,13 @@ def by_row(values: Tensor, like: Tensor) -> Tensor:
 
 
 def chained_layers(backbone: nn.Module, input_shape: tuple[int, ...]) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the linear layers and convolutions of a backbone by name, each of which is fed by the one before it.
+    """Return the linear layers and convolutions of a backbone that is a chain of them, by name and in order.
 
-    Whether they are a chain is tried out: where the weights of one are 0, features must not depend on the input.
+    To check the chain, the weights of each layer in turn are set to 0: features must then not depend on the input.
 
     Raises:
-        InputError: If a path leads past a layer, there are norms, whose scale would undo a gate's, or a layer does not
-            take the units of the one before, or these in blocks of the same size.
+        InputError: If a path bypasses a layer; there are normalisation layers, which would undo the scale of a gate; or
+            the inputs of a layer are neither the units of the layer before nor blocks of equal size of them.
 
     Example:
         >>> list(chained_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), (2,)))
@@ -68,7 +68,7 @@ def chained_layers(backbone: nn.Module, input_shape: tuple[int, ...]) -> dict[st
     fits = all(after[1] % before[0] == 0 for before, after in pairwise(sizes))
     if norms or sorted(calls) != sorted(layers) or not fits or not all(_closes(backbone, n, x) for n in calls):
         raise InputError(
-            f"{type(backbone).__name__} is no chain of layers without norms, whose units could be gated: use "
+            f"{type(backbone).__name__} is not a chain of layers without norms, whose units could be gated: use "
             "backbone=mlp, simple_cnn, or alexnet_gpm with backbone.norm=false."
         )
     return {name: layers[name] for name in calls}
@@ -78,25 +78,27 @@ def _closes(backbone: nn.Module, layer: str, x: Tensor) -> bool:
     closed = {f"{layer}.weight": torch.zeros_like(backbone.get_submodule(layer).weight)}  # type: ignore[arg-type]
     with torch.no_grad():
         one, other = functional_call(backbone, closed, (x,))
-    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-6))  # rounding depends on a row's place in its batch
+    return bool(
+        torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    )  # rounding depends on an example's position in its batch
 
 
 def silence_others(learner: LearnerLike, owned: Iterable[Tensor]) -> None:
-    """Take the gradient off the backbone's parameters that belong to no task, after the first; biases and norms.
+    """Remove the gradients of the backbone's parameters that no task owns, such as biases and norms, after task 1.
 
     Args:
-        learner: Of the backbone.
-        owned: The other parameters.
+        learner: The learner.
+        owned: The parameters of the backbone that tasks own, whose gradients stay.
     """
     if learner.task_index > 0:
-        kept = {id(parameter) for parameter in owned}
+        own = {id(parameter) for parameter in owned}
         for parameter in learner.backbone.parameters():
-            if id(parameter) not in kept:
+            if id(parameter) not in own:
                 parameter.grad = None
 
 
 def keep_outputs(learner: LearnerLike) -> None:
-    """Take the gradient off the head's outputs for classes of other tasks; for `project_gradients`."""
+    """Set the gradients of the head's outputs for classes of other tasks to 0; for `project_gradients`."""
     own = learner.membership[learner.task_index]
     for parameter in learner.head.parameters():
         if parameter.grad is not None:
@@ -104,10 +106,10 @@ def keep_outputs(learner: LearnerLike) -> None:
 
 
 def check_isolation(strategy: Strategy, learner: LearnerLike, stream: Stream) -> None:
-    """Refuse what would let a later task change an earlier one's answers, whatever its own weights do.
+    """Refuse a stream, network or optimizer with which a later task would change the predictions of an earlier one.
 
     Raises:
-        InputError: If tasks share outputs or have no boundaries, the head has weights that are no class's own, batch
+        InputError: If tasks share outputs or have no boundaries, the head has weights that belong to no class, batch
             norm keeps running statistics, or the optimizer moves weights whose gradient is 0.
     """
     name = type(strategy).__name__
@@ -119,41 +121,41 @@ def check_isolation(strategy: Strategy, learner: LearnerLike, stream: Stream) ->
     check_apart(name, learner, stream)
     if any(parameter.shape[:1] != (learner.num_classes,) for parameter in learner.head.parameters()):
         raise InputError(
-            f"{name} gives each task outputs of its own, but {type(learner.head).__name__} has weights that are no "
-            "class's own: use head=linear."
+            f"{name} gives each task outputs of its own, but {type(learner.head).__name__} has weights that belong to "
+            "no class: use head=linear."
         )
     check_optimizer(name, learner)
     check_statistics(learner, name)
 
 
 def check_optimizer(name: str, learner: LearnerLike) -> None:
-    """Refuse an optimizer that moves weights whose gradient is 0, found out by letting it make steps.
+    """Refuse an optimizer that moves weights whose gradient is 0, which is tried out on a single weight.
 
     Raises:
-        InputError: Naming method and optimizer.
+        InputError: If it does; names method and optimizer.
     """
     weight = nn.Parameter(torch.ones(1))
     optimizer = learner.new_optimizer([weight])
     kind, decay = type(optimizer).__name__, optimizer.param_groups[0].get("weight_decay", 0)
     if decay:
         raise InputError(
-            f"{name} keeps the weights of old tasks by gradients of 0, and weight_decay={decay} moves them all the "
-            "same: use optimizer.weight_decay=0."
+            f"{name} keeps the weights of old tasks by gradients of 0, but weight_decay={decay} moves them anyway: "
+            "use optimizer.weight_decay=0."
         )
     if _moves(optimizer, weight, [0.0]):
         raise InputError(
-            f"{name} keeps the weights of old tasks by gradients of 0, and {kind} moves them all the same: use "
+            f"{name} keeps the weights of old tasks by gradients of 0, but {kind} moves them anyway: use "
             "optimizer=sgd or adam."
         )
     if learner.keeps_optimizer and _moves(learner.new_optimizer([weight]), weight, [1.0, 0.0]):
         raise InputError(
-            f"{name} keeps the weights of old tasks by gradients of 0, and what {kind} holds of the task before moves "
-            "them all the same: use optimizer_state=reset."
+            f"{name} keeps the weights of old tasks by gradients of 0, but the state of {kind} from the task before "
+            "moves them anyway: use optimizer_state=reset."
         )
 
 
 def _moves(optimizer: Optimizer, weight: nn.Parameter, gradients: Sequence[float]) -> bool:
-    """Say whether the last of some steps, each with one gradient, moves a weight."""
+    """Return whether the last of several steps moves a weight; each step has one gradient."""
     for gradient in gradients:
         before = weight.detach().clone()
         weight.grad = torch.full_like(weight, gradient)

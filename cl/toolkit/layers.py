@@ -1,4 +1,4 @@
-"""What the layers of a network receive: their inputs as columns of a matrix, for methods that protect their span."""
+"""The inputs of a network's layers as columns of a matrix, for methods that protect their span."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def trainable_layers(module: nn.Module) -> list[Layer]:
-    """Return the linear and convolutional layers whose weight is trained.
+    """Return the linear and convolutional layers whose weights are trainable.
 
     Raises:
-        InputError: If a convolution is grouped, where one matrix of patches does not describe it.
+        InputError: If a convolution is grouped or does not pad with zeros, so that one matrix of patches does not
+            describe it.
 
     Example:
         >>> len(trainable_layers(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2))))
@@ -37,12 +38,12 @@ def trainable_layers(module: nn.Module) -> list[Layer]:
 def layer_inputs(layers: Iterable[Layer], forward: Callable[[], object]) -> list[Tensor]:
     r"""Return the representation matrix (d, n) of each layer during one forward pass.
 
-    The columns are what the weight, flattened to (out, d), is multiplied with: input vectors of a linear layer,
-    patches of k k C values of a convolution, cut with the layer's own stride, padding and dilation.
+    Its columns are the vectors that the weight, flattened to (out, d), is multiplied with: the inputs of a linear
+    layer, or the patches of k * k * C values of a convolution, by its own stride, padding and dilation.
 
     Args:
         layers: Linear layers and convolutions.
-        forward: Runs them.
+        forward: Runs a forward pass.
 
     Raises:
         InputError: If a layer is not called.
@@ -77,7 +78,7 @@ def _columns(layer: Layer, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return x.flatten(0, -2).T
     padding = layer.padding
-    if isinstance(padding, str):  # unfold knows only numbers
+    if isinstance(padding, str):  # unfold takes only numbers
         total = [
             (k - 1) * d if padding == "same" else 0 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
         ]

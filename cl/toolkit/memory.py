@@ -1,4 +1,4 @@
-"""Exemplar memories: buffers of fixed shape, filled by reservoir, greedy class balance, or a ring per group."""
+"""Exemplar memories: buffers of fixed shape, filled by reservoir sampling, greedy class balance or a ring per group."""
 
 from __future__ import annotations
 
@@ -26,34 +26,35 @@ if TYPE_CHECKING:
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 POLICIES = ("reservoir", "class_balanced", "ring")
 STORAGES = ("device", "host", "disk")
-_AHEAD = 1024  # rows whose slots are drawn at once
+_AHEAD = 1024  # examples whose slots are drawn at a time
 
 
 class Memory(nn.Module):
     """A store of raw exemplars with their labels, task labels and named extras.
 
-    Policies (METHODS: Vitter 1985 for the reservoir, Prabhu et al. 2020 for the greedy balance, Lopez-Paz and
-    Ranzato 2017 for the ring):
+    Policies (Vitter 1985 for the reservoir, Prabhu et al. 2020 for the greedy balance, Lopez-Paz and Ranzato 2017 for
+    the ring):
 
-    - "reservoir": after n insertions each of the n stands here with probability capacity / n.
-    - "class_balanced": a newcomer of a class below the largest evicts a random exemplar of a largest class.
-    - "ring": each group (a class, or a class of a task where tasks share classes) keeps its last
-      `capacity // num_groups` exemplars, the remainder going to the first groups.
+    - "reservoir": after n insertions, each of the n examples is stored with probability capacity / n.
+    - "class_balanced": a new example of a class that is smaller than the largest one replaces a random exemplar of a
+      largest class.
+    - "ring": each group (a class, or a class of a task if tasks share classes) keeps its last
+      `capacity // num_groups` exemplars; the first groups keep one more until the capacity is used.
 
-    What decides (slots, counts) is drawn and kept on the host; a step costs O(rows), whatever the capacity.
-    Each of W processes holds a share of M / W, filled by its own rows and drawn from by its own generator.
+    Slots and counts are computed and stored on the host. A step costs O(B) for B examples, whatever the capacity. Each
+    of W processes holds M / W exemplars from its own examples, and samples them by its own generator.
 
     Args:
-        capacity: Exemplars at most, M, of all processes together.
-        stream: Tells the shape and type of an input and the number of groups.
-        policy: One of the above.
-        extras: Shape of one row of each extra, stored as float32.
-        storage: Where the exemplars lie: on the learner's "device"; on the "host"; or on "disk", in a memory-mapped
-            file without a name in the folder for temporary files. Checkpoints hold them all the same.
+        capacity: Largest number of exemplars of all processes together, M.
+        stream: The stream, which has the shape and type of an input and the number of groups.
+        policy: "reservoir", "class_balanced" or "ring".
+        extras: Shape of one example's value of each extra, which is stored as float32.
+        storage: Where exemplars are stored: "device", the learner's; "host"; or "disk", a memory-mapped file without a
+            name in the folder for temporary files. Checkpoints contain them in each case.
 
     Raises:
-        InputError: If policy or storage is unknown, or a process's share of the capacity is below 1 or, for a ring,
-            below one a group.
+        InputError: If policy or storage is unknown, they do not fit into it, or a process's share of the capacity is
+            below 1 or, for a ring, smaller than the number of groups.
 
     Example:
         >>> from cl.data.task import Task, TaskData
@@ -65,7 +66,7 @@ class Memory(nn.Module):
     """
 
     here: Tensor
-    by_rank = True  # state that is each process's own
+    by_rank = True  # each process has its own state
 
     def __init__(
         self,
@@ -104,15 +105,15 @@ class Memory(nn.Module):
             else:
                 make = torch.zeros if storage == "host" else _on_disk
                 self._off_device[name] = make((capacity, *shape), dtype=dtype)
-        # The host's view. A ring's group g owns the slots from _start[g] on, _size[g] of them.
+        # State on the host. Group g of a ring owns _size[g] slots, from _start[g] on.
         groups = np.arange(self.num_groups)
         self._size = capacity // self.num_groups + (groups < capacity % self.num_groups)
         self._start = np.concatenate(([0], self._size.cumsum()[:-1]))
-        self._received = np.zeros(self.num_groups, dtype=np.int64)  # how many each group was ever offered
+        self._received = np.zeros(self.num_groups, dtype=np.int64)  # examples of each group that were ever inserted
         self._group = np.full(capacity, -1, dtype=np.int64)  # class_balanced: the group in each slot, -1: free
         self._held = np.zeros(self.num_groups, dtype=np.int64)  # class_balanced: exemplars of each group
         self._stored = 0
-        self._ahead, self._at = np.zeros(0, dtype=np.int64), 0  # reservoir: slots of the rows to come
+        self._ahead, self._at = np.zeros(0, dtype=np.int64), 0  # reservoir: slots of the next examples
 
     def __len__(self) -> int:
         return self._stored
@@ -121,15 +122,15 @@ class Memory(nn.Module):
         return f"Memory({len(self)} of {self.capacity} exemplars, {self.policy})"
 
     def column(self, name: str) -> Tensor:
-        """Return all slots of "x", "y", "task" or an extra, (capacity, ...), those still free among them."""
+        """Return all slots of "x", "y", "task" or an extra, (capacity, ...), including free ones."""
         return self._off_device[name] if self._off_device else getattr(self, f"rows_{name}")
 
     def sample(self, size: int) -> Batch:
-        """Draw without replacement, at most what is stored: rows (size, ...) with their extras."""
+        """Draw exemplars with their extras without replacement; all of them if fewer than `size` are stored."""
         return self._gather(self._distinct(min(size, self._stored)))
 
     def rows(self) -> Batch:
-        """Return all that is stored with its extras, by slot, as a copy on the learner's device."""
+        """Return all exemplars with their extras, in the order of slots, as a copy on the learner's device."""
         return self._gather(np.arange(self._stored))
 
     def _gather(self, rows: Rows) -> Batch:
@@ -145,9 +146,9 @@ class Memory(nn.Module):
         return Batch(x, y, task, dict(zip(self._extras, extras, strict=True)))
 
     def insert(self, batch: Batch) -> None:
-        """Offer the rows of a batch, in order; the policy decides which are kept, and where."""
+        """Insert the examples of a batch in order; the policy decides which are stored, and in which slots."""
         slots = getattr(self, f"_slots_{self.policy}")(batch)
-        # Of two rows for one slot the later stays, as if they had been inserted one by one.
+        # Of two examples for one slot the later is stored, as if they had been inserted one by one.
         kept = {slot: row for row, slot in enumerate(slots.tolist()) if slot >= 0}
         if not kept:
             return
@@ -156,13 +157,14 @@ class Memory(nn.Module):
         for name, values in offered.items():
             column = self.column(name)
             chosen = values.index_select(0, rows.to(values.device, non_blocking=True))
-            late = column.is_cuda  # on its way from a GPU to the host, a row must have arrived before it is copied on
+            late = column.is_cuda  # a copy from a GPU to the host must be complete before it is read
             column.index_copy_(0, where.to(column.device, non_blocking=True), chosen.to(column, non_blocking=late))
 
     def fill(self, batch: Batch) -> None:
-        """Hold these rows and no others, in their order, at most the capacity: what a strategy chose by itself.
+        """Replace all exemplars by the examples of a batch, at most the capacity, in their order.
 
-        The memory is then that of a reservoir which was offered just these.
+        This is for strategies that choose exemplars themselves. The state is then that of a reservoir into which only
+        these examples were inserted.
         """
         assert self.policy == "reservoir", "the slots of other policies belong to groups"
         for name, values in (("x", batch.x), ("y", batch.y), ("task", batch.task), *batch.extras.items()):
@@ -171,7 +173,7 @@ class Memory(nn.Module):
         self._ahead, self._at = self._ahead[:0], 0
 
     def _distinct(self, size: int) -> Rows:
-        if size * size < self._stored:  # a draw with replacement has no repeat more often than not, and is cheaper
+        if size * size < self._stored:  # a draw with replacement is cheaper, and mostly has no repeat
             while True:
                 rows = self.random.generator.integers(self._stored, size=size)
                 if len(set(rows.tolist())) == size:
@@ -197,7 +199,9 @@ class Memory(nn.Module):
     def _slots_ring(self, batch: Batch) -> Rows:
         groups = self._groups(batch)
         order = np.argsort(groups, kind="stable")
-        first = np.searchsorted(groups[order], groups[order])  # where the row's group starts among the sorted rows
+        first = np.searchsorted(
+            groups[order], groups[order]
+        )  # position of the example's group among the sorted examples
         rank = np.empty_like(groups)
         rank[order] = np.arange(len(groups)) - first
         slots: Rows = self._start[groups] + (self._received[groups] + rank) % self._size[groups]
@@ -225,7 +229,7 @@ class Memory(nn.Module):
         return slots
 
     def _slot_of_a_largest(self, most: int) -> int:
-        """Draw a slot until its group is one of the largest: as many tries as there are groups, at most, on average."""
+        """Draw slots until one is of a largest group, on average at most as many as there are groups."""
         while True:
             slots = self.random.generator.integers(self.capacity, size=16)
             fits = np.flatnonzero(self._held[self._group[slots]] == most)
@@ -237,7 +241,7 @@ class Memory(nn.Module):
         return task * self.num_classes + y if self.num_groups > self.num_classes else y
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what the host keeps: the count of insertions, the slots' groups, and what is off the device."""
+        """Return the state on the host: counts of insertions, groups of slots, and exemplars off the device."""
         return {
             "num_seen": self.num_seen,
             "stored": self._stored,
@@ -248,7 +252,7 @@ class Memory(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what `get_extra_state` returned."""
+        """Restore the state that `get_extra_state` returned."""
         self.num_seen, self._stored = state["num_seen"], state["stored"]
         self._group, self._received = state["group"].cpu().numpy().copy(), state["received"].cpu().numpy().copy()
         self._ahead, self._at = state["ahead"].cpu().numpy().copy(), 0
@@ -258,11 +262,12 @@ class Memory(nn.Module):
 
 
 def remark_without(name: str, learner: LearnerLike) -> str | None:
-    """Return why a method that keeps old weights or outputs fails where no exemplars are kept; None where it may not.
+    """Return a remark that a method without exemplars fails in class-incremental learning; None if it does not apply.
 
     Args:
-        name: Of the method.
-        learner: Tells the scenario, and whether any strategy has a `Memory` or chooses what is trained on.
+        name: Name of the method.
+        learner: The learner. The remark applies if its scenario is "class" and there are several tasks, unless a
+            strategy has a `Memory` or owns `training_data`.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -276,8 +281,8 @@ def remark_without(name: str, learner: LearnerLike) -> str | None:
     return (
         f"{name} keeps no exemplars: it never sees the classes of different tasks together, so it cannot learn to tell "
         "them apart, and in the class-incremental scenario ends near fine-tuning (van de Ven and Tolias 2019, "
-        '"Three scenarios for continual learning"): add a method that does (`cl-list strategy memory=yes`), or use '
-        "scenario=task."
+        '"Three scenarios for continual learning"): add a method that keeps some (`cl-list strategy memory=yes`), or '
+        "use scenario=task."
     )
 
 
@@ -296,7 +301,7 @@ def _check(capacity: int, stream: Stream, policy: str, storage: str) -> None:
 
 
 def _check_room(capacity: int, row_bytes: int, storage: str) -> None:
-    """Refuse what the machine cannot hold: a kernel may promise memory and end the process when it is written to."""
+    """Refuse more bytes than the machine has: a kernel may grant memory and kill the process when it is written to."""
     if storage == "disk":
         room = shutil.disk_usage(tempfile.gettempdir()).free
     elif hasattr(os, "sysconf"):
@@ -311,15 +316,15 @@ def _check_room(capacity: int, row_bytes: int, storage: str) -> None:
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return zeros in a memory-mapped file that vanishes with them."""
+    """Return zeros in a memory-mapped file, which is deleted together with them."""
     folder = tempfile.mkdtemp(prefix="clsim-memory-")
     path = Path(folder) / "rows"
     try:
         flat = torch.from_file(str(path), shared=True, size=max(1, math.prod(shape)), dtype=dtype)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"A memory finds no room in {folder} ({reason}): set TMPDIR to another folder.") from error
+        raise InputError(f"A memory does not fit into {folder} ({reason}): set TMPDIR to another folder.") from error
     finally:
-        path.unlink(missing_ok=True)  # what is mapped stays until it is let go
+        path.unlink(missing_ok=True)  # the mapped content exists until the mapping is closed
         Path(folder).rmdir()
     return flat[: math.prod(shape)].view(shape)

@@ -1,4 +1,4 @@
-"""What methods share that keep updates out of the space of old inputs: its layers, its directions, what leaves it."""
+"""Helpers of methods that keep updates orthogonal to the inputs of old tasks: layers, bases, checks of optimizers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def protected(learner: LearnerLike) -> nn.Module:
-    """Return what old tasks rest on: the backbone; the head too, unless each task is told and has outputs of its own.
+    """Return the module on which old tasks depend: the backbone, and the head unless each task has its own outputs.
+
+    Tasks have their own outputs if the scenario is "task" and no two of them share classes.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -37,7 +39,7 @@ def protected(learner: LearnerLike) -> nn.Module:
 
 
 def protected_layers(learner: LearnerLike) -> list[Layer]:
-    """Return the trained layers among what is protected, which a projector each belongs to.
+    """Return the trainable layers of the protected module; a method has a projector for each.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -48,7 +50,7 @@ def protected_layers(learner: LearnerLike) -> list[Layer]:
 
 
 def silence_others(learner: LearnerLike, layers: Sequence[Layer]) -> None:
-    """Take the gradient off everything protected but the weights of layers: biases, norms, embeddings."""
+    """Remove the gradients of all protected parameters but the weights of layers: biases, norms, embeddings."""
     weights = {layer.weight for layer in layers}
     for parameter in protected(learner).parameters():
         if parameter not in weights:
@@ -56,9 +58,9 @@ def silence_others(learner: LearnerLike, layers: Sequence[Layer]) -> None:
 
 
 def sampled_inputs(learner: LearnerLike, task: Task, num_samples: int, random: Random) -> list[Tensor]:
-    """Return the representation (d, n) of each protected layer on a draw of a task's training examples.
+    """Return the representation (d, n) of each protected layer on a sample of a task's training examples.
 
-    They are measured in evaluation mode; see `cl.toolkit.layers.layer_inputs`.
+    The network is in evaluation mode; see `cl.toolkit.layers.layer_inputs`.
     """
     batch = sampled(learner, task, num_samples, random)
     with learner.evaluating():
@@ -66,9 +68,9 @@ def sampled_inputs(learner: LearnerLike, task: Task, num_samples: int, random: R
 
 
 def sampled_gradients(learner: LearnerLike, task: Task, num_samples: int, random: Random) -> Sequence[Tensor]:
-    """Return the gradient (out, d) of each protected layer's weight on a draw of a task's training examples.
+    """Return the gradient (out, d) of each protected layer's weight on a sample of a task's training examples.
 
-    They are measured in evaluation mode, of the loss that the scenario has.
+    It is the gradient of the learner's loss; the network is in evaluation mode.
     """
     batch = sampled(learner, task, num_samples, random)
     weights = [layer.weight for layer in protected_layers(learner)]
@@ -78,16 +80,17 @@ def sampled_gradients(learner: LearnerLike, task: Task, num_samples: int, random
 
 
 def sampled(learner: LearnerLike, task: Task, num_samples: int, random: Random) -> Batch:
-    """Return a draw of a task's training examples as stored, on the learner's device; all where there are no more."""
+    """Return `num_samples` random training examples of a task, or all if there are fewer, on the learner's device."""
     rows = random.generator.choice(len(task.train), min(num_samples, len(task.train)), replace=False)
     x, y, label = (column.to(learner.device) for column in task.train.take(torch.from_numpy(rows)).tensors())
     return Batch(x, y, label)
 
 
 def new_directions(R: Tensor, projector: Tensor, threshold: float, fewer: int = 0) -> Tensor:
-    r"""Return the fewest orthonormal directions (d, r) with which a basis M holds a share of the energy of inputs.
+    r"""Return the fewest new directions (d, r) with which a basis M spans a share of the energy of a task's inputs.
 
-    From the representation R and its residual :math:`\hat R = R - M M^\top R` (Saha, Garg and Roy 2021, equation 9):
+    They are singular vectors of the residual :math:`\hat R = R - M M^\top R` of the representation R, as many as are
+    needed for (Saha, Garg and Roy 2021, equation 9)
 
     .. math:: \lVert M M^\top R \rVert_F^2 + \sum_{i \le r} \hat\sigma_i^2 \ge \epsilon \lVert R \rVert_F^2
 
@@ -95,9 +98,9 @@ def new_directions(R: Tensor, projector: Tensor, threshold: float, fewer: int = 
 
     Args:
         R: Representation (d, n).
-        projector: M M^T so far, (d, d).
+        projector: M M^T of the present basis, (d, d).
         threshold: epsilon, in [0, 1].
-        fewer: Vectors taken off the count, for a released code's rule.
+        fewer: Number of directions to return less than that, for the rule of a released code.
 
     Example:
         >>> R = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -118,7 +121,7 @@ def new_directions(R: Tensor, projector: Tensor, threshold: float, fewer: int = 
 
 
 def join_basis(basis: Tensor, new: Tensor) -> None:
-    """Put orthonormal directions (d, r) behind those that a basis (d, d) has; its other columns are 0.
+    """Append orthonormal directions (d, r) to the columns of a basis (d, d), whose unused columns are 0, in place.
 
     Example:
         >>> M = torch.zeros(2, 2)
@@ -131,19 +134,19 @@ def join_basis(basis: Tensor, new: Tensor) -> None:
 
 
 def task_directions(R: Tensor, basis: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    r"""Return the fewest directions, of a basis or new, that hold a share of the energy of a task's inputs.
+    r"""Return the fewest directions, of a basis or new, that span a share of the energy of a task's inputs.
 
-    Each :math:`o_i` of the basis counts :math:`\lVert o_i^\top R \rVert^2`, each singular vector of the residual
-    :math:`\hat\sigma_i^2`; the largest are taken until they add up to :math:`\epsilon \lVert R \rVert_F^2`
-    (Lin et al. 2022). So a task's own subspace need not hold all of the basis.
+    A column :math:`o_i` of the basis has the energy :math:`\lVert o_i^\top R \rVert^2`, a singular vector of the
+    residual :math:`\hat\sigma_i^2`. Directions are taken in the order of energy until they add up to
+    :math:`\epsilon \lVert R \rVert_F^2` (Lin et al. 2022). So the subspace of a task need not contain all of the basis.
 
     Args:
         R: Representation (d, n).
-        basis: Orthonormal columns, those behind them 0, (d, d).
+        basis: Orthonormal columns, and unused ones of 0, (d, d).
         threshold: epsilon, in [0, 1].
 
     Returns:
-        Which columns of the basis are taken, bool (d,), and new directions (d, r).
+        Whether each column of the basis is taken, bool (d,); and the new directions (d, r).
 
     Example:
         >>> R = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
@@ -164,7 +167,10 @@ def task_directions(R: Tensor, basis: Tensor, threshold: float) -> tuple[Tensor,
 
 
 class _Scale(torch.autograd.Function):
-    """x + x O M O^T with M = A, or A^T; the gradient of A, weighted by counts, is written once, into one new matrix."""
+    """The function x + x O M O^T with M = A or A^T, whose gradient of A is multiplied by `counts`.
+
+    The gradient of A is written once, into one new matrix, to save memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, basis: Tensor, counts: Tensor, transposed: bool) -> Tensor:
@@ -177,7 +183,7 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         inside, A, basis, counts = ctx.saved_tensors
         M, whole = A[: len(counts), : len(counts)], torch.zeros_like(A)
-        outside = gradient.to(A.dtype) @ basis  # autocast has others in the forward pass
+        outside = gradient.to(A.dtype) @ basis  # under autocast, the forward pass has another type
         pair = inside.to(outside.dtype).flatten(0, -2), outside.flatten(0, -2)
         left, right = reversed(pair) if ctx.transposed else pair
         torch.mul(left.T @ right, counts, out=whole[: len(counts), : len(counts)])
@@ -188,27 +194,28 @@ class _Scale(torch.autograd.Function):
 
 
 class Subspaces(nn.Module):
-    r"""What is kept of every task's inputs to one layer, and how each task scales those of earlier ones.
+    r"""The subspaces of all tasks' inputs to one layer, and the matrices by which each task scales earlier ones.
 
-    The columns of O are an orthonormal basis of all tasks' inputs; task j's own, :math:`B_j`, are some of them. Of a
-    task that has selected earlier tasks j the layer's weight is (Lin et al. 2022)
+    The columns of O are an orthonormal basis of the inputs of all tasks; the basis of task j, :math:`B_j`, is a subset
+    of them. For a task that has selected earlier tasks j, the layer's weight is (Lin et al. 2022)
 
     .. math:: \tilde W = W + \sum_j W B_j (Q_j - I) B_j^\top = W + W O A O^\top
 
-    and one matrix A in the coordinates of O is all that has to be kept. Where :math:`B_j` have columns in common, A is
-    the sum of what their Q are there, and so are its steps: the gradient of A is multiplied by their number.
+    so that one matrix A in the coordinates of O is stored for each task. Where several :math:`B_j` share columns, an
+    entry of A is the sum of entries of several :math:`Q_j - I`, each of which makes a step of its own. So the gradient
+    of an entry of A is multiplied by their number.
 
     Args:
-        size: Inputs of the layer, d.
-        num_tasks: T.
+        size: Number of inputs of the layer, d.
+        num_tasks: Number of tasks, T.
 
     Attributes:
-        basis: O, its columns behind the used ones 0, (d, d).
-        member: Which columns are each task's, bool (T, d).
-        scaling: A of each task, once it is learned, (T, d, d).
+        basis: O, whose unused columns are 0, (d, d).
+        member: Whether each column is in the basis of each task, bool (T, d).
+        scaling: A of each task that is learned, (T, d, d).
         shift: A of the task in training, (d, d).
-        directions: The columns of O that there are since the task in training began, (d, r).
-        columns: `member` of these as numbers, (T, r).
+        directions: The columns of O at the beginning of the task in training, (d, r).
+        columns: `member` for these columns, as numbers, (T, r).
     """
 
     basis: Tensor
@@ -221,11 +228,13 @@ class Subspaces(nn.Module):
         self.register_buffer("member", torch.zeros(num_tasks, size, dtype=torch.bool))
         self.register_buffer("scaling", torch.zeros(num_tasks, size, size))
         self.shift = nn.Parameter(torch.zeros(size, size))
-        self._counts: Tensor | None = None  # tasks in which two columns are, of those selected, while one trains
+        self._counts: Tensor | None = (
+            None  # while a task trains: the number of selected tasks that have both of two columns
+        )
 
     @property
     def used(self) -> int:
-        """How many columns of the basis there are."""
+        """Number of columns of the basis that are in use."""
         return int(self.member.any(0).sum())
 
     def energies(self, gradient: Tensor) -> Tensor:
@@ -233,7 +242,7 @@ class Subspaces(nn.Module):
         return self.member.to(gradient.dtype) @ (gradient @ self.basis).square().sum(0)
 
     def begin(self, selected: Tensor) -> None:
-        """Begin a task that scales the subspaces of some tasks, bool (T,)."""
+        """Begin a task that scales the subspaces of selected earlier tasks, bool (T,)."""
         used = self.used
         self.directions, self.columns = self.basis[:, :used], self.member[:, :used].to(self.shift.dtype)
         blocks = self.columns[selected]
@@ -241,11 +250,11 @@ class Subspaces(nn.Module):
         self._projector = self.directions @ self.directions.T if 2 * used > len(self.basis) else None
 
     def weight(self, weight: Tensor, task: int, present: bool) -> Tensor:
-        """Return the weight of a layer as a task has it, which is the present one or not."""
+        """Return the layer's weight, scaled for a task; `present` says whether it is the task in training."""
         return self._scaled(weight.flatten(1), task, present, False).view_as(weight)
 
     def inputs(self, x: Tensor, task: int, present: bool) -> Tensor:
-        r"""Return what a linear layer's inputs (..., d) become, where it keeps its weight: :math:`x \tilde W^\top`."""
+        r"""Return the scaled inputs :math:`x'` (..., d) of a linear layer, with :math:`x' W^\top = x \tilde W^\top`."""
         return self._scaled(x, task, present, True)
 
     def _scaled(self, x: Tensor, task: int, present: bool, transposed: bool) -> Tensor:
@@ -258,13 +267,13 @@ class Subspaces(nn.Module):
         return x + x @ basis @ (A.T if transposed else A) @ basis.T if bool(A.any()) else x
 
     def project(self, gradient: Tensor) -> None:
-        """Take off a weight's gradient, in place, what lies in the span of O."""
+        """Remove the part of a weight's gradient that is in the span of O, in place."""
         g, basis, projector = gradient.flatten(1), self.directions, self._projector
         gradient -= (g @ basis @ basis.T if projector is None else g @ projector).view_as(gradient)
 
     @torch.no_grad()
     def end(self, task: int, R: Tensor, threshold: float) -> None:
-        """Keep a task's scaling, and the main directions of its inputs R (d, n)."""
+        """Store a task's scaling, and add the main directions of its inputs R (d, n) to the basis."""
         self.scaling[task] = self.shift
         self.shift.zero_()
         self._counts = None
@@ -276,12 +285,12 @@ class Subspaces(nn.Module):
 
 
 class ScaledByTask(Strategy):
-    r"""What methods share that scale weights in the subspaces of old tasks: rows pass under the weights of their task.
+    r"""Base class of methods that scale weights in the subspaces of old tasks; examples get the weights of their task.
 
     Attributes:
-        threshold: The share of the inputs' energy that a task's subspace holds; one for all layers or one a layer.
-        thresholds: The same, one a layer.
-        subspaces: Those of each protected layer.
+        threshold: The share of the inputs' energy that a task's subspace spans, one number or one for each layer.
+        thresholds: The same, as a list with one number for each layer.
+        subspaces: The subspaces of each protected layer.
     """
 
     scenarios = ("task",)
@@ -292,7 +301,7 @@ class ScaledByTask(Strategy):
     subspaces: Sequence[Subspaces]
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
-        """Allocate the subspaces of each layer; refuse what leaves the protected space."""
+        """Allocate the subspaces of each layer; refuse streams, networks and optimizers that do not fit the method."""
         name = type(self).__name__
         check_apart(name, learner, stream)
         check_plain_sgd(learner, name)
@@ -300,8 +309,8 @@ class ScaledByTask(Strategy):
         check_trained(learner, name)
         if learner.train_mask != learner.scenario:
             raise InputError(
-                f"{name} chooses before a task by the loss of its own classes, not of train_mask={learner.train_mask}: "
-                "drop train_mask."
+                f"{name} selects tasks by the loss over the task's own classes, not over train_mask="
+                f"{learner.train_mask}: drop train_mask."
             )
         self.random = Random()
         sizes = [layer.weight[0].numel() for layer in protected_layers(learner)]
@@ -309,11 +318,11 @@ class ScaledByTask(Strategy):
         self.subspaces = nn.ModuleList(Subspaces(size, len(stream)) for size in sizes)  # type: ignore[assignment]
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
-        """Return features under the weights of each row's task."""
+        """Return features, for each example under the weights of its task."""
         return self._run(learner, learner.backbone, view)
 
     def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
-        """Return logits under the weights of each row's task, where tasks share outputs."""
+        """Return logits; if tasks share outputs, for each example under the weights of its task."""
         if not learner.shared_outputs:
             return learner.head(features)  # type: ignore[no-any-return]
         return self._run(learner, learner.head, features)
@@ -327,7 +336,9 @@ class ScaledByTask(Strategy):
             present, weights = task == learner.task_index, {}
             with ExitStack() as hooks:
                 for layer, part in own:
-                    if isinstance(layer, nn.Linear):  # a minibatch has fewer rows than a layer has outputs
+                    if isinstance(
+                        layer, nn.Linear
+                    ):  # scaling inputs is cheaper: a batch has fewer examples than a layer has outputs
                         scale = partial(_scaled, part, task, present)
                         hooks.callback(layer.register_forward_pre_hook(scale).remove)
                     else:
@@ -344,10 +355,10 @@ def _scaled(
 
 
 def one_each(key: str, value: float | Sequence[float], count: int) -> list[float]:
-    """Return a setting of each layer, from one for all or one a layer.
+    """Return a setting for each of `count` layers, from one number for all or a list.
 
     Raises:
-        InputError: If there are too many or too few.
+        InputError: If the list has another length.
 
     Example:
         >>> one_each("gpm.threshold", 0.9, 3)
@@ -361,12 +372,13 @@ def one_each(key: str, value: float | Sequence[float], count: int) -> list[float
 
 
 def check_plain_sgd(learner: LearnerLike, name: str) -> None:
-    """Refuse an optimizer whose steps are not its gradients times a number.
+    """Refuse an optimizer whose steps are not a multiple of the gradient.
 
-    Weight decay and Adam leave the space that gradients were projected on, as does a momentum from before.
+    Steps with weight decay, of Adam, or with momentum from earlier tasks leave the space onto which gradients are
+    projected.
 
     Raises:
-        InputError: Naming method and optimizer.
+        InputError: If the optimizer is not plain SGD; names method and optimizer.
     """
     optimizer = _steps(learner)
     if optimizer is None:
@@ -376,24 +388,26 @@ def check_plain_sgd(learner: LearnerLike, name: str) -> None:
     group = optimizer.param_groups[0]
     if type(optimizer) is not SGD or group["momentum"] or group["weight_decay"]:
         raise InputError(
-            f"{name} needs plain SGD, whose steps stay where gradients are, but the optimizer is "
+            f"{name} needs plain SGD, whose steps follow the projected gradients, but the optimizer is "
             f"{type(optimizer).__name__} with momentum={group.get('momentum', 0)}, weight_decay="
             f"{group.get('weight_decay', 0)}: use optimizer=sgd optimizer.momentum=0 optimizer.weight_decay=0."
         )
 
 
 def check_trained(learner: LearnerLike, name: str) -> None:
-    """Refuse where there is nothing to protect.
+    """Refuse a learner without trainable protected weights.
 
     Raises:
-        InputError: Naming the method.
+        InputError: If there are none; names the method.
     """
     if not any(p.requires_grad for p in protected(learner).parameters()):
-        raise InputError(f"{name} protects trained weights of the backbone, which has none: drop it, or what freezes.")
+        raise InputError(
+            f"{name} protects trainable weights of the backbone, which has none: drop it, or unfreeze them."
+        )
 
 
 def remark_rescaled(name: str, learner: LearnerLike) -> str | None:
-    """Return that steps do not follow the projected gradient, where the optimizer is not SGD; None where they do.
+    """Return a remark that the optimizer's steps do not follow projected gradients; None if it is SGD.
 
     Example:
         >>> from cl.testing import toy_learner
@@ -404,23 +418,23 @@ def remark_rescaled(name: str, learner: LearnerLike) -> str | None:
         return None
     who = "another strategy" if optimizer is None else type(optimizer).__name__
     return (
-        f"{name} projects gradients, which {who} then rescales: a step may yet raise the loss on what is remembered. "
-        "Its paper has optimizer=sgd."
+        f"{name} projects gradients, which {who} then rescales: a step may still increase the loss on stored examples. "
+        "Its paper uses optimizer=sgd."
     )
 
 
 def _steps(learner: LearnerLike) -> Optimizer | None:
-    # a new one like that which makes the steps; none where a strategy makes them
+    # a new optimizer of the kind that trains; None if a strategy owns it
     if learner.strategies.owned("configure_optimizer"):
         return None
     return learner.new_optimizer([nn.Parameter(torch.zeros(1))])
 
 
 def check_statistics(learner: LearnerLike, name: str) -> None:
-    """Refuse batch norm that keeps running statistics, which drift whatever the gradients are.
+    """Refuse batch norm with running statistics, which change whatever the gradients are.
 
     Raises:
-        InputError: Naming method and module.
+        InputError: If there is such a module; names method and module.
     """
     for path, module in learner.backbone.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:

@@ -1,4 +1,4 @@
-"""The weights that a method holds near old values: those of backbone and head, as one vector."""
+"""The weights that regularisation methods hold near old values: those of backbone and head, as one vector."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def held(learner: LearnerLike) -> list[nn.Parameter]:
 
 
 def check_held(name: str, learner: LearnerLike) -> None:
-    """Refuse what would hold nothing; in `before_task`, as another strategy may freeze all in its `setup`.
+    """Refuse a learner without trainable weights; to call in `before_task`, since a `setup` may freeze them.
 
     Raises:
-        InputError: Naming the method.
+        InputError: If all weights are frozen; names the method.
     """
     if not held(learner):
         raise InputError(f"{name} holds trainable weights, and all are frozen: drop it, or what freezes them.")
 
 
 def check_encode(name: str, learner: LearnerLike) -> None:
-    """Refuse another strategy that owns `encode`, whose features are not those of backbone and head alone.
+    """Refuse another strategy that owns `encode`, whose features depend on other weights than the backbone's.
 
     Raises:
-        InputError: Naming the method.
+        InputError: If there is one; names the method.
     """
     if learner.strategies.owned("encode"):
         raise InputError(

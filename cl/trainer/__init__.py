@@ -1,1 +1,1 @@
-"""Lightning's Trainer: the arguments that a run lets a user set, and the processes that it runs in."""
+"""Lightning's Trainer: the arguments that a user may set, and the processes of a run."""

@@ -1,7 +1,7 @@
-"""What a run lets a user set of Lightning's Trainer, and what it sets itself.
+"""Check the arguments of Lightning's Trainer: which a user may set, and what to use instead of the others.
 
-A run makes one Trainer to fit a task and one to measure a row of R. An argument that would cut what R is measured on,
-or that the run sets itself, is refused before anything is written, with what to use instead.
+A run builds one Trainer to fit a task and one to measure a row of R. An argument that would reduce the examples on
+which R is measured, or that the run sets itself, is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cl.errors import InputError
 
 TrainerFactory = Callable[..., pl.Trainer]
 
-# Advice that does not apply: data are on the device already, and one Trainer learns one task.
+# Warnings of Lightning that do not apply: data are on the device already, and one Trainer learns one task.
 _NOISE = (
     ".*does not have many workers.*",
     ".*in eval mode at the start of training.*",
@@ -40,23 +40,22 @@ _NOISE = (
     ".*torch.jit.script. is deprecated.*",  # torch, of its own forward derivatives
 )
 
-# Handed on: they say where and how precisely the run computes, or what is looked at beside it.
+# Passed on to Lightning: they set devices, precision and profiling, or limit training.
 PASSED_ON = frozenset(
     {"accelerator", "strategy", "devices", "num_nodes", "precision", "deterministic", "benchmark", "profiler"}
     | {"detect_anomaly", "plugins", "sync_batchnorm", "min_epochs", "check_val_every_n_epoch"}
     | {"limit_train_batches", "accumulate_grad_batches"}
 )
-# Without effect here, whatever their value: the run has its own loader, and loggers of its own.
+# Without effect here, whatever their value, since the run has its own loader and loggers.
 HARMLESS = frozenset(
     {"inference_mode", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "default_root_dir"}
     | {"enable_autolog_hparams", "limit_predict_batches"}
 )
 _WHOLE = (
-    "a run measures every task's test and validation set whole, or R is of other rows than it says: make the sets "
-    "smaller in the stream (stream.val_fraction, dataset.test_fraction), or read a subset inside tasks "
-    "(report.points, report.subset)"
+    "R must be measured on the whole test and validation set of every task: make the sets smaller in the stream "
+    "(stream.val_fraction, dataset.test_fraction), or use a subset inside tasks (report.points, report.subset)"
 )
-# Refused, with what to use.
+# Refused, with what to use instead.
 INSTEAD: Mapping[str, str] = {
     "limit_val_batches": _WHOLE,
     "limit_test_batches": _WHOLE,
@@ -69,7 +68,7 @@ INSTEAD: Mapping[str, str] = {
     "callbacks": "use the group callbacks (callbacks=early_stopping, or +callbacks.mine._target_=...)",
     "logger": "use the group logger",
     "model_registry": "use the group logger",
-    "val_check_interval": "use report.every, which looks inside an epoch",
+    "val_check_interval": "use report.every, which evaluates inside an epoch",
     "log_every_n_steps": "use log_every",
     "num_sanity_val_steps": "row 0 of R, of the untrained learner, is measured anyway: drop it",
     "enable_checkpointing": "use checkpoint.keep and checkpoint.every",
@@ -79,8 +78,8 @@ INSTEAD: Mapping[str, str] = {
     "gradient_clip_algorithm": "use gradient_clip, which clips the norm after the strategies have projected",
     "barebones": "reports would be missing: use report=quiet logger=none checkpoint.every=null",
 }
-# What holds anyway may be said; compared by type, too, since 1 means one batch and 1.0 all of them.
-_HOLDS: Mapping[str, tuple[Any, ...]] = {
+# Values that are in effect anyway, and so allowed; compared with their type, since 1 means one batch and 1.0 all.
+_IN_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "limit_val_batches": (1.0,),
     "limit_test_batches": (1.0,),
     "fast_dev_run": (False, 0),
@@ -100,20 +99,20 @@ _VARIABLE = "PL_TRAINER_"  # Lightning takes any argument from the environment, 
 
 
 def check_arguments(factory: TrainerFactory) -> None:
-    """Refuse what a factory of Trainers sets, or Lightning's environment variables do, and a run could not keep.
+    """Refuse arguments of a Trainer that a run cannot use, also those in Lightning's environment variables.
 
     Args:
-        factory: A partial of `pl.Trainer`; of any other callable, one Trainer is made and looked at.
+        factory: A partial of `pl.Trainer`; of any other callable, one Trainer is built and checked.
 
     Raises:
-        InputError: Naming the argument, its value and what to use.
+        InputError: If there is such an argument; names it, its value and what to use.
 
     Example:
         >>> check_arguments(functools.partial(pl.Trainer, limit_test_batches=7))
         Traceback (most recent call last):
-        cl.errors.InputError: trainer.limit_test_batches=7: a run measures every task's test and validation set whole, \
-or R is of other rows than it says: make the sets smaller in the stream (stream.val_fraction, dataset.test_fraction), \
-or read a subset inside tasks (report.points, report.subset).
+        cl.errors.InputError: trainer.limit_test_batches=7: R must be measured on the whole test and validation set of \
+every task: make the sets smaller in the stream (stream.val_fraction, dataset.test_fraction), or use a subset inside \
+tasks (report.points, report.subset).
     """
     for name, value in _from_environment().items():
         _check(name, value, f"The environment variable {_VARIABLE}{name.upper()}")
@@ -121,14 +120,14 @@ or read a subset inside tasks (report.points, report.subset).
     for name, value in given.items():
         _check(name, value, f"trainer.{name}")
     if not (isinstance(factory, functools.partial) and factory.func is pl.Trainer):
-        check_made(quiet_trainer(factory))
+        check_trainer(quiet_trainer(factory))
 
 
-def check_made(trainer: pl.Trainer) -> None:
-    """Refuse a Trainer that would cut what R is measured on, whoever made it.
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse a Trainer that would limit the examples on which R is measured, or that cannot train.
 
     Raises:
-        InputError: Naming the argument, its value and what to use.
+        InputError: If it would; names the argument, its value and what to use.
     """
     limits = "fast_dev_run", "overfit_batches", "limit_val_batches", "limit_test_batches", "limit_train_batches"
     for name in (*limits, "accumulate_grad_batches", "gradient_clip_val"):
@@ -136,8 +135,9 @@ def check_made(trainer: pl.Trainer) -> None:
 
 
 def _check(name: str, value: Any, where: str) -> None:
-    holds = value is None or any(value == said and type(value) is type(said) for said in _HOLDS.get(name, ()))
-    if name in INSTEAD and not holds:
+    known = _IN_EFFECT.get(name, ())
+    in_effect = value is None or any(value == other and type(value) is type(other) for other in known)
+    if name in INSTEAD and not in_effect:
         raise InputError(f"{where}={value}: {INSTEAD[name]}.")
     if name == "limit_train_batches" and value is not None and not _is_positive(value):
         raise InputError(
@@ -150,7 +150,7 @@ def _check(name: str, value: Any, where: str) -> None:
         raise InputError(f"{where}={value} must be 1 or more epochs.")
     if name == "num_nodes" and value != 1 and not _is_started_by_a_cluster():
         raise InputError(
-            f"{where}={value}: nobody has started processes on other machines, and the run would wait for them for "
+            f"{where}={value}: no processes have been started on other machines, and the run would wait for them for "
             "ever: start it by torchrun or Slurm on each, or leave num_nodes at 1."
         )
 
@@ -163,7 +163,7 @@ def _is_positive(value: Any) -> bool:
 def _is_started_by_a_cluster() -> bool:
     from lightning_fabric.plugins.environments import lsf, mpi, slurm, torchelastic
 
-    if {"MASTER_ADDR", "NODE_RANK", "LOCAL_RANK"} & set(os.environ):  # by hand, as Lightning's own environment has it
+    if {"MASTER_ADDR", "NODE_RANK", "LOCAL_RANK"} & set(os.environ):  # started by hand, for Lightning's own environment
         return True
     clusters = (
         *(torchelastic.TorchElasticEnvironment, slurm.SLURMEnvironment),
@@ -188,7 +188,7 @@ def _parsed(text: str) -> Any:
 
 
 def quiet_trainer(factory: TrainerFactory) -> pl.Trainer:
-    """Return a Trainer of a factory that writes and shows nothing.
+    """Return a Trainer from a factory, one that writes and shows nothing.
 
     Raises:
         InputError: If Lightning refuses its arguments.
@@ -202,7 +202,7 @@ def quiet_trainer(factory: TrainerFactory) -> pl.Trainer:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Lightning says of every Trainer, of which there are two a task."""
+    """Hide the messages that Lightning prints for every Trainer, since there are two Trainers for each task."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -219,9 +219,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C, or a notebook's stop button, raise KeyboardInterrupt, as Python has it; for runs made from Python.
+    """Let Ctrl-C, or a notebook's stop button, raise KeyboardInterrupt in a run from Python, and restore the handler.
 
-    Lightning makes it the end of the interpreter, and has the signal ignored from then on.
+    Lightning would exit the interpreter, and ignore the signal from then on.
     """
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Starting the processes of one run, and ending them all when one fails."""
+"""Start the processes of one run, and end them all when one fails."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from cl.errors import InputError
 from cl.trainer.arguments import TrainerFactory, check_arguments, quiet, quiet_trainer
 from cl.trainer.failures import cause
 
-_PATIENCE = timedelta(hours=6)  # that the others have with process 0, which may wait for another run's reference
-_GRACE = 5.0  # seconds to end by oneself, once another process has failed
+_PATIENCE = timedelta(hours=6)  # timeout of the others, since process 0 may wait for another run's reference
+_GRACE = 5.0  # seconds that processes have to end by themselves after another one has failed
 
 
 class Replicated(DDPStrategy):
-    """Lightning's strategy of one whole learner in each process, with gradients summed once an optimizer step.
+    """Lightning's strategy with a copy of the learner in each process; gradients are summed at each optimizer step.
 
-    DistributedDataParallel sums them in a backward pass of its own forward pass; here a batch is a chunk of minibatches
-    and a strategy may take gradients of its own. The processes run already.
+    DistributedDataParallel would sum them in the backward pass that belongs to its own forward pass. Here a batch is a
+    chunk of minibatches, and a strategy may compute further gradients. The processes are running already.
     """
 
     strategy_name = "replicated"
@@ -44,7 +44,7 @@ class Replicated(DDPStrategy):
         """Launch nothing."""
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Set up as for one device: nothing is wrapped, and nothing taken from process 0, which has its own memory."""
+        """Set up as for one device: no module is wrapped, and no state copied from process 0; memories differ."""
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None:
             assert self.model is not None
             self.model = self._layer_sync.apply(self.model)
@@ -54,19 +54,19 @@ class Replicated(DDPStrategy):
         return model
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Weigh the loss by this process's rows first."""
+        """Weight the loss by this process's share of the batch, and run the backward pass."""
         learner: Any = self.lightning_module
         return super().backward(closure_loss * (learner.rows / learner.batch_size), optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """Sum the gradients first, so that they are unscaled, projected and clipped as one process would."""
+        """Sum the gradients over processes, then step, so that unscaling, projection and clipping see the sum."""
         learner: Any = self.lightning_module
         distributed.reduce_gradients(learner, learner.summed)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
 
 def replicated(factory: TrainerFactory) -> TrainerFactory:
-    """Return what builds Trainers for the processes that there are; the factory itself where there is one.
+    """Return a factory of Trainers for the running processes; if there is one, that which is given.
 
     Args:
         factory: A partial of `pl.Trainer`.
@@ -75,20 +75,20 @@ def replicated(factory: TrainerFactory) -> TrainerFactory:
     if distributed.world_size() == 1:
         return factory if kind == "auto" else partial(factory, strategy="auto")
 
-    def make(**options: Any) -> pl.Trainer:
+    def build(**options: Any) -> pl.Trainer:
         trainer = factory(**options, strategy=Replicated(timeout=_PATIENCE))
-        # Lightning's handler of SIGTERM broadcasts from wherever each process happens to be: they would hang.
+        # Lightning's handler of SIGTERM would broadcast while processes are at different points, and hang.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
-    return make
+    return build
 
 
 def _kind(factory: TrainerFactory) -> str:
     """Return the name of the Lightning strategy that a factory asks for.
 
     Raises:
-        InputError: If it divides or wraps the weights.
+        InputError: If that strategy divides or wraps the weights.
     """
     kind = getattr(factory, "keywords", {}).get("strategy", "auto")
     if kind == "auto" or (isinstance(kind, str) and kind.split("_")[0] == "ddp"):
@@ -103,7 +103,7 @@ def _kind(factory: TrainerFactory) -> str:
 
 
 def _plan(factory: TrainerFactory) -> tuple[int, int]:
-    """Return how many processes a run has, and how many of them are to be started here."""
+    """Return the number of processes of a run, and how many of them this process must start."""
     check_arguments(factory)
     given = {"strategy": _kind(factory), "devices": 1, "num_nodes": 1, **getattr(factory, "keywords", {})}
     if (given["strategy"], given["devices"], given["num_nodes"]) == ("auto", 1, 1):
@@ -127,19 +127,20 @@ def _trainer(factory: TrainerFactory) -> pl.Trainer:
 
 
 def run(factory: TrainerFactory, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in as many processes as a Trainer wants, and return what it returns in process 0.
+    """Call a function in as many processes as a Trainer requires, and return its result in process 0.
 
-    They are started here; or, where `torchrun` or a cluster has started one for each device, this is one of them. One
-    that fails or is killed ends them all.
+    The processes are started here, unless `torchrun` or a cluster has started one for each device, of which this is
+    one. If one process fails or is killed, all are ended.
 
     Args:
         factory: A partial of `pl.Trainer`.
-        work: Builds stream and learner, the same in each process, and trains; a function of a module, since each
-            process imports it anew (a script needs its `if __name__ == "__main__":`).
-        arguments: Its arguments, picklable.
+        work: A function that builds stream and learner, the same in each process, and trains. It must be defined in a
+            module, since each process imports it anew (a script needs `if __name__ == "__main__":`).
+        arguments: Its arguments, which must be picklable.
 
     Raises:
-        InputError: If the Trainer's strategy does not fit, a process was killed, or one raised it.
+        InputError: If the Trainer's strategy or the number of processes does not fit, a process was killed, or a
+            process raised an InputError.
 
     Example:
         >>> run(partial(pl.Trainer, accelerator="cpu", devices=1), max, 2, 3)
@@ -158,7 +159,7 @@ def run(factory: TrainerFactory, work: Callable[..., Any], *arguments: Any) -> A
         return work(*arguments)
     context = multiprocessing.get_context("spawn")
     alone = here == world
-    # The store where they meet is held here, so that its port is taken from the start.
+    # This process holds the store at which the others meet, so that no other program can take its port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if alone else None  # type: ignore[attr-defined]
     children, pipes = [], []
     for local in range(here):
@@ -173,7 +174,7 @@ def run(factory: TrainerFactory, work: Callable[..., Any], *arguments: Any) -> A
 
 
 def _join(factory: TrainerFactory, port: int | None = None) -> None:
-    """Make this process one of the group."""
+    """Let this process join the process group."""
     strategy = _trainer(partial(factory, strategy=Replicated(timeout=_PATIENCE))).strategy
     assert isinstance(strategy, Replicated)
     if port is not None:
@@ -186,7 +187,7 @@ def _join(factory: TrainerFactory, port: int | None = None) -> None:
 
 
 def _hydra() -> Any:
-    """Return what Hydra knows of the job, for interpolations in its configuration."""
+    """Return Hydra's configuration of the job, for interpolations in that of the run, or None without Hydra."""
     if "hydra" not in sys.modules:
         return None
     from hydra.core.hydra_config import HydraConfig
@@ -197,7 +198,7 @@ def _hydra() -> Any:
 def _child(
     pipe: Connection, where: tuple[int, int, int | None], hydra: Any, factory: Any, work: Any, rest: Any
 ) -> None:
-    """Be one process: join the others, work, tell what came of it."""
+    """Run one process: join the others, call the function, and send its result or its error to the parent."""
     local, here, port = where
     threading.Thread(target=_follow_parent, daemon=True).start()
     os.environ["LOCAL_RANK"] = str(local)
@@ -214,14 +215,14 @@ def _child(
         value = work(*rest)
         dist.destroy_process_group()
         pipe.send(("returned", value if local == 0 else None))
-    except SystemExit as error:  # asked to end, and done with saving
+    except SystemExit as error:  # after a signal, when the state is saved
         pipe.send(("left", error.code))
     except BaseException as error:
-        told = cause(error)
-        pipe.send(("raised", told) if told is not None else ("failed", traceback.format_exc()))
+        found = cause(error)
+        pipe.send(("raised", found) if found is not None else ("failed", traceback.format_exc()))
         pipe.close()
         sys.stdout.flush()
-        os._exit(1)  # no waiting for those who wait for us
+        os._exit(1)  # without waiting for the other processes, which may wait for this one
 
 
 def _follow_parent() -> None:
@@ -232,8 +233,8 @@ def _follow_parent() -> None:
 
 
 def _supervise(children: list[Any], pipes: list[Any]) -> Any:
-    """Wait for all; when one fails, give the others a moment, then end them."""
-    heard: list[tuple[int, str, Any]] = []  # which process, what, and with what, in order
+    """Wait for all processes; if one fails, end the others after a grace period."""
+    heard: list[tuple[int, str, Any]] = []  # messages in order: number of the process, kind, value
     waiting = {pipe: index for index, pipe in enumerate(pipes)}
     until: float | None = None
     handlers = _forward_signals(children)
@@ -271,7 +272,7 @@ def _receive(pipe: Any) -> tuple[str, Any]:
 
 
 def _failure(heard: list[tuple[int, str, Any]], children: list[Any]) -> BaseException:
-    """Return the error that says most: one for the user, else the first."""
+    """Return the most informative error: one that is meant for the user, else the first."""
     for _, kind, value in heard:
         if kind in ("raised", "left"):
             return value if kind == "raised" else SystemExit(value)
@@ -282,12 +283,12 @@ def _failure(heard: list[tuple[int, str, Any]], children: list[Any]) -> BaseExce
     code = children[index].exitcode
     return InputError(
         f"Process {index} of {len(children)} ended with exit code {code}, and the run with it: checkpoints are kept; "
-        "repeat the command with the same hydra.run.dir to go on."
+        "to continue, repeat the command with the same hydra.run.dir."
     )
 
 
 def _forward_signals(children: list[Any]) -> dict[int, Any]:
-    """Hand what asks this process to end on to the others, which know what to save."""
+    """Forward signals that ask this process to end to the others, which save their state; return the old handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
 

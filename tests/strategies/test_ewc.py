@@ -245,7 +245,7 @@ def test_ewc_refuses_what_it_cannot_measure():
         EWC(fisher="emprical")
     with pytest.raises(InputError, match="no merge of Fishers called 'men': did you mean 'mean'"):
         EWC(merge="men")
-    with pytest.raises(InputError, match="batch_size=20 needs one label an example: empirical or sampled"):
+    with pytest.raises(InputError, match="batch_size=20 needs one label for each example: use empirical or sampled"):
         EWC(batch_size=20)
     with pytest.raises(InputError, match="batch_size=0 must be 1 or more"):
         EWC(fisher="empirical", batch_size=0)

@@ -227,7 +227,7 @@ def test_what_gates_do_not_isolate_is_refused():
         (lambda: ResNet18((3, 8, 8), width=2, norm="batch_no_stats"), images()),
         (lambda: Skip((1, 4, 4), hidden=[16, 12]), None),
     ):
-        with pytest.raises(InputError, match=r"is no chain of layers without norms.*use backbone=mlp, simple_cnn"):
+        with pytest.raises(InputError, match=r"is not a chain of layers without norms.*use backbone=mlp, simple_cnn"):
             build(HAT(), backbone, stream=data)
     with pytest.raises(InputError, match=r"HAT needs plain SGD.*Adam"):
         build(HAT(), optimizer=partial(torch.optim.Adam, lr=0.01))

@@ -88,7 +88,7 @@ def test_the_span_of_old_inputs_is_left_alone(method, scenario, net):
 @pytest.mark.parametrize("strategy", [TRGP, CUBER, OGD])
 def test_nothing_to_protect_is_one_sentence(strategy: type[Strategy]) -> None:
     backbone = ToyBackbone().requires_grad_(False)
-    with pytest.raises(InputError, match="protects trained weights of the backbone, which has none"):
+    with pytest.raises(InputError, match="protects trainable weights of the backbone, which has none"):
         build(toy_stream(3, "task"), backbone, strategy())
 
 

@@ -73,5 +73,5 @@ def test_online_ewc_refuses_what_it_cannot_measure():
         OnlineEWC(gamma=1.5)
     with pytest.raises(InputError, match="no kind of Fisher called 'emprical': did you mean 'empirical'"):
         OnlineEWC(fisher="emprical")
-    with pytest.raises(InputError, match="batch_size=20 needs one label an example: empirical or sampled"):
+    with pytest.raises(InputError, match="batch_size=20 needs one label for each example: use empirical or sampled"):
         OnlineEWC(batch_size=20)

@@ -66,7 +66,7 @@ def test_where_steps_do_not_follow_the_projected_gradient_a_remark_says_so(name,
         learner = Learner(toy_stream(), ToyBackbone(), strategies, partial(optimizer, lr=0.1), batch_size=4)
         return strategies["method"].remark(learner)
 
-    start = f"{name} projects gradients, which {{}} then rescales: a step may yet raise the loss"
+    start = f"{name} projects gradients, which {{}} then rescales: a step may still increase the loss"
     assert remark(torch.optim.SGD) is None
     for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop):
         assert remark(optimizer).startswith(start.format(optimizer.__name__))

@@ -35,7 +35,7 @@ from omegaconf import OmegaConf
 
 from checkout import CONF
 from cl.app.cli import main
-from cl.trainer.arguments import _HOLDS, INSTEAD
+from cl.trainer.arguments import _IN_EFFECT, INSTEAD
 
 BY_HAND, LOG = int(os.environ.get("CL_FUZZ", "0")), os.environ.get("CL_FUZZ_LOG")
 PATIENCE = 30  # seconds of a case; the longest that are meant to finish take three
@@ -234,7 +234,7 @@ def meaningless(overrides: list[str]) -> list[str]:
             continue
         place, _, last = name.rpartition(".")
         parsed = yaml.safe_load(value.replace("'${seed}'", "0")) if value != "???" else value
-        holds = any(parsed == one and type(parsed) is type(one) for one in (*_HOLDS.get(last, ()), None))
+        holds = any(parsed == one and type(parsed) is type(one) for one in (*_IN_EFFECT.get(last, ()), None))
         if (
             value == "???"
             or (last in UNKNOWN and name not in CHOICES)

@@ -206,7 +206,7 @@ def test_timm_offers_tokens_only_for_a_transformer() -> None:
 def test_timm_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no timm model called 'vit_tinny_patch16_224': did you mean 'vit_tiny"):
         Timm((3, 32, 32), "vit_tinny_patch16_224")
-    with pytest.raises(InputError, match=r"timm cannot make 'test_resnet' for inputs .*colour"):
+    with pytest.raises(InputError, match=r"timm cannot build 'test_resnet' for inputs .*colour"):
         Timm((3, 32, 32), "test_resnet", colour=1)
     with pytest.raises(InputError, match=r"takes images .* not inputs of shape \(5,\)"):
         Timm((5,), "test_resnet")
@@ -225,7 +225,7 @@ def test_timm_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         (AlexNetGPM, (3, 18, 32), "AlexNetGPM takes images .* at least 19x19"),
         (ViT, (3, 30, 32), "patch_size=4 of ViT does not divide 30x32"),
         (ViT, (32, 32), "ViT takes images"),
-        (lambda shape: ViT(shape, heads=5), (3, 32, 32), "dim=192 of ViT is no multiple of heads=5"),
+        (lambda shape: ViT(shape, heads=5), (3, 32, 32), "dim=192 of ViT is not a multiple of heads=5"),
         (lambda shape: MLP(shape, hidden=[5, 0]), (3,), r"hidden=\[5, 0\]"),
     ],
 )
@@ -248,13 +248,13 @@ def test_load_backbone(tmp_path: Path) -> None:
     for other in (MLP((4,), [5]), MLP((4,), [3], bias=False), MLP((4,), [3, 3])):
         with pytest.raises(InputError, match="weights of another backbone than MLP"):
             load_backbone(other, tmp_path / "run.ckpt")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         load_backbone(net, tmp_path / "none.ckpt")
     torch.save({"weights": state}, tmp_path / "other.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save({"state_dict": print}, tmp_path / "code.ckpt")
     for name in ("other", "text", "code"):
-        with pytest.raises(InputError, match="is no checkpoint"):
+        with pytest.raises(InputError, match="is not a checkpoint"):
             load_backbone(net, tmp_path / f"{name}.ckpt")
 
 

@@ -480,5 +480,5 @@ def test_a_memory_that_counts_classes_refuses_other_targets(target, policy):
 @pytest.mark.parametrize("target", ["multilabel", "regression"])
 @pytest.mark.parametrize("kind", ["sampled", "empirical"])
 def test_a_fisher_of_one_label_refuses_other_targets(target, kind):
-    with pytest.raises(InputError, match=f"ewc.fisher={kind} draws one label, .* use fisher=true"):
+    with pytest.raises(InputError, match=f"ewc.fisher={kind} needs labels, .* use fisher=true"):
         learner(toy(target), EWC(fisher=kind))

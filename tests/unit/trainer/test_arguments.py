@@ -21,12 +21,12 @@ cpu = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 
 # What cuts or replaces something, with a part of the sentence.
 REFUSED = [
-    ("limit_test_batches", 1, "limit_test_batches=1: a run measures"),
-    ("limit_test_batches", 7, "limit_test_batches=7: a run measures"),
-    ("limit_test_batches", 0, "limit_test_batches=0: a run measures"),
-    ("limit_test_batches", 0.5, "limit_test_batches=0.5: a run measures"),
-    ("limit_val_batches", 0.5, "limit_val_batches=0.5: a run measures"),
-    ("limit_val_batches", 1, "limit_val_batches=1: a run measures"),
+    ("limit_test_batches", 1, "limit_test_batches=1: R must be measured"),
+    ("limit_test_batches", 7, "limit_test_batches=7: R must be measured"),
+    ("limit_test_batches", 0, "limit_test_batches=0: R must be measured"),
+    ("limit_test_batches", 0.5, "limit_test_batches=0.5: R must be measured"),
+    ("limit_val_batches", 0.5, "limit_val_batches=0.5: R must be measured"),
+    ("limit_val_batches", 1, "limit_val_batches=1: R must be measured"),
     ("fast_dev_run", True, "debug=default"),
     ("fast_dev_run", 3, "debug=default"),
     ("overfit_batches", 1, "debug=default"),

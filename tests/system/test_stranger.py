@@ -101,7 +101,7 @@ def test_in_a_run_directory_nothing_is_executed(finished: Path, tmp_path: Path, 
 def test_as_weights_and_as_a_branch_nothing_is_executed(finished: Path, tmp_path: Path, kind: str) -> None:
     mark, place = tmp_path / "executed", tmp_path / "run"
     file = archives(tmp_path, mark)[kind]
-    with pytest.raises(InputError, match="is no checkpoint"):
+    with pytest.raises(InputError, match="is not a checkpoint"):
         load_backbone(ToyBackbone(), file)
     shutil.copytree(finished, place)
     (place / "config.yaml").write_text("{}\n")

@@ -1,6 +1,6 @@
-"""Kinds of stream: each file says how tasks are made from a dataset, whichever it is.
+"""Kinds of streams: each file builds a stream of tasks from any dataset.
 
-Each is there as `cl.streams.split(...)`, and imported when it is first asked for.
+A kind is available as `cl.streams.split(...)`, and its module is imported at first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Any classification benchmark of Avalanche (Carta et al. 2023), its transforms and labels kept."""
+"""Any classification benchmark of Avalanche (Carta et al. 2023), with its transforms and labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cl.errors import InputError, unknown
 from cl.random import derive
 
 TESTS = ("given", "own")
-_VALIDATION = ("valid", "validation", "val")  # what Avalanche and its users call it
+_VALIDATION = ("valid", "validation", "val")  # names of validation streams in Avalanche and its users' code
 
 
 def avalanche(
@@ -26,28 +26,29 @@ def avalanche(
     seed: int = 0,
     tests: str = "given",
 ) -> Stream:
-    """Turn a benchmark's experiences into tasks.
+    """Return a stream with a task for each training experience of a benchmark.
 
-    Test experience i belongs to training experience i. Where there is one for all of them, every task tests on it: on
-    the whole of it in the domain-incremental scenario, else on the rows of its own classes. Labels are stream-wide as
-    they are; only where a task-incremental benchmark uses them again under another task label, each task label's
-    classes follow those of the labels before. Several experiences under one task label are tasks of their own.
+    Test experience i belongs to training experience i. If there is a single test experience, every task uses it: the
+    whole of it in the domain-incremental scenario, else the examples of the task's classes. Labels stay as they are,
+    except if a task-incremental benchmark uses the same labels under several task labels: then the classes of each task
+    label are numbered after those of the ones before. Several experiences with one task label are separate tasks.
 
     Args:
-        benchmark: An Avalanche benchmark with the streams "train" and "test", and "valid" if it has one.
-        lazy: Read inputs anew whenever they are asked for, at the speed of the dataset, so that random training
-            transforms act; labels are then those of `dataset.targets`. `cl.testing.check_stream`, which reads twice and
-            compares, refuses such draws. Else everything is read once, and random transforms are drawn from the seed.
-        scenario: "class", "task" or "domain"; None means "task" where task labels differ, else "domain" where
-            experiences share classes, else "class". Classes that come again in a class-incremental stream may.
+        benchmark: An Avalanche benchmark with the streams "train" and "test", and optionally "valid".
+        lazy: Whether inputs are read anew whenever they are needed, at the speed of the dataset, so that random
+            training transforms act; labels are then those of `dataset.targets`. `cl.testing.check_stream` refuses such
+            a stream, since two readings differ. Else all inputs are read once, and random transforms are drawn from the
+            seed.
+        scenario: "class", "task" or "domain". None means "task" if task labels differ; else "domain" if experiences
+            share classes, else "class". In "class", classes may come again.
         order: Order of the tasks, see `cl.data.task.Stream`.
-        seed: Seed of a shuffled order, and of transforms that are read once.
-        tests: "given", as above; or "own": each task tests on those rows of its test experience whose classes it
-            trains, for one complete test set whose classes come one by one (CORe50's NICv2), and for test sets that
-            grow. Every class is then tested where it is trained, and a class of several tasks in each of them.
+        seed: Seed of a shuffled order, and of transforms if inputs are read once.
+        tests: "given", as above. "own": each task is tested on those examples of its test experience whose classes it
+            trains, for benchmarks with one complete test set whose classes come one by one (CORe50's NICv2), or with
+            growing test sets. A class of several tasks is then tested in each of them.
 
     Raises:
-        InputError: If it is no such benchmark, has no experiences, or they do not fit together.
+        InputError: If the benchmark is not such a one, has no experiences, or they do not fit together.
 
     Example:
         >>> from cl.data.avalanche import to_avalanche
@@ -90,7 +91,7 @@ def avalanche(
 
 
 def unnamed(**options: Any) -> Any:
-    """Stand where the benchmark's function must be named.
+    """Raise an error; it is the default of `stream.benchmark`, where a user must name the benchmark's function.
 
     Raises:
         InputError: Always.
@@ -103,7 +104,7 @@ def unnamed(**options: Any) -> Any:
 
 
 def _datasets(benchmark: Any) -> dict[str, list[Any]]:
-    """Return each side's datasets under their transforms, as many of each as there are tasks."""
+    """Return the datasets of training, test and validation with their transforms, one of each for every task."""
     streams = dict(getattr(benchmark, "streams", {}))
     found = next((name for name in _VALIDATION if name in streams), None)
     try:
@@ -115,15 +116,15 @@ def _datasets(benchmark: Any) -> dict[str, list[Any]]:
             int(dataset.targets[0])
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{type(benchmark).__name__} is no classification benchmark of Avalanche: give an object with a train and "
-            "a test stream, whose experiences hold datasets with one integer label a row."
+            f"{type(benchmark).__name__} is not a classification benchmark of Avalanche: give an object with a train "
+            "and a test stream, whose experiences hold datasets with one integer label for each example."
         ) from error
     num_tasks = len(sides["train"])
     if len(sides["test"]) == 1:
         sides["test"] *= num_tasks
     for side, datasets in sides.items():
         if not datasets:
-            raise InputError(f"The {side} stream of the benchmark has no experiences: give one a task.")
+            raise InputError(f"The {side} stream of the benchmark has no experiences: give one for each task.")
         if len(datasets) != num_tasks:
             raise InputError(
                 f"The benchmark has {len(datasets)} {side} experiences for {num_tasks} training experiences: give one "
@@ -138,7 +139,7 @@ def _task_labels(dataset: Any) -> tuple[int, ...]:
 
 
 def _read(sides: dict[str, list[Any]], lazy: bool, seed: int) -> dict[str, list[TaskData]]:
-    """Read every dataset once, also one that stands in several places."""
+    """Read the datasets, each once, even if it is used by several tasks."""
     known: dict[int, TaskData] = {}
     with drawing(seed), quietly():
         for side, datasets in sides.items():
@@ -156,18 +157,20 @@ def _read_one(what: str, dataset: Any, lazy: bool) -> TaskData:
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
     if data.y.ndim != 1 or data.y.is_floating_point():
-        raise InputError(f"{what} has labels of {data.y.dtype}, shape {tuple(data.y.shape)}: give one integer a row.")
+        raise InputError(
+            f"{what} has labels of {data.y.dtype}, shape {tuple(data.y.shape)}: give one integer for each example."
+        )
     return data
 
 
 def _check_tests(tests: Sequence[TaskData], classes: Sequence[Tensor], shared_out: bool) -> None:
-    """Refuse test sets with classes that their task does not train, and say what can be done."""
+    """Refuse test sets with classes that their task does not train, and name the remedy."""
     for t, (data, own) in enumerate(zip(tests, classes, strict=True)):
-        strange = data.labels[~torch.isin(data.labels, own)].unique().tolist()
-        if strange and not shared_out:
+        untrained = data.labels[~torch.isin(data.labels, own)].unique().tolist()
+        if untrained and not shared_out:
             raise InputError(
-                f"The test set of experience {t} has classes {_some(strange)} that it never trains: where there is one "
-                "complete test set, or test sets grow, give stream.tests=own, by which each task tests on its own "
+                f"The test set of experience {t} has classes {_some(untrained)} that it never trains: if there is one "
+                "complete test set, or test sets grow, set stream.tests=own, so that each task is tested on its own "
                 "classes."
             )
 
@@ -191,7 +194,7 @@ def _check_inputs(parts: Sequence[TaskData]) -> None:
 
 
 def _offsets(heads: list[tuple[int, ...]], parts: list[tuple[TaskData, ...]]) -> list[int]:
-    """Return what to add to each task's labels so that no two task labels share one; nothing where none do."""
+    """Return the offset of each task's labels by which no two task labels share a class; zeros if none do anyway."""
     mixed = next((t for t, head in enumerate(heads) if len(head) > 1), None)
     if mixed is not None:
         raise InputError(

@@ -1,12 +1,13 @@
-r"""Tasks that fade into each other, with no boundary (the linear decay of Shanahan et al. 2021 and Avalanche).
+r"""Tasks that fade into each other without boundaries (the linear decay of Shanahan et al. 2021 and Avalanche).
 
-With time s from 0 to T and tasks of equal size, the share of task t among the rows at time s is 1 in its middle, falls
-linearly to 0 over the zone of width o around each of its ends, and the shares add up to 1. A row of task t stands at
+With time s from 0 to T and tasks of equal size, the share of task t among the examples at time s is 1 in its middle and
+falls linearly to 0 over a zone of width o around each of its ends; all shares add up to 1. An example of task t comes
+at the time
 
 .. math:: s = t + u + o\,(v - 1/2), \qquad u, v \sim U[0, 1]
 
-(whose density is that trapezoid), reflected at 0 and T. Sorted by s, the rows are cut into T pieces of equal size; the
-row of R after each piece is an evaluation point, and column t is the test set of task t.
+(whose density is that trapezoid), reflected at 0 and T. Sorted by s, the examples are cut into T pieces of equal size.
+A row of R is measured after each piece, and its column t on the test set of task t.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def boundary_free(
     """Blend each task of a stream into the next.
 
     Args:
-        source: Any stream with boundaries; rows keep the label of the task that they come from.
-        overlap: o, the width of the zone in which two tasks mix, in tasks, 0 to 1; 0 leaves hard boundaries.
+        source: Any stream with boundaries; examples keep the label of the task that they come from.
+        overlap: o, the width of the zone in which two tasks mix, in units of a task, in [0, 1]; with 0 tasks do not
+            mix.
         order: The order of the tasks before they are blended, see `Stream`.
         seed: Seed of the times and of a shuffled order.
 

@@ -1,4 +1,4 @@
-"""One dataset under a different corruption in each task (Hendrycks and Dietterich 2019; CIFAR-C and its like)."""
+"""One dataset with a different corruption in each task (Hendrycks and Dietterich 2019), such as CIFAR-C."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ def corrupted(
     seed: int = 0,
     shared_labels: bool | None = None,
 ) -> Stream:
-    """Corrupt every image, one kind a task, training and test alike.
+    """Corrupt every image, with one kind of corruption for each task, in training and test sets.
 
     Args:
-        dataset: uint8 images.
-        kinds: Of `cl.compose.corruptions.CORRUPTIONS`, or "clean"; None means the clean images and all fifteen after
-            them.
+        dataset: A dataset of uint8 images.
+        kinds: The kind of each task, one of `cl.compose.corruptions.CORRUPTIONS` or "clean"; None means clean images
+            first and then all fifteen corruptions.
         severity: 1 to 5.
-        scenario: "domain" by default.
-        val_fraction: Share of the training set that becomes validation.
+        scenario: "class", "task" or "domain"; None means "domain".
+        val_fraction: Share of the training set that becomes the validation set, in [0, 1).
         order: The order of the kinds, see `Stream`.
         seed: Seed of the noise, of the validation split and of a shuffled order.
-        shared_labels: Whether all tasks have the same labels, also where the task is told; None means where the
+        shared_labels: Whether all tasks have the same labels, also if the scenario is "task"; None means only if the
             scenario is "domain".
 
     Raises:
-        InputError: If the inputs are no images, a kind or severity is unknown, or shared_labels is False in "domain".
+        InputError: If the inputs are not images, a kind or the severity does not exist, or `shared_labels` is False
+            with scenario "domain".
 
     Example:
         >>> from cl.data.sources import digits

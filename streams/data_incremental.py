@@ -1,4 +1,4 @@
-"""One dataset that comes in parts: every task has all classes and new instances of them (New Instances in CORe50)."""
+"""One dataset in parts: every task has all classes and new instances of them ("new instances" in CORe50)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def data_incremental(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Cut a dataset into parts of equal size, the same share of each class; domain-incremental.
+    """Cut a dataset into parts of equal size, with the same share of each class; domain-incremental.
 
     Args:
-        dataset: Any dataset of labels.
-        num_tasks: T.
-        val_fraction: Share of the training set that becomes validation.
+        dataset: Any dataset with labels.
+        num_tasks: Number of tasks, T.
+        val_fraction: Share of the training set that becomes the validation set, in [0, 1).
         order: The order of the parts, see `Stream`.
         seed: Seed of the parts, of the validation split and of a shuffled order.
 
     Raises:
-        InputError: If a class has fewer rows than there are tasks.
+        InputError: If a class has fewer examples than there are tasks.
 
     Example:
         >>> from cl.data.sources import digits

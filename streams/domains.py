@@ -1,4 +1,4 @@
-"""Several datasets in a row, each with labels of its own or shared ones (5-Datasets, Ebrahimi et al. 2020)."""
+"""Several datasets one after another, with shared or separate labels (5-Datasets, Ebrahimi et al. 2020)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def domains(
     seed: int = 0,
     match: Match = "name",
 ) -> Stream:
-    """Learn one dataset after the other.
+    """Return a stream in which each task is one dataset.
 
     Args:
-        datasets: By name, in order.
-        scenario: "domain" shares the labels; "class" and "task" give each dataset labels of its own; None means
-            "domain" where the numbers of classes agree and they have some in common, else "class".
-        input_shape: (C, H, W) that all images are brought to; None means they agree already.
-        val_fraction: Share of each training set that becomes validation.
+        datasets: The datasets by name, in order.
+        scenario: "domain": datasets share labels; "class" and "task": each has labels of its own. None means "domain"
+            if the datasets have equally many classes, and either unnamed ones or some names in common; else "class".
+        input_shape: The shape (C, H, W) to resize all images to; None requires that all have one shape.
+        val_fraction: Share of each training set that becomes the validation set, in [0, 1).
         order: The order of the datasets, see `Stream`.
         seed: Seed of the validation splits and of a shuffled order.
-        match: Which classes are the same where labels are shared: those of one "name", or of one "position", see
+        match: Which classes are the same if labels are shared: those of one "name", or of one "position", see
             `cl.compose.concat`.
 
     Raises:
-        InputError: If shapes differ; or with shared labels no name is in common or, by position, numbers of classes
-            differ.
+        InputError: If shapes differ; or if labels are shared, but the datasets have no name in common or, by position,
+            different numbers of classes.
 
     Example:
         >>> from cl.data.sources import digits, synthetic

@@ -1,4 +1,4 @@
-"""Your own arrays, of which each row says its task, or whose classes are split into tasks."""
+"""Your own arrays, with the task of each row, or with classes that are split into tasks."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def from_arrays(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Make a stream of arrays: numpy arrays, tensors, or the paths of `.npy` files, of which large ones stay on disk.
+    """Return a stream of arrays: numpy arrays, tensors, or the paths of `.npy` files, of which large ones stay on disk.
 
-    Labels are stream-wide. Where they are not 0..C-1 they are numbered in ascending order, and the classes are called
-    by the old ones. Tasks are the values of the task arrays in ascending order. Without task arrays the classes are
-    split in ascending order, as evenly as they can be, larger tasks first; with scenario="domain" a label is then the
-    position within its task.
+    Labels are stream-wide. If they are not 0..C-1, they are numbered in ascending order, and the old labels become the
+    names of the classes. Tasks are the values of the task arrays in ascending order. Without task arrays, classes are
+    split in ascending order, as evenly as possible and with larger tasks first; with scenario="domain", a label is then
+    the position of a class in its task.
 
     Args:
         train_x: Inputs: uint8 images (N, C, H, W), or floats (N, *shape), which become float32.
@@ -58,17 +58,17 @@ def from_arrays(
         test_y: Test targets.
         train_task: The task of each training row, integers (N,), or None.
         test_task: The task of each test row, or None.
-        num_tasks: Without task arrays, T; None means 5, or the number of classes where it is smaller.
-        class_names: One a class, in ascending order of the labels; or one a column of other targets.
+        num_tasks: Number of tasks if there are no task arrays; None means 5, or the number of classes if it is smaller.
+        class_names: The name of each class, in ascending order of the labels; or of each column of other targets.
         target: "label", "multilabel" or "regression", see `cl.data.target`.
-        scenario: None means "class" where every class has one task, else "domain".
-        val_fraction: Share of each task's training rows that becomes validation.
-        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
-        mean: Per channel (axis 1), images in units of [0, 1]; None computes it from the training images, and leaves
-            float inputs as they are.
-        std: As `mean`.
-        augment: Train-time augmentation.
-        name: What reports call the stream.
+        scenario: "class", "task" or "domain"; None means "class" if no class is in two tasks, else "domain".
+        val_fraction: Share of each task's training examples that becomes the validation set, in [0, 1).
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels are only divided by 255.
+        mean: Mean of each channel (axis 1), for images in units of [0, 1]; None computes it from the training images,
+            and does not change the mean of float inputs.
+        std: Standard deviation of each channel, in the same form.
+        augment: Train-time augmentation of raw batches, or None.
+        name: Name of the stream in reports.
         order: The order of the tasks, see `Stream`.
         seed: Seed of the validation sets and of a shuffled order.
 
@@ -134,7 +134,7 @@ def _open(what: str, given: Given) -> Rows:
     try:
         return torch.from_numpy(np.atleast_1d(np.require(given, requirements=["C", "W"])))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{what} is no array of numbers ({error}): give an array, a tensor or a .npy file.") from error
+        raise InputError(f"{what} is not an array of numbers ({error}): give one, a tensor or a .npy file.") from error
 
 
 def _column(what: str, given: Given) -> Array:
@@ -149,12 +149,12 @@ def _integers(what: str, values: Array) -> Array:
 
 
 def _labels(train: Array, test: Array) -> tuple[Tensor, Tensor, list[str]]:
-    """Return labels 0..C-1 and what they were."""
+    """Return training and test labels 0..C-1, and the old label of each class as text."""
     classes, y = np.unique(_integers("train_y", train), return_inverse=True)
-    stranger = np.flatnonzero(~np.isin(_integers("test_y", test), classes))
-    if len(stranger):
+    untrained = np.flatnonzero(~np.isin(_integers("test_y", test), classes))
+    if len(untrained):
         raise InputError(
-            f"Row {stranger[0]} of test_y has label {test[stranger[0]]}, which train_y never has: "
+            f"Row {untrained[0]} of test_y has label {test[untrained[0]]}, which train_y never has: "
             "leave the row out or give training rows."
         )
     return torch.from_numpy(y), torch.from_numpy(np.searchsorted(classes, test)), [str(c) for c in classes]
@@ -180,15 +180,15 @@ def _split(
     known = [[dataset.class_names[c] for c in part] for part in parts]
     names = ["+".join(part) if len(part) <= 3 else f"{part[0]} … {part[-1]}" for part in known]
     if scenario == "domain":
-        place = torch.from_numpy(np.concatenate([part - part[0] for part in parts]))
+        position = torch.from_numpy(np.concatenate([part - part[0] for part in parts]))
         own_names = tuple(str(k) for k in range(len(parts[0])))
-        train, test = place[dataset.train_y], place[dataset.test_y]
+        train, test = position[dataset.train_y], position[dataset.test_y]
         dataset = replace(dataset, train_y=train, test_y=test, class_names=own_names)
     return dataset, tasks, names
 
 
 def _tasks(dataset: Dataset, train: Array, test: Array) -> tuple[tuple[Tensor, Tensor], list[str]]:
-    """Return positions of tasks and what they were called."""
+    """Return the task of each training and test row, from 0 on, and the old values as names."""
     for part, task, y in (("train", train, dataset.train_y), ("test", test, dataset.test_y)):
         if len(_integers(f"{part}_task", task)) != len(y):
             raise InputError(f"{part}_task has {len(task)} rows for {len(y)} of {part}_x: give each row its task.")

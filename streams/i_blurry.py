@@ -1,11 +1,11 @@
 """Disjoint and blurry classes at once: i-Blurry-N-M (Koh et al. 2022, section 3).
 
 "Online Continual Learning on Class Incremental Blurry Task Configuration with Anytime Inference", ICLR. N percent of
-the classes are disjoint: all their rows come in one task. Each of the others has a task of its own, too, but M percent
-of its rows are spread evenly over the other tasks.
+the classes are disjoint: all their examples come in one task. Each of the other classes has its own task, too, but M
+percent of its examples are spread evenly over the other tasks.
 
-Differences from the paper: with its own task a class is tested, in one column of R; the paper tests all classes seen.
-Differences from the released code: shares are exact for each class; rows keep the label of their class's task.
+Differences from the paper: a class is tested in the column of R of its own task; the paper tests all classes seen.
+Differences from the released code: shares are exact for each class; examples keep the label of their class's task.
 """
 
 from __future__ import annotations
@@ -26,24 +26,32 @@ from cl.ranges import checked
 def blend(
     labels: Array, num_classes: int, num_tasks: int, disjoint: float, blur: float, seed: int
 ) -> tuple[Array, Array]:
-    """Draw the task of each class (C,), and the task in which each row comes (n,).
+    """Draw the task of each class (C,), and the task in which each example comes (n,).
+
+    Args:
+        labels: The label of each example, (n,).
+        num_classes: Number of classes, C.
+        num_tasks: Number of tasks.
+        disjoint: Share of the classes that are disjoint.
+        blur: Share of a blurry class's examples that come in other tasks.
+        seed: Seed of the draw.
 
     Example:
-        >>> owner, place = blend(np.array([0] * 10 + [1] * 10), 2, 2, disjoint=0.0, blur=0.3, seed=0)
-        >>> sorted(owner.tolist()), int((place != owner[[0] * 10 + [1] * 10]).sum())
+        >>> owner, task = blend(np.array([0] * 10 + [1] * 10), 2, 2, disjoint=0.0, blur=0.3, seed=0)
+        >>> sorted(owner.tolist()), int((task != owner[[0] * 10 + [1] * 10]).sum())
         ([0, 1], 6)
     """
     draw = np.random.default_rng(derive(seed, "i-blurry"))
     classes = draw.permutation(num_classes)
-    # Both kinds are dealt out evenly; the blurry ones begin where the disjoint ones ended.
+    # Both kinds of classes are distributed evenly; the blurry ones begin where the disjoint ones ended.
     owner = np.empty(num_classes, dtype=np.int64)
     owner[classes] = np.arange(num_classes) % num_tasks
-    place: Array = owner[labels]
+    task: Array = owner[labels]
     for c in classes[round(disjoint * num_classes) :] if num_tasks > 1 else ():
         own = draw.permutation(np.flatnonzero(labels == c))
         leaving = own[: round(blur * len(own))]
-        place[leaving] = (owner[c] + 1 + np.arange(len(leaving)) % (num_tasks - 1)) % num_tasks
-    return owner, place
+        task[leaving] = (owner[c] + 1 + np.arange(len(leaving)) % (num_tasks - 1)) % num_tasks
+    return owner, task
 
 
 @checked
@@ -57,17 +65,17 @@ def i_blurry(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Split a dataset by class, some classes leaking into other tasks.
+    """Split a dataset by class, with some examples of some classes in other tasks.
 
     Args:
-        dataset: Any dataset of labels.
-        num_tasks: T.
-        disjoint: Share of the classes that are disjoint, N/100.
-        blur: Share of a blurry class's rows that come in other tasks, M/100.
-        scenario: "class" (the default) or "task".
-        val_fraction: Share of the training set that becomes validation.
+        dataset: Any dataset with labels.
+        num_tasks: Number of tasks, T.
+        disjoint: Share of the classes that are disjoint, N/100, in [0, 1].
+        blur: Share of a blurry class's examples that come in other tasks, M/100, in [0, 1].
+        scenario: "class" or "task"; None means "class".
+        val_fraction: Share of the training set that becomes the validation set, in [0, 1).
         order: See `Stream`.
-        seed: Seed of everything.
+        seed: Seed of all draws.
 
     Raises:
         InputError: If shares are outside [0, 1], the scenario is "domain", or there are fewer classes than tasks.
@@ -79,17 +87,17 @@ def i_blurry(
         ([5, 5], 8)
     """
     if scenario == "domain":
-        raise InputError("i_blurry is about which classes come when: use scenario=class or scenario=task.")
+        raise InputError("The tasks of i_blurry have different classes: use scenario=class or scenario=task.")
     if num_tasks > dataset.num_classes:
         raise InputError(f"num_tasks={num_tasks} for {dataset.num_classes} classes: give each task at least one.")
     train_rows, val_rows = split_validation(dataset.train_y, val_fraction, seed)
     labels = dataset.train_y[train_rows].numpy()
-    owner, place = blend(labels, dataset.num_classes, num_tasks, disjoint, blur, seed)
+    owner, task = blend(labels, dataset.num_classes, num_tasks, disjoint, blur, seed)
     table = torch.from_numpy(owner)
     train_task, test_task = table[dataset.train_y], table[dataset.test_y]
 
     def build(t: int) -> Task:
-        train = TaskData(dataset.train_x, dataset.train_y, train_task, train_rows[torch.from_numpy(place == t)])
+        train = TaskData(dataset.train_x, dataset.train_y, train_task, train_rows[torch.from_numpy(task == t)])
         test = TaskData(dataset.test_x, dataset.test_y, t, (test_task == t).nonzero().flatten())
         val = TaskData(dataset.train_x, dataset.train_y, t, val_rows[train_task[val_rows] == t])
         names = [dataset.class_names[c] for c in np.flatnonzero(owner == t)]

@@ -1,4 +1,4 @@
-"""Your own folders of images: one folder a task, in it one folder a class."""
+"""Your own folders of images: one folder for each task, and in it one folder for each class."""
 
 from __future__ import annotations
 
@@ -46,48 +46,48 @@ def image_folders(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Make a task of each folder, `<root>/<task>/<train>/<class>/**/*.png`, its images as uint8 (C, H, W).
+    """Return a stream with a task for each folder, `<root>/<task>/<train>/<class>/**/*.png`, as uint8 (C, H, W).
 
-    A class is known by its name over the whole stream; labels are numbered as classes first appear, task by task. One
-    tree whose classes are to be split into tasks is `stream=split dataset=image_folder`. What is hidden or a system's
-    is left out, see `cl.data.images.list_images`.
+    Classes of one name are one class in the whole stream; they are numbered as they first appear, task by task. To
+    split the classes of one tree into tasks, use `stream=split dataset=image_folder`. Hidden files and those of a
+    system are skipped, see `cl.data.images.list_images`.
 
     Args:
-        root: The folder that holds all of it.
+        root: The folder that contains all others.
         folders: The names of the tasks' folders, in order; None means all, in natural order, in which s2 comes before
-            s10. Within a task classes stand in the order of their text.
-        train: The training folder; "." where the classes lie in the task's folder itself.
-        test: The test folder; None draws the test set from the training folder.
-        pattern: Which level of folders is what: "task/split/class", or "split/task/class" for
+            s10. The classes of a task are in alphabetical order.
+        train: Name of the training folder; "." if the folders of classes are in the task's folder itself.
+        test: Name of the test folder; None draws the test set from the training folder.
+        pattern: The levels of folders: "task/split/class", or "split/task/class" for
             `<root>/<train>/<task>/<class>/**/*.png`.
-        image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
-            None means that all have one size already.
+        image_size: Height and width, or one number for both: every image is cropped at its centre to this aspect ratio
+            and resized. None requires that all images have one size.
         channels: 3 for colour, 1 for grey.
-        exif_orientation: Whether to turn pictures as their EXIF data say, as viewers do; else they stay as stored.
-        test_fraction: Share of each class of a task that becomes the test set where `test` is None.
-        scenario: None means "class" where no two tasks share a class, else "domain".
-        val_fraction: Share of each task's training images that becomes validation.
-        name: What reports call the stream; None means the name of the root.
-        cache: Whether to keep the decoded images as memory-mapped files.
-        cache_dir: Where; None means `<root>/.clsim-cache`.
-        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
-        mean: Per channel in [0, 1]; None computes it from all tasks' training images.
-        std: As `mean`.
-        augment: Train-time augmentation.
-        order: The order of the tasks, whose labels stay as they are; see `Stream`.
+        exif_orientation: Whether to turn images as their EXIF data say, as viewers do; else they stay as stored.
+        test_fraction: Share of each class of a task that becomes the test set, in (0, 1), if `test` is None.
+        scenario: "class", "task" or "domain"; None means "class" if no two tasks share a class, else "domain".
+        val_fraction: Share of each task's training images that becomes the validation set, in [0, 1).
+        name: Name of the stream in reports; None means the name of the root.
+        cache: Whether to store the decoded images as memory-mapped files.
+        cache_dir: The directory of these files; None means `<root>/.clsim-cache`.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels are only divided by 255.
+        mean: Mean of each channel, in [0, 1]; None computes it from the training images of all tasks.
+        std: Standard deviation of each channel, in the same form.
+        augment: Train-time augmentation of raw batches, or None.
+        order: The order of the tasks; labels do not depend on it. See `Stream`.
         seed: Seed of test and validation sets and of a shuffled order.
 
     Raises:
-        InputError: If a folder is missing, an image cannot be read, sizes differ without `image_size`, train and test
-            of a task differ in their classes, or a test image is trained on in any task.
+        InputError: If a folder is missing, an image cannot be read, sizes differ without `image_size`, training and
+            test set of a task differ in their classes, or a test image is in the training set of a task.
 
     Example:
         >>> import tempfile
         >>> from PIL import Image
         >>> root = Path(tempfile.mkdtemp())
-        >>> for place in ("day/train/cat", "day/test/cat", "night/train/cat", "night/test/cat"):
-        ...     (root / place).mkdir(parents=True)
-        ...     Image.new("RGB", (8, 8)).save(root / place / "0.png")
+        >>> for folder in ("day/train/cat", "day/test/cat", "night/train/cat", "night/test/cat"):
+        ...     (root / folder).mkdir(parents=True)
+        ...     Image.new("RGB", (8, 8)).save(root / folder / "0.png")
         >>> stream = image_folders(root)
         >>> stream.task_names, stream.scenario, stream.class_names
         (['day', 'night'], 'domain', ('cat',))
@@ -120,29 +120,29 @@ def image_folders(
 
 
 def _tasks(root: Path, train: str, test: str | None, above: bool) -> list[str]:
-    """Return the folders of the tasks, which lie below the training folder or above it."""
+    """Return the names of the tasks' folders; with `above`, they are inside the training folder, else outside."""
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder: put one folder a task into it, or name another.")
+        raise InputError(f"{root} is not a folder: put one folder for each task into it, or name another.")
     if not above and train != "." and (root / train).is_dir():
         inner = root / train
         deep = any(folders_in(inner / name) for name in folders_in(inner))
         split = "split its classes with stream=split dataset=image_folder"
         if deep:
             raise InputError(
-                f"{root} holds {train!r} itself: where the folders in {inner} are tasks, say "
-                f"stream.pattern={PATTERNS[1]}; where they are classes, {split}."
+                f"{root} holds {train!r} itself: if the folders in {inner} are tasks, set "
+                f"stream.pattern={PATTERNS[1]}; if they are classes, {split}."
             )
         raise InputError(f"{root} holds {train!r} itself, so it is one dataset: {split}, or name its tasks' folders.")
-    place = root / train if above else root
-    if not place.is_dir():
-        raise InputError(f"{place} is not a folder: put one folder a task into it, or name another.")
-    tasks = folders_in(place)
+    parent = root / train if above else root
+    if not parent.is_dir():
+        raise InputError(f"{parent} is not a folder: put one folder for each task into it, or name another.")
+    tasks = folders_in(parent)
     if not tasks:
-        raise InputError(f"{place} holds no folder: put one folder a task into it.")
+        raise InputError(f"{parent} holds no folder: put one folder for each task into it.")
     untrained = set(folders_in(root / test)) - set(tasks) if above and test and (root / test).is_dir() else ()
     if untrained:
         raise InputError(
-            f"{root / str(test)} has the task {min(untrained)!r}, which {place} has not: give it training images or "
+            f"{root / str(test)} has the task {min(untrained)!r}, which {parent} lacks: give it training images or "
             "name the tasks in folders."
         )
     return in_natural_order(f"Tasks of {root}", tasks)

@@ -6,20 +6,19 @@ Task t has inputs in a subspace of rank r with the orthonormal basis :math:`U_t`
 
 .. math:: U_t = \sqrt{o} \, S + \sqrt{1 - o} \, O_t, \qquad A_t = \rho A_{t-1} + \sqrt{1 - \rho^2} \, E_t
 
-S, the same in all tasks, and the tasks' own O have columns orthonormal to each other, so that o, the overlap, is the
-cosine of every principal angle between two tasks. Columns of A and E have norm 1 and E is orthogonal to the last A, so
-that :math:`\rho`, the similarity, is the correlation of neighbouring teachers (k tasks apart: :math:`\rho^k` on
-average). Gradient descent that has converged on a task has projected the weights on its solutions; so R2 on task j
-after i tasks is
+S, which all tasks share, and each task's own O have orthonormal columns, so that the overlap o is the cosine of every
+principal angle between two tasks. Columns of A and E have norm 1, and E is orthogonal to the last A, so that the
+similarity :math:`\rho` is the correlation of neighbouring teachers (k tasks apart: :math:`\rho^k` on average). Gradient
+descent that converges on a task projects the weights on the task's solutions. So R2 on task j after i tasks is
 
 .. math:: W_i = W_{i-1} + P_i (W^*_i - W_{i-1}), \quad P_i = U_i U_i^\top, \qquad
           R_{ij} = 1 - \lVert P_j (W_i - W^*_j) \rVert^2 / \lVert W^*_j \rVert^2
 
-Two tasks from zero weights: forward transfer :math:`R_{12} = o (2\rho - o)`, forgetting :math:`R_{11} - R_{21} =
-o^2 (1 + o^2 - 2 o \rho)`; with equal teachers it is :math:`o^2 (1-o)^2`, worst for tasks half alike.
+For two tasks from zero weights, forward transfer is :math:`R_{12} = o (2\rho - o)` and forgetting is :math:`R_{11} -
+R_{21} = o^2 (1 + o^2 - 2 o \rho)`. With equal teachers, forgetting is :math:`o^2 (1-o)^2`, which is largest at o = 1/2.
 
-Differences from the paper: it assumes weights that solve all tasks; here there are such for every overlap below 1, and
-at 1 for equal teachers only. Its residual is divided by the teacher's norm, which makes it 1 - R2.
+Differences from the paper: the paper assumes weights that solve all tasks. Here they exist for every overlap below 1,
+and at overlap 1 only for equal teachers. The paper's residual is divided here by the teacher's norm: it is 1 - R2.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ def geometry(
     num_outputs: int = 1,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return the tasks' bases U, float64 (T, D, r), and teachers W*, float64 (T, D, K), before any `order`.
+    """Return the tasks' bases U, float64 (T, D, r), and teachers W*, float64 (T, D, K), in the order before `order`.
 
     Args:
-        num_tasks: T.
-        rank: r, dimensions of each task's inputs.
-        dimension: D, at least r (T + 1).
+        num_tasks: Number of tasks, T.
+        rank: Dimensions of each task's inputs, r.
+        dimension: Dimensions of the whole space, D, at least r (T + 1).
         overlap: o, in [0, 1].
         similarity: rho, in [-1, 1].
-        num_outputs: K.
+        num_outputs: Number of outputs, K.
         seed: Seed of directions and teachers.
 
     Raises:
@@ -69,12 +68,12 @@ def geometry(
     """
     if min(num_tasks, rank, num_outputs) < 1 or dimension < rank * (num_tasks + 1):
         raise InputError(
-            f"dimension={dimension} does not hold num_tasks={num_tasks} subspaces of rank={rank} and what they share: "
+            f"dimension={dimension} does not hold num_tasks={num_tasks} subspaces of rank={rank} and a shared one: "
             f"set it to {rank * (num_tasks + 1)} or more, and each of the others to at least 1."
         )
     if not 0 <= overlap <= 1 or not -1 <= similarity <= 1 or (rank == 1 and abs(similarity) < 1):
         raise InputError(
-            f"overlap={overlap} must be in [0, 1], and similarity={similarity} in [-1, 1], at rank=1 either end of it."
+            f"overlap={overlap} must be in [0, 1], and similarity={similarity} in [-1, 1], with rank=1 either -1 or 1."
         )
     draw = np.random.default_rng(derive(seed, "geometry"))
     shared, *own = np.split(_orthonormal(draw, dimension)[:, : rank * (num_tasks + 1)], num_tasks + 1, axis=1)
@@ -97,9 +96,9 @@ def _orthonormal(draw: np.random.Generator, size: int) -> Array:
 
 
 def expected_transfer(bases: Tensor, teachers: Tensor, initial: Tensor | None = None) -> Tensor:
-    r"""Return the R that fine-tuning has when it converges on every task, by the equations above, (T + 1, T).
+    r"""Return the R of fine-tuning that converges on every task, by the equations above, (T + 1, T).
 
-    Any metric of `cl.metrics.transfer` is then known too, such as its forgetting and its forward transfer.
+    It also gives every metric of `cl.metrics.transfer`, such as forgetting and forward transfer.
 
     Args:
         bases: U, orthonormal columns, (T, D, r), in the order of learning.
@@ -137,23 +136,23 @@ def linear_teachers(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Make the regressions y = x W* of `geometry`, for a linear head without bias.
+    """Return the regressions y = x W* of `geometry`, for a linear head without bias.
 
-    Rows are rotations of the basis and their negatives, others in training than at test, scaled so that their mean is
-    0 and their second moment K P. So R2 on them is that of the population, and the mean squared error over rows and
-    outputs has the gradient 2 P (W - W*): full-batch SGD arrives in one step of lr=0.5, and at another lr its distance
-    falls by |1 - 2 lr| a step.
+    Inputs are rotations of the basis and their negatives, different ones in training and test sets, scaled so that
+    their mean is 0 and their second moment K P. So R2 on them is that of the population, and the mean squared error
+    over examples and outputs has the gradient 2 P (W - W*): full-batch SGD converges in one step of lr=0.5, and with
+    another lr the distance from the solution is multiplied by |1 - 2 lr| at each step.
 
     Args:
-        num_tasks: T.
-        rank: r, dimensions of each task's inputs.
-        dimension: D, at least r (T + 1).
+        num_tasks: Number of tasks, T.
+        rank: Dimensions of each task's inputs, r.
+        dimension: Dimensions of the whole space, D, at least r (T + 1).
         overlap: Cosine of the principal angles between the inputs of two tasks, in [0, 1].
         similarity: Correlation of the teachers of two neighbouring tasks, in [-1, 1].
-        num_outputs: K.
-        num_rows: Training rows of each task, and as many test rows; a multiple of 2 r.
+        num_outputs: Number of outputs, K.
+        num_rows: Training examples of each task, and as many test examples; a multiple of 2 r.
         order: See `Stream`.
-        seed: Seed of everything.
+        seed: Seed of all draws.
 
     Raises:
         InputError: If an argument is out of range.
@@ -167,7 +166,7 @@ def linear_teachers(
     """
     bases, teachers = geometry(num_tasks, rank, dimension, overlap, similarity, num_outputs, seed)
     if num_rows < 1 or num_rows % (2 * rank):
-        raise InputError(f"num_rows={num_rows} is no multiple of {2 * rank}, a rotated basis and its negative.")
+        raise InputError(f"num_rows={num_rows} is not a multiple of {2 * rank}, a rotated basis and its negative.")
 
     def part(t: int, name: str) -> TaskData:
         draw = np.random.default_rng(derive(seed, name, t))

@@ -1,4 +1,4 @@
-"""Your own list of images: a CSV or Parquet file that gives each its label, task or time, and split."""
+"""Your own list of images: a CSV or Parquet file with the label, the task or time, and the split of each image."""
 
 from __future__ import annotations
 
@@ -58,53 +58,54 @@ def manifest(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Make a stream of the images that a table lists, one a row, as uint8 (C, H, W).
+    """Return a stream of the images that a table lists, one in each row, as uint8 (C, H, W).
 
     =========  ==============================================================================================
     column     its cells
     =========  ==============================================================================================
-    path       the image, absolute or below `root`
-    label      one label; for "multilabel" any number, for "regression" one number or more, with ";" between;
-               or several columns, of 0 and 1, which are then the classes
+    path       the image, absolute or relative to `root`
+    label      one label; for "multilabel" any number of labels, for "regression" one number or more, separated
+               by ";"; or several columns of 0 and 1, one for each class
     task       the row's task; not needed with by="time"
-    split      train, val or test; where the column is missing, test rows are drawn
-    timestamp  numbers in all rows, or in all a date and time as in ISO 8601 (UTC where it names no zone); only with
-               by="time"
+    split      train, val or test; without the column, test rows are drawn
+    timestamp  a number in all rows, or a date and time as in ISO 8601 in all rows (UTC if it names no zone);
+               only with by="time"
     =========  ==============================================================================================
 
-    Classes stand in ascending order: as numbers where all are numbers, else as text; tasks in natural order, in which
-    s2 comes before s10. With by="time" rows are sorted by time and cut into periods of equal numbers of training rows;
-    other rows belong to the period that began last before them. Errors number rows as a person counts: in CSV the
-    header is row 1.
+    Classes are in ascending order, compared as numbers if all are numbers, else as text. Tasks are in natural order, in
+    which s2 comes before s10. With by="time", rows are sorted by time and cut into periods of equal numbers of training
+    rows; other rows belong to the last period that began before them. Errors number the rows from 1; in CSV, the header
+    is row 1.
 
     Args:
         path: A CSV file with a header, or a file whose name ends in .parquet.
-        root: The folder that paths start from; None means the table's.
-        columns: What the table calls a column, such as {label: species}; several columns as a list.
-        image_size: Height and width that every image is cropped (centred, to shape) and resized to, or one number;
-            None means that all have one size already.
+        root: The folder that paths are relative to; None means that of the table.
+        columns: The name in the table of each column, such as {label: species}; several columns as a list.
+        image_size: Height and width, or one number for both: every image is cropped at its centre to this aspect ratio
+            and resized. None requires that all images have one size.
         channels: 3 for colour, 1 for grey.
-        exif_orientation: Whether to turn pictures as their EXIF data say, as viewers do; else they stay as stored.
+        exif_orientation: Whether to turn images as their EXIF data say, as viewers do; else they stay as stored.
         target: "label", "multilabel" or "regression", see `cl.data.target`.
-        by: What makes a task: "task", the column, or "time", a period.
-        num_tasks: The number of periods; None means 5.
-        test_fraction: Share of each class in each task that becomes the test set where no column says it.
-        scenario: None means "domain" for periods and where tasks share a class, else "class".
-        val_fraction: Share of each task's training rows that becomes validation where no row is called val.
-        name: What reports call the stream; None means the table's name.
-        cache: Whether to keep the decoded images as memory-mapped files.
-        cache_dir: Where; None means `<root>/.clsim-cache`.
-        normalize: Whether to subtract `mean` and divide by `std`; else pixels only come to [0, 1].
-        mean: Per channel in [0, 1]; None computes it from all tasks' training images.
-        std: As `mean`.
-        augment: Train-time augmentation.
+        by: What tasks are: "task", the values of that column, or "time", periods.
+        num_tasks: Number of periods; None means 5.
+        test_fraction: Share of each class in each task that becomes the test set, in (0, 1), if there is no column
+            "split".
+        scenario: "class", "task" or "domain"; None means "domain" for periods or if tasks share a class, else "class".
+        val_fraction: Share of each task's training rows that becomes the validation set, if no row has the split val.
+        name: Name of the stream in reports; None means that of the table.
+        cache: Whether to store the decoded images as memory-mapped files.
+        cache_dir: The directory of these files; None means `<root>/.clsim-cache`.
+        normalize: Whether to subtract `mean` and divide by `std`; else pixels are only divided by 255.
+        mean: Mean of each channel, in [0, 1]; None computes it from the training images of all tasks.
+        std: Standard deviation of each channel, in the same form.
+        augment: Train-time augmentation of raw batches, or None.
         order: The order of the tasks, see `Stream`.
         seed: Seed of test and validation sets and of a shuffled order.
 
     Raises:
-        InputError: Naming file and row, if a column or an image is missing, an image cannot be read, a split, label or
-            time is no such thing, a task is empty, a test label is not trained in its task, or an image stands
-            in two splits.
+        InputError: If a column or an image is missing, an image cannot be read, a cell cannot be read as a split, label
+            or time, a task has no training or test row, a test label is not trained in its task, or an image is in two
+            splits; names file and row.
 
     Example:
         >>> import tempfile
@@ -196,7 +197,7 @@ def _splits(table: Table) -> Whole | None:
 
 
 def _check_files(table: Table, files: Sequence[Path], split: Whole | None) -> None:
-    """Refuse rows without a file, and files in two splits, by whichever path or link."""
+    """Refuse rows without a file, and files in two splits, even under another path or link."""
     first: dict[tuple[int, int], int] = {}
     for i, file in enumerate(files):
         try:
@@ -231,14 +232,14 @@ def _named_tasks(table: Table, num_tasks: int | None) -> tuple[Whole, list[str]]
 
 
 def _periods(table: Table, split: Whole | None, num_tasks: int | None) -> tuple[Whole, list[str]]:
-    """Cut rows that are sorted by time."""
+    """Cut rows, which are sorted by time, into periods; return the period of each row, and the periods' names."""
     count = 5 if num_tasks is None else num_tasks
     trained = np.arange(len(table)) if split is None else np.flatnonzero(split == _TRAIN)
     if not 1 <= count <= len(trained):
         raise InputError(f"num_tasks={count} for the {len(trained)} training rows of {table.path}: give fewer periods.")
     parts = np.array_split(trained, count)
     times = np.array(read_times(table))
-    # A row of a period's first instant belongs to it; what came before all training rows, to the first.
+    # A row at a period's first instant belongs to that period, and a row before all training rows to the first period.
     task = np.searchsorted(times[[part[0] for part in parts]], times, side="right") - 1
     task = task.clip(0)
     for t, part in enumerate(parts):
@@ -248,7 +249,7 @@ def _periods(table: Table, split: Whole | None, num_tasks: int | None) -> tuple[
 
 
 def _draw(table: Table, y: Tensor, task: Whole, tasks: Sequence[str], fraction: float, seed: int) -> Whole:
-    """Draw test rows of every task."""
+    """Draw test rows of every task; return the split of each row."""
     split = np.zeros(len(table), dtype=np.int64)
     for t, name in enumerate(tasks):
         rows = np.flatnonzero(task == t)
@@ -279,13 +280,13 @@ def _check_trained(
     table: Table, split: Whole, task: Whole, tasks: Sequence[str], y: Tensor, names: Sequence[str]
 ) -> None:
     """Refuse test and validation rows of labels that their task never trains."""
-    told = F.one_hot(y, len(names)).bool() if y.ndim == 1 else y > 0
+    has = F.one_hot(y, len(names)).bool() if y.ndim == 1 else y > 0
     trained = torch.zeros(len(tasks), len(names), dtype=torch.bool)
     for t in range(len(tasks)):
-        trained[t] = told[torch.from_numpy((task == t) & (split == _TRAIN))].any(0)
-    strange = told & ~trained[torch.from_numpy(task)]
-    if strange.any():
-        i, c = (int(k) for k in strange.nonzero()[0])
+        trained[t] = has[torch.from_numpy((task == t) & (split == _TRAIN))].any(0)
+    untrained = has & ~trained[torch.from_numpy(task)]
+    if untrained.any():
+        i, c = (int(k) for k in untrained.nonzero()[0])
         raise InputError(
             f"{table.where(i)} has the {SPLITS[split[i]]} label {names[c]!r}, which no train row of its task "
             f"{tasks[task[i]]!r} has: leave it out or add train rows."

@@ -1,8 +1,9 @@
-"""Several labels a row from any image dataset: grids of images, whose targets are the classes in them.
+"""A multi-label stream from any image dataset: grids of images, whose targets are the classes in them.
 
-Class- and task-incremental as multi-label streams are: an image of a task shows at least one of its classes and any
-others beside, and its own alone are annotated. The column of another task's class is 0 though the class may be there,
-so training belongs to the task's own outputs (train_mask=task, which the configuration sets).
+In the class- and task-incremental scenarios, as is usual for multi-label streams, an image of a task shows at least one
+of the task's classes and any others, but only the task's classes are annotated. The column of another task's class is
+0 although the class may be shown, so only the task's own outputs must be trained (train_mask=task, which the
+configuration sets).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cl.ranges import checked
 
 
 def tile(cells: Tensor, grid: int) -> Tensor:
-    """Lay images (N, g^2, C, H, W) out in grids (N, C, g H, g W), row by row.
+    """Arrange images (N, g^2, C, H, W) in grids (N, C, g H, g W), row by row.
 
     Example:
         >>> tile(torch.arange(4).view(1, 4, 1, 1, 1), 2).tolist()
@@ -46,27 +47,28 @@ def mosaic(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Draw grids of images, g by g; targets are float32 (N, C), 1 where the class is annotated in the grid.
+    """Draw grids of g by g images; targets are float32 (N, C), 1 if the class is annotated in the grid.
 
-    One cell, at a random place, shows a class of the task, the others any; with replacement, training grids from
-    training images and test grids from test images. The entries of R are mAP, CF1 or OF1 over the task's classes.
+    One cell, at a random position, shows a class of the task, and the others show any class. Images are drawn with
+    replacement, those of training grids from the training set and those of test grids from the test set. The entries of
+    R are mAP, CF1 or OF1 over the task's classes.
 
     Args:
         dataset: Images with labels.
-        num_tasks: T; classes are split among the tasks as evenly as they go, in their order.
-        num_images: Training grids of a task, validation grids among them.
-        num_test: Test grids of a task.
-        grid: g, cells a side.
-        scenario: "class" (the default) and "task" give each task classes of its own; "domain" annotates all classes
-            in every task, whose grids are then alike but for the draw, until a block of `cl.compose` turns, permutes
-            or corrupts them.
-        val_fraction: Share of the training images, and of the training grids, that becomes validation.
+        num_tasks: Number of tasks, T; classes are split into tasks as evenly as possible, in their order.
+        num_images: Training grids of each task, including validation grids.
+        num_test: Test grids of each task.
+        grid: Cells in a row of the grid, g.
+        scenario: "class" or "task": each task has its own classes. "domain": all classes are annotated in every task,
+            so that tasks differ only in the draw, unless a block of `cl.compose` changes their images. None means
+            "class".
+        val_fraction: Share of the training images, and of the training grids, that becomes the validation set.
         order: See `Stream`.
         seed: Seed of the grids, of the validation split and of a shuffled order.
 
     Raises:
-        InputError: If inputs are no images or targets no labels, or a task would have one class, which all its grids
-            would show.
+        InputError: If inputs are not images or targets not labels, or a task would have only one class, which all its
+            grids would show.
 
     Example:
         >>> from cl.data.sources import digits
@@ -114,7 +116,7 @@ def _check(dataset: Dataset, num_tasks: int, scenario: str) -> None:
     if len(dataset.input_shape) != 3 or dataset.target != "label":
         raise InputError(
             f"{dataset.name!r} has inputs of shape {dataset.input_shape} and targets of kind {dataset.target}: mosaics "
-            "are made of images (C, H, W) with one label each."
+            "need images (C, H, W) with one label each."
         )
     if scenario not in SCENARIOS:
         raise InputError(f"scenario={scenario!r} is unknown: use one of {', '.join(SCENARIOS)}.")

@@ -1,4 +1,4 @@
-"""One dataset under a different fixed permutation of its pixels in each task (Goodfellow et al. 2013, section 4)."""
+"""One dataset with a different fixed permutation of its pixels in each task (Goodfellow et al. 2013, section 4)."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def permuted(
     seed: int = 0,
     shared_labels: bool | None = None,
 ) -> Stream:
-    """Permute the pixels of every image, one permutation a task.
+    """Permute the pixels of every image, with one permutation for each task.
 
     Args:
         dataset: Any dataset; without augmentation, which would act on permuted pixels.
-        num_tasks: T.
-        identity_first: Whether the first task keeps its pixels where they are.
-        scenario: "domain" by default.
-        val_fraction: Share of the training set that becomes validation.
+        num_tasks: Number of tasks, T.
+        identity_first: Whether the pixels of the first task are not permuted.
+        scenario: "class", "task" or "domain"; None means "domain".
+        val_fraction: Share of the training set that becomes the validation set, in [0, 1).
         order: The order of the permutations, see `Stream`.
         seed: Seed of the permutations, of the validation split and of a shuffled order.
-        shared_labels: Whether all tasks have the same labels, also where the task is told; None means where the
+        shared_labels: Whether all tasks have the same labels, also if the scenario is "task"; None means only if the
             scenario is "domain".
 
     Raises:
-        InputError: If the dataset comes with augmentation, there are no tasks, or shared_labels is False in "domain".
+        InputError: If the dataset comes with augmentation, or `shared_labels` is False with scenario "domain".
 
     Example:
         >>> from cl.data.sources import synthetic

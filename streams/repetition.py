@@ -1,12 +1,13 @@
-"""Class-incremental with repetition: classes come, go and come again (Hemati et al. 2023, section 3).
+"""Class-incremental learning with repetition: classes come, go and come again (Hemati et al. 2023, section 3).
 
-The sampling-based generator of "Class-Incremental Learning with Repetition". Class c first comes in a task drawn from a
-geometric law, cut at the last task; from then on it comes again in each task with probability p_c. A task's rows are
-shared out evenly among its classes and drawn from all rows of a class, without replacement within a task.
+The sampling-based generator of "Class-Incremental Learning with Repetition". The first task of class c is drawn from a
+geometric distribution, limited to the last task; the class comes again in each later task with probability p_c. The
+examples of a task are distributed evenly among its classes, and drawn from all examples of a class, without replacement
+within a task.
 
-Differences from the paper: a column of R is the test set of the classes of its task, so that what came again can be
-told from what did not; the paper tests on the whole test set. A task in which no class would come gets one that has
-come before.
+Differences from the paper: a column of R is measured on the test examples of its task's classes, so that repeated
+classes can be compared with others; the paper tests on the whole test set. A task in which no class would come gets one
+that has come before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from cl.ranges import checked
 
 
 def occurrences(num_tasks: int, num_classes: int, first: float, again: Sequence[float], seed: int) -> Array:
-    """Draw which classes come in which task, bool (T, C): every class once at least, every task with one at least.
+    """Draw which classes come in which task, bool (T, C); each class comes in a task, and each task has a class.
+
+    Args:
+        num_tasks: Number of tasks, T.
+        num_classes: Number of classes, C.
+        first: Parameter of the geometric distribution of a class's first task, in (0, 1].
+        again: Probability of each class to come in a later task, (C,).
+        seed: Seed of the draw.
 
     Example:
         >>> occurrences(3, 2, first=1.0, again=[0.0, 1.0], seed=0).astype(int).tolist()
@@ -43,7 +51,13 @@ def occurrences(num_tasks: int, num_classes: int, first: float, again: Sequence[
 
 
 def share_out(labels: Array, classes: Array, count: int, seed: int) -> Array:
-    """Draw rows, ascending: evenly many of each class, one at least.
+    """Draw examples evenly from several classes, at least one of each; return their positions, ascending.
+
+    Args:
+        labels: The label of each example, (n,).
+        classes: The classes to draw from.
+        count: Number of examples to draw, fewer if a class has not enough.
+        seed: Seed of the draw.
 
     Example:
         >>> share_out(np.array([0, 0, 1, 1, 2]), np.array([0, 2]), 4, seed=0).tolist()
@@ -68,18 +82,20 @@ def repetition(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Sample tasks from a law of the classes' occurrence.
+    """Sample tasks whose classes come at random.
 
     Args:
-        dataset: Any dataset of labels.
-        num_tasks: T, experiences in the paper.
-        rows_per_task: Training rows of a task, shared out among its classes; fewer where a class has no more.
-        first: Parameter of the geometric law of the first occurrence; 1 brings every class in the first task.
-        again: Probability that a class that has come comes in a later task, one for all or one a class.
-        scenario: "class" (the default) or "task".
-        val_fraction: Share of the training set from which validation rows are drawn likewise.
+        dataset: Any dataset with labels.
+        num_tasks: Number of tasks, T (experiences in the paper).
+        rows_per_task: Training examples of a task, distributed evenly among its classes; fewer if a class has not
+            enough.
+        first: Parameter of the geometric distribution of a class's first task, in (0, 1]; with 1 every class comes in
+            the first task.
+        again: Probability that a class comes in a task after its first one, for all classes or for each.
+        scenario: "class" or "task"; None means "class".
+        val_fraction: Share of the training set from which validation examples are drawn in the same way.
         order: See `Stream`.
-        seed: Seed of everything.
+        seed: Seed of all draws.
 
     Raises:
         InputError: If a probability is outside its range, or the scenario is "domain".
@@ -92,7 +108,7 @@ def repetition(
     """
     chances = [float(p) for p in (again if isinstance(again, Sequence) else [again] * dataset.num_classes)]
     if scenario == "domain":
-        raise InputError("A repetition stream is about which classes come when: use scenario=class or scenario=task.")
+        raise InputError("Tasks of a repetition stream have different classes: use scenario=class or scenario=task.")
     if len(chances) != dataset.num_classes:
         raise InputError(
             f"again={again} must be one probability, or one for each of the {dataset.num_classes} classes."

@@ -1,4 +1,4 @@
-"""One dataset turned by a different angle in each task (Lopez-Paz and Ranzato 2017, section 5)."""
+"""One dataset rotated by a different angle in each task (Lopez-Paz and Ranzato 2017, section 5)."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def rotated(
     seed: int = 0,
     shared_labels: bool | None = None,
 ) -> Stream:
-    """Turn every image, one angle a task.
+    """Rotate every image, with one angle for each task.
 
     Args:
         dataset: Any dataset of images.
-        num_tasks: T.
-        max_angle: Angles in degrees are spread evenly over [0, max_angle).
-        angles: One angle a task, in place of the even spread.
-        scenario: "domain" by default.
-        val_fraction: Share of the training set that becomes validation.
+        num_tasks: Number of tasks, T.
+        max_angle: Angles, in degrees, are spread evenly over [0, max_angle).
+        angles: The angle of each task in degrees, instead of the even spread.
+        scenario: "class", "task" or "domain"; None means "domain".
+        val_fraction: Share of the training set that becomes the validation set, in [0, 1).
         order: The order of the angles, see `Stream`.
         seed: Seed of the validation split and of a shuffled order.
-        shared_labels: Whether all tasks have the same labels, also where the task is told; None means where the
+        shared_labels: Whether all tasks have the same labels, also if the scenario is "task"; None means only if the
             scenario is "domain".
 
     Raises:
-        InputError: If the inputs are no images, the angles are not one a task, or shared_labels is False in "domain".
+        InputError: If the inputs are not images, there are more or fewer angles than tasks, or `shared_labels` is False
+            with scenario "domain".
 
     Example:
         >>> from cl.data.sources import digits

@@ -1,4 +1,4 @@
-"""A dataset's classes, split into tasks (Split-MNIST, Split-CIFAR and their like)."""
+"""The classes of a dataset, split into tasks (Split-MNIST, Split-CIFAR and similar)."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def split(
 
     Args:
         dataset: Any dataset.
-        num_tasks: Tasks of equal size; give this or `classes_per_task`.
-        classes_per_task: Classes of every task, or of each.
-        first_task: Classes of a larger first task; the others share the rest.
-        class_order: "natural", "shuffled" (by `seed`), "curriculum" (as `cl.compose.curriculum` designs it, from the
-            raw inputs of at most 200 training examples a class), or the classes in order.
-        classes: The classes to use; None means all that have rows.
-        scenario: "class" (the default), "task" or "domain".
-        val_fraction: Share of the training set that becomes validation.
-        order: The order in which the tasks are learned, whose classes stay as they are; see `Stream`.
+        num_tasks: Number of tasks of equal size; give this or `classes_per_task`.
+        classes_per_task: Number of classes in every task, or a list with that of each task.
+        first_task: Number of classes in a larger first task; the other tasks share the rest evenly.
+        class_order: "natural"; "shuffled" (by `seed`); "curriculum" (designed by `cl.compose.curriculum` from the raw
+            inputs of at most 200 training examples of each class); or a list of the classes in order.
+        classes: The classes to use; None means all that have examples.
+        scenario: "class", "task" or "domain"; None means "class".
+        val_fraction: Share of the training set that becomes the validation set, in [0, 1).
+        order: The order in which tasks are learned; the classes of a task do not depend on it. See `Stream`.
         seed: Seed of the orders and of the validation split.
 
     Raises:
-        InputError: If the classes cannot be split so.
+        InputError: If the classes cannot be split in this way.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -58,7 +58,9 @@ def split(
         [(0, 1, 2), (3, 4)]
     """
     if dataset.target != "label":
-        raise InputError(f"The targets of {dataset.name!r} are of kind {dataset.target}, which no class owns.")
+        raise InputError(
+            f"The targets of {dataset.name!r} are of kind {dataset.target}: only labels can be split by class."
+        )
     classes_in_order = _class_order(dataset, class_order, classes, seed)
     sizes = _sizes(len(classes_in_order), num_tasks, classes_per_task, first_task)
     label = np.full(dataset.num_classes, -1, dtype=np.int64)
@@ -122,12 +124,12 @@ def _class_order(
         raise InputError(f"Class {empty[0]} of {dataset.name} has no row: leave it out.")
     if len(set(order)) < len(order):
         twice = next(c for c in order if order.count(c) > 1)
-        raise InputError(f"Class {twice} stands twice in the class order: name each class once.")
+        raise InputError(f"Class {twice} is twice in the class order: name each class once.")
     return order
 
 
 def _curriculum(dataset: Dataset, classes: list[int]) -> list[int]:
-    """Return the classes in the order that the Curriculum Designer puts first, before any training."""
+    """Return the classes in the first order that the Curriculum Designer proposes, before any training."""
     from cl.compose.curriculum import class_distances, design_orders
 
     if len(classes) < 2:

@@ -1,19 +1,19 @@
-"""Sequences built so that earlier tasks help, hurt or leave alone the last one, the target (Fisch et al. 2023).
+"""Sequences in which earlier tasks help, hurt or do not affect the last task, the target (Fisch et al. 2023).
 
 =========  ================================================================  =======================================
 task       what it is                                                        its step effect on the target
 =========  ================================================================  =======================================
-positive   the target's classes, turned by some degrees                      above 0: accuracy rises from chance
-negative   the target's inputs, each class under the label of another        below 0: what was learned is unlearned
-neutral    permuted inputs under labels drawn at random                      0 on average: chance before and after
-target     the dataset as it is, few training rows                           it is learned
+positive   the target's classes, with inputs rotated by some degrees         above 0: accuracy rises from chance
+negative   the target's inputs, each class with the label of another         below 0: what was learned is unlearned
+neutral    permuted inputs with random labels                                0 on average: chance before and after
+target     the dataset itself, with few training examples                    it is learned
 =========  ================================================================  =======================================
 
 The step effect is E[i, target] = R[i, target] - R[i-1, target], `cl.metrics.transfer.step_effect`. A negative task
-follows a positive one, since from chance it could take 1 / C at most; a neutral task comes first, since it may well
-cost what has been learned, but the labels it teaches say nothing of the target's.
+follows a positive one, since an accuracy at chance could fall by at most 1 / C. A neutral task comes first, since it
+may cause forgetting of what was learned before; its labels do not depend on those of the target.
 
-Differences from the paper: its sequences are of language tasks; here they are made from one dataset.
+Differences from the paper: the paper's sequences are of language tasks; here they are built from one dataset.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ SIGNS = {"positive": 1, "negative": -1, "neutral": 0}
 
 
 def designed_signs(stream: Stream) -> tuple[int, ...]:
-    """Return the sign of E[i, target] of each task before the target: 1, -1, or 0 on average.
+    """Return the sign of E[i, target] for each task before the target: 1, -1, or 0 on average.
 
     Raises:
-        InputError: If the stream was put in another order, which has other signs.
+        InputError: If the tasks of the stream have another order, in which signs are different.
 
     Example:
         >>> from cl.data.sources import digits
@@ -66,22 +66,23 @@ def transfer_by_design(
     order: Order = None,
     seed: int = 0,
 ) -> Stream:
-    """Make a sequence whose effect on its last task is known by its sign; labels are shared.
+    """Return a domain-incremental sequence whose effects on its last task have known signs.
 
-    Training rows are dealt out: no task sees a row of another. Every task is tested on the whole test set, changed as
-    its training rows are.
+    The training examples are divided among the tasks, so that no two tasks share one. Every task is tested on the whole
+    test set, which is changed in the same way as its training examples.
 
     Args:
         dataset: Images or vectors.
         kind: "positive" (a positive task, then the target), "negative" (positive, negative, target), "neutral"
             (neutral, target) or "mixed" (neutral, positive, negative, target).
-        target_rows: Training rows of the target, drawn by class; the others share the rest.
-        angle: Degrees that a positive task is turned by: images in their plane, vectors in planes drawn at random.
-        order: See `Stream`; in another order the signs are others.
-        seed: Seed of every draw.
+        target_rows: Training examples of the target, drawn evenly by class; the other tasks share the rest.
+        angle: The rotation of a positive task in degrees: of images in their plane, of vectors in random planes.
+        order: See `Stream`; in another order the signs are different.
+        seed: Seed of all draws.
 
     Raises:
-        InputError: If the kind is unknown, targets are no labels, there is one class, or a task has too few rows.
+        InputError: If the kind is unknown, targets are not labels, there is only one class, or a task would have too
+            few examples.
 
     Example:
         >>> from cl.data.sources import synthetic
@@ -120,7 +121,7 @@ def _draw(seed: int, what: str) -> np.random.Generator:
 
 
 def _dealt(dataset: Dataset, target_rows: int, num_others: int, seed: int) -> list[Tensor]:
-    """Return disjoint training rows of each task, the target's last, all drawn by class."""
+    """Return the positions of each task's training examples, disjoint and drawn by class, those of the target last."""
     y, num_classes = dataset.train_y, dataset.num_classes
     most = len(y) - num_others * num_classes
     if dataset.target != "label" or num_classes < 2:
@@ -137,7 +138,7 @@ def _dealt(dataset: Dataset, target_rows: int, num_others: int, seed: int) -> li
 
 
 def _turned(shape: tuple[int, ...], angle: float, seed: int) -> Callable[[Tensor], Tensor]:
-    """Return the turn of images, or of other inputs in random planes, as many as there are room for."""
+    """Return the rotation of images; or of other inputs, in as many random orthogonal planes as there are."""
     if len(shape) == 3:
         return partial(turn, angle=angle)
     size, radians = int(np.prod(shape)), np.deg2rad(angle)
@@ -152,7 +153,7 @@ def _multiplied(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _at_random(part: TaskData, num_classes: int, draw: np.random.Generator) -> TaskData:
-    """Return the same inputs under labels that say nothing of them, each class as often."""
+    """Return the same inputs with random labels, of each class equally many."""
     y = part.y.clone()
     y[slice(None) if part.index is None else part.index] = torch.from_numpy(draw.permutation(len(part)) % num_classes)
     return replace(part, y=y)

@@ -228,9 +228,9 @@ def test_the_configuration_learns_linear_teachers_exactly(tmp_path):
         ({"num_tasks": 0}, "num_tasks=0"),
         ({"overlap": 1.1}, r"overlap=1.1 must be in \[0, 1\]"),
         ({"similarity": -2.0}, r"similarity=-2.0 in \[-1, 1\]"),
-        ({"rank": 1, "similarity": 0.5}, "at rank=1 either end"),
-        ({"num_rows": 25}, "num_rows=25 is no multiple of 10"),
-        ({"num_rows": 0}, "num_rows=0 is no multiple of 10"),
+        ({"rank": 1, "similarity": 0.5}, "with rank=1 either -1 or 1"),
+        ({"num_rows": 25}, "num_rows=25 is not a multiple of 10"),
+        ({"num_rows": 0}, "num_rows=0 is not a multiple of 10"),
     ],
 )
 def test_linear_teachers_refuses_in_one_sentence(options, sentence):

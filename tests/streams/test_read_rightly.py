@@ -315,9 +315,9 @@ def test_the_split_may_stand_above_the_tasks(tmp_path):
             assert all(map(torch.equal, getattr(a, part).tensors(), getattr(b, part).tensors()))
     drawn = image_folders(above, pattern="split/task/class", test=None, test_fraction=0.5)
     assert [len(task.test) for task in drawn] == [2, 2]
-    refuses("where the folders in .*train are tasks, say stream.pattern=split/task/class", image_folders, above)
+    refuses("if the folders in .*train are tasks, set stream.pattern=split/task/class", image_folders, above)
     tree(above, ["test/t3/a"])
-    refuses("test has the task 't3', which .*train has not", image_folders, above, pattern="split/task/class")
+    refuses("test has the task 't3', which .*train lacks", image_folders, above, pattern="split/task/class")
     refuses("no pattern called 'task/class'", image_folders, above, pattern="task/class")
     one = tree(tmp_path / "one", ["train/a", "test/a"])
     refuses("one holds 'train' itself, so it is one dataset", image_folders, one)

@@ -101,7 +101,7 @@ def test_class_counts(options, sizes):
         ({"classes_per_task": [5, 4]}, "adds up to 9"),
         ({"classes_per_task": [10, 0]}, r"split\.classes_per_task=\[10, 0\] must be 1 or more"),
         ({"num_tasks": 5, "class_order": "random"}, "class_order='random' is unknown"),
-        ({"num_tasks": 5, "class_order": [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]}, "Class 0 stands twice"),
+        ({"num_tasks": 5, "class_order": [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]}, "Class 0 is twice"),
         ({"num_tasks": 1, "classes": [3, 12]}, "Class 12 is not in"),
         ({"num_tasks": 5, "scenario": "tasks"}, "scenario='tasks' is unknown"),
     ],

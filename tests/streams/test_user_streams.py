@@ -258,7 +258,7 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"test_x": np.zeros((24, 7), np.int64)}, "test_x holds int64: give uint8 images"),
     ({"test_x": "nowhere.npy"}, "nowhere.npy cannot be read as a .npy array"),
-    ({"test_x": np.array(["a"] * 24)}, "test_x is no array of numbers"),
+    ({"test_x": np.array(["a"] * 24)}, "test_x is not an array of numbers"),
     ({"test_x": np.zeros((24, 6))}, r"\(7,\) float32 in the train set but \(6,\) float32 in the test set"),
     ({"train_x": np.zeros((23, 7))}, "train set of 'arrays' has 23 inputs but 24 labels"),
     ({"train_x": np.zeros((0, 7)), "train_y": np.zeros(0, int), "test_y": np.zeros(0, int)}, "train set .* is empty"),
@@ -441,7 +441,7 @@ def test_a_cache_is_used_until_a_file_changes_or_it_is_damaged(tmp_path, monkeyp
 
 
 def test_bad_folders_are_refused_and_nothing_is_left(tmp_path):
-    refuses("nowhere is not a folder: put one folder a task", image_folders, tmp_path / "nowhere")
+    refuses("nowhere is not a folder: put one folder for each task", image_folders, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refuses("empty holds no folder", image_folders, tmp_path / "empty")
     one = folders(tmp_path / "one", {"": ["cat"]})

@@ -598,16 +598,16 @@ def mixed() -> list:
 
 
 REFUSED = {
-    "no benchmark": (lambda: object(), {}, "object is no classification benchmark of Avalanche"),
+    "no benchmark": (lambda: object(), {}, "object is not a classification benchmark of Avalanche"),
     "no test stream": (
         lambda: CLScenario([EagerCLStream("train", [to_experience(toy_stream(1)[0].train, 0, [])])]),
         {},
-        "CLScenario is no classification benchmark of Avalanche",
+        "CLScenario is not a classification benchmark of Avalanche",
     ),
     "no data": (
         lambda: CLScenario([EagerCLStream(side, [Detection()]) for side in ("train", "test")]),
         {},
-        "no classification benchmark of Avalanche",
+        "not a classification benchmark of Avalanche",
     ),
     "no experiences": (lambda: bench([], two()), {}, "The train stream of the benchmark has no experiences"),
     "no test experiences": (lambda: bench(two(), []), {}, "The test stream of the benchmark has no experiences"),
@@ -627,7 +627,7 @@ REFUSED = {
     "vectors": (
         lambda: bench([tensors(torch.rand(8, 3), torch.rand(8, 2))], two(1)),
         {},
-        "no classification benchmark of Avalanche",
+        "not a classification benchmark of Avalanche",
     ),
     "empty": (
         lambda: bench([*two(1), two(1)[0].subset([])], two()),

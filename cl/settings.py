@@ -126,7 +126,7 @@ SETTINGS: Mapping[str, Setting] = {
     "report": Setting("shown", "bar, tables, pictures and files", Options),
     "report.columns": Setting(
         "shown",
-        "tasks that a row of R is measured on: all, seen (and the next one), or how many of the newest",
+        "tasks that a row of R is measured on: all, seen (with the next one), or a number of the newest",
         str | int,
     ),
     "report.every": Setting("measured", "steps between two evaluations inside tasks", Count | None),

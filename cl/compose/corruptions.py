@@ -122,9 +122,7 @@ class _Draws:
 
 def _mix(z: Tensor) -> Tensor:
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        z = (
-            z ^ (z >> shift & (1 << 64 - shift) - 1)
-        ) * factor  # the mask turns the arithmetic shift into a logical one
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor  # the mask makes the shift a logical one
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 

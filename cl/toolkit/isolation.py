@@ -78,9 +78,8 @@ def _closes(backbone: nn.Module, layer: str, x: Tensor) -> bool:
     closed = {f"{layer}.weight": torch.zeros_like(backbone.get_submodule(layer).weight)}  # type: ignore[arg-type]
     with torch.no_grad():
         one, other = functional_call(backbone, closed, (x,))
-    return bool(
-        torch.allclose(one, other, rtol=1e-4, atol=1e-6)
-    )  # rounding depends on an example's position in its batch
+    # rounding depends on an example's position in its batch
+    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-6))
 
 
 def silence_others(learner: LearnerLike, owned: Iterable[Tensor]) -> None:

@@ -199,9 +199,7 @@ class Memory(nn.Module):
     def _slots_ring(self, batch: Batch) -> Rows:
         groups = self._groups(batch)
         order = np.argsort(groups, kind="stable")
-        first = np.searchsorted(
-            groups[order], groups[order]
-        )  # position of the example's group among the sorted examples
+        first = np.searchsorted(groups[order], groups[order])  # where the group begins among the sorted examples
         rank = np.empty_like(groups)
         rank[order] = np.arange(len(groups)) - first
         slots: Rows = self._start[groups] + (self._received[groups] + rank) % self._size[groups]

@@ -336,9 +336,8 @@ class ScaledByTask(Strategy):
             present, weights = task == learner.task_index, {}
             with ExitStack() as hooks:
                 for layer, part in own:
-                    if isinstance(
-                        layer, nn.Linear
-                    ):  # scaling inputs is cheaper: a batch has fewer examples than a layer has outputs
+                    # a batch has fewer examples than a linear layer has outputs: scaling inputs is cheaper
+                    if isinstance(layer, nn.Linear):
                         scale = partial(_scaled, part, task, present)
                         hooks.callback(layer.register_forward_pre_hook(scale).remove)
                     else:

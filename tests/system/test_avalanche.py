@@ -279,7 +279,7 @@ def test_test_sets_with_classes_of_other_tasks_are_tested_by_ones_own(shape):
     with quietly():
         train = [of_classes("train", *own, part=slice(t, None, len(plan))) for t, own in enumerate(plan)]
         benchmark = benchmark_from_datasets(train=train, test=[of_classes("test", *own) for own in tested])
-    with pytest.raises(InputError, match=r"The test set of experience [01] has classes \[.*give stream.tests=own"):
+    with pytest.raises(InputError, match=r"The test set of experience [01] has classes \[.*set stream.tests=own"):
         avalanche(benchmark)
     stream = avalanche(benchmark, tests="own")
     stream.check()

@@ -212,7 +212,7 @@ def test_concat_gives_each_part_its_own_columns_of_targets():
         (lambda: split(DIGITS, num_tasks=5, order="random"), "order='random'"),
         (lambda: boundary_free(split(DIGITS, num_tasks=5), overlap=2), "overlap=2"),
         (lambda: i_blurry(DIGITS, 11), "num_tasks=11 for 10 classes"),
-        (lambda: i_blurry(DIGITS, scenario="domain"), "which classes come when"),
+        (lambda: i_blurry(DIGITS, scenario="domain"), "have different classes"),
         (lambda: repetition(DIGITS, first=0), "first=0"),
         (lambda: repetition(DIGITS, again=[0.1]), r"again=\[0.1\]"),
         (lambda: Stream.from_datasets([[(torch.zeros(1), 0)]], []), "1 training sets but 0 test sets"),

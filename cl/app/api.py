@@ -163,7 +163,7 @@ def run(
         **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval, "seed": seed},
     }
     own, extra = copy.deepcopy((named(strategies), dict(instruments or {})))
-    learner = _learner(options, stream, own)
+    learner = _learner(stream, own, **options)
     spans: dict[str, Any] = {"every": every, "points": points, "subset": subset}
     measured: dict[str, Any] = {"probes": list(probes), "estimators": list(estimators)}
     kept: dict[str, Any] = {"keep": checkpoint_keep, "every": checkpoint_every, "allow_changed": allow_changed}
@@ -174,7 +174,7 @@ def run(
         **{"references": list(references)},
     }
     listeners = [*(_files() if directory is not None else ()), *reports]
-    train = functools.partial(_reference, options, trainer=make_trainer, epochs=epochs, **spans)
+    training = {"trainer": make_trainer, "epochs": epochs, **spans}
     experiment = Experiment(
         learner,
         stream,
@@ -188,7 +188,7 @@ def run(
         columns=columns,
         instruments=chosen(stream, own=extra, flops=flops, **measured, **spans),
         scalars=scalars,
-        references=_references(references, reference_dir, config, listeners, train),
+        references=_references(references, reference_dir, config, listeners, options, **training),
         **kept,
     )
     return _run(experiment)
@@ -213,18 +213,14 @@ def _trainer(
     return factory
 
 
-def _learner(options: dict[str, Any], stream: Stream, strategies: dict[str, Strategy]) -> Learner:
-    """Return a learner, with copies of the modules among the options; `mode` is that of torch.compile."""
-    backbone, head, mode = (options[key] for key in ("backbone", "head", "mode"))
-    others = {key: value for key, value in options.items() if key not in ("backbone", "head", "mode")}
-    learner = Learner(stream, _own(backbone, MLP), strategies, head=_own(head, Head), **others)
+def _learner(
+    stream: Stream, strategies: dict[str, Strategy], *, backbone: Any, head: Any, mode: str | None, **options: Any
+) -> Learner:
+    """Return a learner, with copies of the modules that are given; `mode` is that of torch.compile."""
+    learner = Learner(stream, _own(backbone, MLP), strategies, head=_own(head, Head), **options)
     if mode is not None:
         learner.compile(mode)
     return learner
-
-
-def _reference(options: dict[str, Any], stream: Stream, strategies: dict[str, Strategy], **training: Any) -> Experiment:
-    return reference_experiment(_learner(options, stream, strategies), stream, **training)
 
 
 def _references(
@@ -232,15 +228,15 @@ def _references(
     folder: str | Path,
     config: dict[str, Any],
     reports: Sequence[Report],
-    train: Callable[[Stream, dict[str, Strategy]], Experiment],
+    options: dict[str, Any],
+    **training: Any,
 ) -> Callable[[Stream], dict[str, list[Reference]]] | None:
     """Return the function that trains the references or reads them from their files; None without references."""
 
-    def print_line(text: str) -> None:
-        for report in reports:
-            report.say(text)
+    def experiment(stream: Stream, strategies: dict[str, Strategy]) -> Experiment:
+        return reference_experiment(_learner(stream, strategies, **options), stream, **training)
 
-    return References(kinds, train, expand_path(folder), config, print_line).measure if kinds else None
+    return References(kinds, experiment, expand_path(folder), config, reports).measure if kinds else None
 
 
 def _own(part: Any, default: Any) -> Any:

@@ -174,11 +174,7 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
         learner = _learner(cfg, stream, strategies)
         return reference_experiment(learner, stream, instantiate(cfg.trainer), cfg.epochs, **spans)
 
-    def print_line(text: str) -> None:
-        for report in reports:
-            report.say(text)
-
-    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, print_line).measure
+    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, reports).measure
 
 
 def _notes(cfg: Any, backbone: Any, normalize: Any) -> list[str]:

@@ -200,7 +200,7 @@ class Instruments(nn.ModuleDict):
     def call(self, hook: str, learner: Learner, *arguments: Any) -> None:
         """Call one hook of every instrument that overrides it, and add up the time."""
         for instrument in self.values():
-            if _overrides(instrument, hook):
+            if overrides(type(instrument), hook):
                 self._timed(getattr(instrument, hook))(learner, *arguments)
 
     def schedule(self, learner: Learner) -> None:
@@ -215,7 +215,9 @@ class Instruments(nn.ModuleDict):
         """In this context, call `after_step` of the instruments after that of the strategies."""
         chain = learner.strategies.chains["after_step"]
         of_strategies = list(chain)
-        chain += [(n, self._timed(i.after_step, wait=False)) for n, i in self.items() if _overrides(i, "after_step")]
+        chain += [
+            (n, self._timed(i.after_step, wait=False)) for n, i in self.items() if overrides(type(i), "after_step")
+        ]
         try:
             yield
         finally:
@@ -238,8 +240,9 @@ class Instruments(nn.ModuleDict):
         return timed
 
 
-def _overrides(instrument: Any, hook: str) -> bool:
-    return getattr(type(instrument), hook) is not getattr(Instrument, hook)
+def overrides(kind: type, hook: str) -> bool:
+    """Return whether a class of instruments overrides a hook."""
+    return getattr(kind, hook) is not getattr(Instrument, hook)
 
 
 def _finish(device: torch.device) -> None:

@@ -28,6 +28,7 @@ from cl.distributed import from_first, rank
 from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import DivergenceError, InputError, unknown
 from cl.files import read_sealed, remove_leftovers, write_sealed
+from cl.report.contract import Report
 from cl.settings import flatten, results
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class References:
         make: Builds an experiment without reports from a stream and strategies.
         folder: The directory of the references, one file each, which all runs share.
         config: The resolved configuration of the run.
-        say: Called with a message before each reference is trained, and if it diverges.
+        reports: Told in a message before each reference is trained, and if it diverges.
 
     Raises:
         InputError: If a kind is unknown.
@@ -77,17 +78,21 @@ class References:
         make: Callable[[Stream, dict[str, Strategy]], Experiment],
         folder: Path,
         config: dict[str, Any],
-        say: Callable[[str], None] = lambda text: None,
+        reports: Sequence[Report] = (),
     ) -> None:
         others = [kind for kind in kinds if kind not in KINDS]
         if others:
             raise unknown("reference", others[0], KINDS)
         self.kinds = tuple(dict.fromkeys(kinds))
-        self._make, self._folder, self.say = make, folder, say
+        self._make, self._folder, self._reports = make, folder, reports
         flat = flatten(config)
         curves = {key: flat.get(f"report.{key}") for key in ("every", "points", "subset")}
         flat.pop("stream.order", None)  # the digest of the data covers it
         self._config = {**results(flat, _WITHOUT), **curves}
+
+    def _say(self, text: str) -> None:
+        for report in self._reports:
+            report.say(text)
 
     def measure(self, stream: Stream) -> dict[str, list[Reference]]:
         """Return, by kind, a reference for each task: its metric on it, steps, seconds and, for experts, the curve."""
@@ -118,13 +123,13 @@ class References:
             what = f"{kind} of task {t + 1}" if kind == "expert" else f"joint of tasks 1 to {t + 1}"
             found = from_first(lambda: self._read(file))
             if found is None:
-                self.say(f"reference {what} of {total} ...")
+                self._say(f"reference {what} of {total} ...")
                 try:
                     found = _train(experiment)
                     if rank() == 0:
                         write_sealed(file, found)
                 except DivergenceError as error:  # the reference is unmeasured; the run itself goes on
-                    self.say(f"reference {what} diverged and is left out: {error}")
+                    self._say(f"reference {what} diverged and is left out: {error}")
                     return {"task": t + 1, "value": math.nan, "row": [], "curve": [], "reason": str(error)}
             found = from_first(lambda: found)
         return {"task": t + 1, **(found or {})}

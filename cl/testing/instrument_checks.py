@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cl.data.stream_checks import same
 from cl.engine.experiment import Experiment
-from cl.engine.instrument import HOOKS, Instrument
+from cl.engine.instrument import HOOKS, Instrument, overrides
 from cl.engine.learner import Learner
 from cl.engine.strategy import misspelt
 from cl.errors import InputError
@@ -97,8 +97,8 @@ def _guarded(instrument: Instrument) -> Instrument:
 
         return guarded
 
-    overridden = [hook for hook in HOOKS if getattr(kind, hook) is not getattr(Instrument, hook)]
-    instrument.__class__ = type(kind.__name__, (kind,), {hook: guard(hook) for hook in overridden})
+    guards = {hook: guard(hook) for hook in HOOKS if overrides(kind, hook)}
+    instrument.__class__ = type(kind.__name__, (kind,), guards)
     return instrument
 
 

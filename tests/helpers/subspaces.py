@@ -35,15 +35,6 @@ def random_stream(
     return Stream(tasks, scenario=scenario, num_classes=2 if shared else 2 * num_tasks, repeats=shared)
 
 
-class Identity(nn.Module):
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, x):
-        return x
-
-
 class WideNet(nn.Module):
     """Three linear layers with biases, 30 -> 24, the middle one on tokens."""
 
@@ -58,21 +49,19 @@ class WideNet(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Two convolutions and a linear layer with biases, (16, 5, 5) -> 24."""
+    """Two convolutions and a linear layer with biases, (16, 5, 5) -> 24; wide, so that few inputs do not span it."""
 
     num_features = 24
 
-    def __init__(self) -> None:
+    def __init__(self, **options) -> None:
         super().__init__()
-        self.conv, self.second = nn.Conv2d(16, 12, 3, stride=2, padding=1), nn.Conv2d(12, 40, 3)
+        self.conv = nn.Conv2d(16, 12, **{"kernel_size": 3, **options})
+        size = self.conv(torch.zeros(1, 16, 5, 5)).shape[2:]
+        self.second = nn.Conv2d(12, 40, tuple(size))
         self.linear = nn.Linear(40, 24)
 
     def forward(self, x):
         return self.linear(self.second(self.conv(x).relu()).flatten(1).relu()).relu()
-
-
-def matrix(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moved(layer: nn.Module, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ from scipy import stats
 from torch import nn
 
 from cl.engine.learner import Learner
-from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.random import Random
 from cl.strategies import ewc
@@ -25,16 +24,7 @@ from cl.strategies.ncm import NCM
 from cl.toolkit.fisher import label_weights
 from draws import ALPHA, quick, seeds
 from logistic import closed_form, problem
-from toys import build, float_stream, learn, toy
-
-
-class Identity(nn.Module):
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, x):
-        return x
+from toys import Identity, Quadratic, build, float_stream, learn, toy
 
 
 def linear_learner(strategy: EWC, x, y, num_classes: int, weight=None, bias=None, scenario="domain") -> Learner:
@@ -194,17 +184,6 @@ class TwoWeights(nn.Module):
 
     def forward(self, x):
         return self.theta.expand(len(x), 2)
-
-
-class Quadratic(Strategy):
-    """A task loss of 1/2 sum h (theta - goal)^2 in place of the cross-entropy."""
-
-    def __init__(self, h, goal) -> None:
-        super().__init__()
-        self.h, self.goal = torch.tensor(h), torch.tensor(goal)
-
-    def criterion(self, learner, batch, logits):
-        return 0.5 * (self.h * (learner.backbone.theta - self.goal) ** 2).sum() + 0 * logits.sum()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from cl.strategies import gem
 from cl.strategies.gem import GEM
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.toolkit.memory import Memory
-from draws import quick, seeds
-from subspaces import build, matrix
+from draws import normal, quick, seeds
+from subspaces import build
 from toys import learn
 
 
@@ -38,8 +38,8 @@ problems = (seeds, st.integers(1, 12), st.integers(1, 15), st.sampled_from([0.0,
 
 
 def problem(seed: int, count: int, size: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    G = (matrix(seed, count, size) * scale * matrix(seed + 2, count, 1).exp()).numpy()
-    return G @ G.T + 1e-3 * np.eye(count), G @ matrix(seed + 1, size).numpy()
+    G = (normal(seed, count, size) * scale * normal(seed + 2, count, 1).exp()).numpy()
+    return G @ G.T + 1e-3 * np.eye(count), G @ normal(seed + 1, size).numpy()
 
 
 @quick
@@ -77,12 +77,12 @@ def test_the_dual_problem_is_solved_as_scipy_solves_it(seed, count, size, low, s
 def test_no_earlier_task_is_violated_and_gem_of_one_task_is_agem(seed, count, size):
     from cl.strategies import agem
 
-    g, G = matrix(seed, size), matrix(seed + 1, count, size)
+    g, G = normal(seed, size), normal(seed + 1, count, size)
     projected = gem.project(g, G, 0.0, 1e-10)
     assert (G @ projected >= -1e-6).all()
     if (G @ g >= 0).all():
         assert torch.equal(projected, g)
-    other = projected + 0.1 * matrix(seed + 2, size)
+    other = projected + 0.1 * normal(seed + 2, size)
     if (G @ other >= 0).all():
         assert (projected - g).norm() <= (other - g).norm() + 1e-6, "it is the nearest such vector"
     torch.testing.assert_close(gem.project(g, G[:1], 0.0, 1e-10), agem.project(g, G[0]), atol=1e-6, rtol=0)

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,6 +17,7 @@ from cl.strategies import gpm
 from cl.strategies.gpm import GPM
 from cl.testing import ToyBackbone, toy_stream
 from draws import quick, seeds
+from subspaces import ConvNet, WideNet, moved, random_stream
 from toys import build, float_stream, learn, toy
 
 
@@ -95,42 +95,6 @@ CONVOLUTIONS = {
 }
 
 
-class ConvNet(nn.Module):
-    """Two convolutions and a linear layer with biases, (16, 5, 5) -> 24; wide, so that few inputs do not span it."""
-
-    num_features = 24
-
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(16, 12, **{"kernel_size": 3, **options})
-        size = self.conv(torch.zeros(1, 16, 5, 5)).shape[2:]
-        self.second = nn.Conv2d(12, 40, tuple(size))
-        self.linear = nn.Linear(40, 24)
-
-    def forward(self, x):
-        return self.linear(self.second(self.conv(x).relu()).flatten(1).relu()).relu()
-
-
-class WideNet(nn.Module):
-    """Three linear layers with biases, 30 -> 24, the middle one on tokens."""
-
-    num_features = 24
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.tokens, self.last = nn.Linear(30, 48), nn.Linear(24, 24), nn.Linear(48, 24)
-
-    def forward(self, x):
-        return self.last(self.tokens(self.first(x).relu().view(-1, 2, 24)).relu().flatten(1)).relu()
-
-
-def low_rank_stream(shape, num_rows: int = 4, scenario: str = "class", num_tasks: int = 2) -> Stream:
-    draw = torch.Generator().manual_seed(3)
-    xs = [torch.randn(num_rows, *shape, generator=draw) for _ in range(num_tasks)]
-    ys = [torch.arange(num_rows) % 2 + (0 if scenario == "domain" else 2 * t) for t in range(num_tasks)]
-    return float_stream(xs, ys, scenario)
-
-
 def recorded(learner: Learner, x: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
     seen: dict[nn.Module, torch.Tensor] = {}
     hooks = [
@@ -143,13 +107,6 @@ def recorded(learner: Learner, x: torch.Tensor) -> dict[nn.Module, torch.Tensor]
     for hook in hooks:
         hook.remove()
     return seen
-
-
-def moved(layer: nn.Module, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """What a change of the weight makes of inputs that were kept."""
-    if isinstance(layer, nn.Linear):
-        return x @ change.T
-    return F.conv2d(x, change, None, layer.stride, layer.padding, layer.dilation)
 
 
 def leak(learner: Learner, stream: Stream, epochs: int = 30) -> tuple[float, float, float]:
@@ -176,7 +133,7 @@ def leak(learner: Learner, stream: Stream, epochs: int = 30) -> tuple[float, flo
 @pytest.mark.parametrize("net", ["linear", *CONVOLUTIONS])
 def test_gpm_leaves_the_span_of_old_inputs_alone(net, scenario):
     torch.manual_seed(0)
-    stream = low_rank_stream((30,) if net == "linear" else (16, 5, 5), scenario=scenario)
+    stream = random_stream((30,) if net == "linear" else (16, 5, 5), scenario=scenario)
     backbone = WideNet() if net == "linear" else ConvNet(**CONVOLUTIONS[net])
     learner = build(stream, backbone, GPM(threshold=1.0), lr=0.05)
     leaked, change, drift = leak(learner, stream)
@@ -194,7 +151,7 @@ def test_gpm_leaves_the_span_of_old_inputs_alone(net, scenario):
 
 def test_gpm_protects_every_earlier_task_not_only_the_last():
     torch.manual_seed(0)
-    stream = low_rank_stream((30,), num_tasks=3)
+    stream = random_stream((30,), num_tasks=3)
     learner = build(stream, WideNet(), GPM(threshold=1.0), lr=0.05)
     answers = []
     for task in stream:
@@ -215,7 +172,7 @@ def test_the_head_is_free_where_task_labels_give_each_task_outputs_of_its_own():
 
 def test_gpm_projects_gradients_of_any_memory_format():
     torch.manual_seed(0)
-    stream = low_rank_stream((16, 5, 5))
+    stream = random_stream((16, 5, 5))
     learner = build(stream, ConvNet().to(memory_format=torch.channels_last), GPM(threshold=1.0), lr=0.05)
     leaked, change, _ = leak(learner, stream)
     assert change > 1e-3 and leaked < 1e-5
@@ -232,7 +189,7 @@ def test_gpm_projects_gradients_of_any_memory_format():
 )
 def test_what_gpm_refuses_really_leaks(optimizer, monkeypatch):
     torch.manual_seed(0)
-    stream = low_rank_stream((30,))
+    stream = random_stream((30,))
     with pytest.raises(InputError, match="GPM needs plain SGD"):
         build(stream, WideNet(), GPM(threshold=1.0), optimizer=optimizer)
     monkeypatch.setattr(gpm, "check_plain_sgd", lambda learner, name: None)
@@ -274,7 +231,7 @@ def test_gpm_refuses_running_statistics_only():
 
 
 def test_gpm_refuses_grouped_convolutions_and_a_wrong_number_of_thresholds():
-    stream = low_rank_stream((16, 5, 5))
+    stream = random_stream((16, 5, 5))
     with pytest.raises(InputError, match="groups=4"):
         build(stream, ConvNet(groups=4), GPM())
     with pytest.raises(InputError, match=r"gpm\.threshold has 2 values for 4 layers"):

@@ -15,9 +15,9 @@ from cl.strategies import ogd
 from cl.strategies.l2p import L2P
 from cl.strategies.ogd import OGD
 from cl.testing import ToyBackbone, toy_learner, toy_stream
-from draws import quick, seeds
-from subspaces import Identity, WideNet, build, matrix, random_stream
-from toys import learn
+from draws import normal, quick, seeds
+from subspaces import WideNet, build, random_stream
+from toys import Identity, learn
 
 
 def test_worked_example_5():
@@ -38,13 +38,13 @@ def gram_schmidt(vectors, basis):
 @quick
 @given(seeds, st.integers(1, 6), st.integers(0, 4), st.integers(6, 12))
 def test_directions_span_what_gram_schmidt_spans(seed, count, dependent, size):
-    old, new = matrix(seed, 3, size), matrix(seed + 1, count, size)
-    new = torch.cat([new, matrix(seed + 2, dependent, count) @ new + matrix(seed + 3, dependent, 3) @ old])
+    old, new = normal(seed, 3, size), normal(seed + 1, count, size)
+    new = torch.cat([new, normal(seed + 2, dependent, count) @ new + normal(seed + 3, dependent, 3) @ old])
     S = ogd.orthonormal(old, torch.zeros(0, size).double())
     S = torch.cat([S, ogd.orthonormal(new, S)])
     theirs = gram_schmidt(new, gram_schmidt(old, []))
     torch.testing.assert_close(S @ S.T, torch.eye(len(S)).double(), atol=1e-6, rtol=0)
-    g = matrix(seed + 4, size)
+    g = normal(seed + 4, size)
     if len(theirs) == len(S):  # Gram and Schmidt's rounding makes a vector of its own now and then
         expected = g - sum((g @ u) * u for u in theirs)
         torch.testing.assert_close(ogd.project(g, S), expected, atol=1e-6, rtol=0)

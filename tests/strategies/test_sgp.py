@@ -15,9 +15,9 @@ from cl.strategies import sgp
 from cl.strategies.gpm import GPM
 from cl.strategies.sgp import SGP
 from cl.testing import ToyBackbone, toy_stream
-from draws import quick, seeds
-from subspaces import Identity, WideNet, build, leak, matrix, random_stream
-from toys import learn
+from draws import normal, quick, seeds
+from subspaces import WideNet, build, leak, random_stream
+from toys import Identity, learn
 
 
 def test_worked_example_9():
@@ -62,7 +62,7 @@ def sgp_by_hand(R: list[torch.Tensor], threshold: float, scale: float):
 @quick
 @given(seeds, st.sampled_from([0.5, 0.9, 0.99]), st.sampled_from([0.0, 3.0, 10.0]))
 def test_sgp_projects_as_the_loop_written_by_hand(seed, threshold, scale):
-    xs = [(matrix(seed + t, 6, 8) * matrix(seed + 9 + t, 1, 8).exp()).float() for t in range(3)]
+    xs = [(normal(seed + t, 6, 8) * normal(seed + 9 + t, 1, 8).exp()).float() for t in range(3)]
     y = torch.arange(6) % 2
     tasks = [Task(t, TaskData(x, y, t), TaskData(x.clone(), y, t)) for t, x in enumerate(xs)]
     stream = Stream(tasks, scenario="domain", num_classes=2)

@@ -22,7 +22,7 @@ from cl.strategies.si import SI
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.toolkit.weights import flat
 from draws import quick, seeds
-from toys import learn, toy, trainer, vector
+from toys import Quadratic, learn, toy, trainer, vector
 
 
 class Weights(nn.Module):
@@ -35,17 +35,6 @@ class Weights(nn.Module):
 
     def forward(self, x):
         return self.theta.expand(len(x), self.num_features)
-
-
-class Quadratic(Strategy):
-    """A task loss of 1/2 sum h (theta - goal)^2 in place of the cross-entropy."""
-
-    def __init__(self, h, goal) -> None:
-        super().__init__()
-        self.h, self.goal = torch.tensor(h), torch.tensor(goal)
-
-    def criterion(self, learner, batch, logits):
-        return 0.5 * (self.h * (learner.backbone.theta - self.goal) ** 2).sum() + 0 * logits.sum()
 
 
 def quadratic(strategy: Strategy, start, h, goal, steps: int, lr: float = 0.1, **optimizer) -> tuple[Learner, Stream]:

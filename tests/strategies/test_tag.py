@@ -17,8 +17,8 @@ from cl.strategies.gpm import GPM
 from cl.strategies.l2p import L2P
 from cl.strategies.tag import TAG
 from cl.testing import ToyBackbone, toy_learner, toy_stream
-from subspaces import Identity, WideNet, build, random_stream
-from toys import learn, trainer
+from subspaces import WideNet, build, random_stream
+from toys import Identity, learn, trainer
 
 
 @pytest.mark.parametrize(

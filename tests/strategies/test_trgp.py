@@ -164,7 +164,9 @@ def test_a_linear_layers_inputs_may_be_scaled_in_place_of_its_weight(seed):
 def test_convolutions_are_scaled_too():
     stream = random_stream((16, 5, 5), num_rows=3, scenario="task", num_tasks=3)
     torch.manual_seed(0)
-    learner = build(stream, ConvNet(), TRGP(1.0, 0.0, trust=0.0, num_samples=3), lr=0.1, batch_size=3)
+    learner = build(
+        stream, ConvNet(stride=2, padding=1), TRGP(1.0, 0.0, trust=0.0, num_samples=3), lr=0.1, batch_size=3
+    )
     first = learn(learner, stream, [0], 5).predict(Batch(*stream[0].train.tensors())).detach()[:, :2]
     now = learn(learner, stream, [1, 2], 5).predict(Batch(*stream[0].train.tensors())).detach()[:, :2]
     torch.testing.assert_close(now, first, atol=1e-5, rtol=1e-4)

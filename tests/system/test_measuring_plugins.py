@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import cl
+import package
 from cl.errors import InputError
 from cl.report.scalars import measure
 from cl.report.wandb import WandbReport
@@ -58,45 +58,19 @@ def online_accuracy(evidence):
     found = [record["accuracy"] for record in evidence.records("online")]
     return sum(found) / len(found)
 '''
-PROJECT = """\
-[build-system]
-requires = ["setuptools>=61"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "measures-of-mine"
-version = "1"
-
-[project.entry-points."clsim.conf"]
-mine = "measures_of_mine.conf"
-
-[tool.setuptools]
-packages = ["measures_of_mine", "measures_of_mine.conf"]
-
-[tool.setuptools.package-data]
-"measures_of_mine.conf" = ["**/*.yaml"]
-"""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the package is installed."""
-    place, target = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("site")
     files = {
-        "measures_of_mine/__init__.py": MODULE,
-        "measures_of_mine/conf/__init__.py": "",
-        "measures_of_mine/conf/instrument/online.yaml": "online:\n  _target_: measures_of_mine.Online\n  every: 1\n",
-        "measures_of_mine/conf/scalar/spread.yaml": "spread:\n  _target_: measures_of_mine.spread\n",
-        "measures_of_mine/conf/scalar/online.yaml": "online:\n  _target_: measures_of_mine.online_accuracy\n",
-        "pyproject.toml": PROJECT,
+        "__init__.py": MODULE,
+        "conf/instrument/online.yaml": "online:\n  _target_: measures_of_mine.Online\n  every: 1\n",
+        "conf/scalar/spread.yaml": "spread:\n  _target_: measures_of_mine.spread\n",
+        "conf/scalar/online.yaml": "online:\n  _target_: measures_of_mine.online_accuracy\n",
     }
-    for name, text in files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(text)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(place)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
+    place = package.write(tmp_path_factory.mktemp("package"), "measures_of_mine", files)
+    return package.install(place, tmp_path_factory.mktemp("site"))
 
 
 SHORT = ("trainer.accelerator=cpu", "report=quiet", "epochs=1", "logger=none")

@@ -23,30 +23,13 @@ from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
 from cl.strategies.er import ER
 from cl.testing import check_stream
+from package import install, write
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what all of these look at
 PAGES = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, flags=re.DOTALL)
 STREAM = next(block for block in BLOCKS if "def blobs" in block)
 STRATEGY = next(block for block in BLOCKS if "class Shrink" in block)
-PROJECT = """\
-[build-system]
-requires = ["setuptools>=61"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "blobs"
-version = "1"
-
-[project.entry-points."clsim.conf"]
-blobs = "blobs.conf"
-
-[tool.setuptools]
-packages = ["blobs", "blobs.conf"]
-
-[tool.setuptools.package-data]
-"blobs.conf" = ["**/*.yaml"]
-"""
 
 
 def test_the_python_of_readme_and_guide_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -79,29 +62,19 @@ def test_the_stream_of_the_guide_is_learned():
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("outside")
     files = {
-        "blobs/__init__.py": "",
-        "blobs/stream.py": STREAM,
-        "blobs/shrink.py": STRATEGY,
-        "blobs/conf/__init__.py": "",
-        "blobs/conf/stream/blobs.yaml": "_target_: blobs.stream.blobs\nnum_tasks: 3\norder: null\nseed: ${seed}\n",
-        "blobs/conf/strategy/shrink.yaml": "shrink:\n  _target_: blobs.shrink.Shrink\n",
-        "pyproject.toml": PROJECT,
+        "__init__.py": "",
+        "stream.py": STREAM,
+        "shrink.py": STRATEGY,
+        "conf/stream/blobs.yaml": "_target_: blobs.stream.blobs\nnum_tasks: 3\norder: null\nseed: ${seed}\n",
+        "conf/strategy/shrink.yaml": "shrink:\n  _target_: blobs.shrink.Shrink\n",
     }
-    for name, text in files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(text)
-    return place
+    return write(tmp_path_factory.mktemp("outside"), "blobs", files)
 
 
 @pytest.fixture(scope="module")
 def site(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(package)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
+    return install(package, tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture

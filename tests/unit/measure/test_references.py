@@ -19,6 +19,7 @@ from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.measure.learning_curves import LearningCurves
 from cl.measure.references import References
+from cl.report.contract import Report
 from cl.report.scalars import measure
 from cl.strategies.er import ER
 from cl.strategies.joint import Joint
@@ -36,13 +37,13 @@ def make(stream: Stream, strategies: dict[str, Strategy], seed: int = 0, epochs:
     return Experiment(learner, stream, trainer, epochs=epochs, instruments=curves)
 
 
-class Counting:
+class Counting(Report):
     """Says how many references were trained."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def __call__(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.said.append(text)
 
 
@@ -50,7 +51,7 @@ def references(
     folder: Path, kinds=("experts", "joint"), seed: int = 0, **changes: object
 ) -> tuple[References, Counting]:
     said = Counting()
-    return References(kinds, partial(make, seed=seed), folder, CONFIG | {"seed": seed} | changes, said), said
+    return References(kinds, partial(make, seed=seed), folder, CONFIG | {"seed": seed} | changes, [said]), said
 
 
 @pytest.mark.parametrize("scenario", ["class", "task", "domain"])
@@ -135,7 +136,7 @@ def test_a_reference_that_diverges_is_unmeasured_and_not_kept(tmp_path: Path) ->
             return logits.sum() * torch.inf
 
     said = Counting()
-    found = References(["experts"], lambda stream, _: make(stream, {"bad": Bad()}), tmp_path, CONFIG, said)
+    found = References(["experts"], lambda stream, _: make(stream, {"bad": Bad()}), tmp_path, CONFIG, [said])
     watched = make(toy_stream(2), {})
     watched.references = found.measure
     run = watched.run()

@@ -23,19 +23,11 @@ from cl.metrics.features import (
     ridge_probe,
     ridge_scores,
 )
+from draws import normal, orthogonal
 
 NAN = float("nan")
 quick = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**31 - 1)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def orthogonal(seed: int, size: int) -> Tensor:
-    turn: Tensor = torch.linalg.qr(normal(seed, size, size)).Q
-    return turn
 
 
 def problem(seed: int, n: int = 30, m: int = 40, dim: int = 6, num_classes: int = 4) -> tuple[Tensor, ...]:

@@ -297,7 +297,9 @@ def outcome(overrides: list[str], folder: Path) -> str:
     def late(*_: object) -> None:
         raise Hang(f"longer than {PATIENCE} s")
 
-    handlers, argv, here = logging.root.handlers[:], sys.argv, Path.cwd()
+    handlers, level, argv, here = logging.root.handlers[:], logging.root.level, sys.argv, Path.cwd()
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    enabled = [one for one in loggers if not one.disabled]
     sys.argv = ["cl-run", "hydra.run.dir=out", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled", *overrides]
     os.chdir(folder)
     before, mode = signal.signal(signal.SIGALRM, late), Hydra.get_mode
@@ -321,6 +323,9 @@ def outcome(overrides: list[str], folder: Path) -> str:
         sys.argv, Hydra.get_mode = argv, mode
         os.chdir(here)
         logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+        for one in enabled:  # Hydra's configuration of logging disables those that are there already
+            one.disabled = False
         GlobalHydra.instance().clear()
 
 

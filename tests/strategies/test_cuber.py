@@ -62,6 +62,14 @@ def in_the_middle(**arguments) -> tuple[Learner, Stream]:
     return learner, stream
 
 
+def test_gradients_of_old_tasks_are_stored_with_length_1():
+    """The threshold on the cosine with a new gradient must not depend on how steep an old task was."""
+    strategy = in_the_middle()[0].strategies["method"]
+    for gradients in (strategy.gradients_0, strategy.gradients_1):
+        lengths = gradients.flatten(1).norm(dim=1)
+        torch.testing.assert_close(lengths, torch.tensor([1.0, 1.0, 0.0]), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("smoothing", "steps"), [(0.0, 1), (0.9, 7)])
 def test_a_task_falls_back_to_regime_2_when_the_mean_gradient_turns_against_it(smoothing, steps):
     """From a mean of G and steps of -G the mean is 2 * .9^n - 1, which is below 0 from the seventh on."""

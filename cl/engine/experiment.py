@@ -36,7 +36,7 @@ from cl.report.contract import Report
 from cl.report.manifest import write_manifest
 from cl.report.result import write_result
 from cl.report.run import Run
-from cl.report.scalars import checked
+from cl.report.scalars import checked_scalars
 from cl.trainer.arguments import TrainerFactory, check_arguments, quiet
 from cl.trainer.processes import replicated
 
@@ -148,7 +148,7 @@ class Experiment:
             matrices=self.instruments.setup(learner, stream),
             calibration=dict(learner.calibration.items()),  # type: ignore[arg-type]
             instruments=dict(self.instruments.items()),
-            own_scalars=checked(scalars),
+            own_scalars=checked_scalars(scalars),
             tuning=dict(tuning or {}),
             notes=[*notes, *remarks, *learner.strategies.remarks(learner)],
             bound=learner.strategies.bound,

@@ -282,7 +282,7 @@ def known(run: Run) -> dict[str, AnyScalar]:
     return {**MEASURES, **run.own_scalars}
 
 
-def checked(scalars: Iterable[Any]) -> dict[str, AnyScalar]:
+def checked_scalars(scalars: Iterable[Any]) -> dict[str, AnyScalar]:
     """Check the user's own scalars, and return them by name.
 
     Args:
@@ -292,7 +292,7 @@ def checked(scalars: Iterable[Any]) -> dict[str, AnyScalar]:
         InputError: If one is no scalar, its name is taken or not allowed, or a need is unknown.
 
     Example:
-        >>> checked([print])
+        >>> checked_scalars([print])
         Traceback (most recent call last):
         cl.errors.InputError: <built-in function print> is no scalar: put @cl.scalar(formula=..., source=...) above it.
     """

@@ -23,7 +23,7 @@ from cl.errors import InputError
 from cl.metrics.scalar import AnyScalar
 from cl.report.evidence import Evidence
 from cl.report.run import Run
-from cl.report.scalars import checked, value_of
+from cl.report.scalars import checked_scalars, value_of
 from cl.testing.toys import Halt, Halted, Replay, reaches, toy_learner, trainer
 
 
@@ -158,7 +158,7 @@ def check_scalar(scalar: AnyScalar, *, instruments: Mapping[str, Instrument] | N
         >>> check_scalar(best)
     """
     try:
-        checked([scalar])
+        checked_scalars([scalar])
         evidence = Evidence(_measure(instruments or {})[0])
         value = value_of(scalar, evidence)
     except InputError as error:

@@ -18,11 +18,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from checkout import CONF
 from cl.app.cli import main
 from cl.trainer.arguments import _IN_EFFECT, INSTEAD
 
+CONF = Path(str(files("cl.conf")))
 BY_HAND, LOG = int(os.environ.get("CL_FUZZ", "0")), os.environ.get("CL_FUZZ_LOG")
 PATIENCE = 30  # seconds of a case; the longest that are meant to finish take three
 
@@ -506,6 +508,15 @@ def count(log: Path) -> None:
     print(f" sentences, {len(failed)} failures, {len(silent)} silent")
     for record in failed + silent:
         print(json.dumps(record))
+
+
+@pytest.mark.slow
+def test_this_file_as_a_script_counts_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    records = [{"case": [], "said": ""}, {"case": [], "said": "A sentence."}, {"case": [], "error": "A traceback."}]
+    log.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    done = subprocess.run([sys.executable, __file__, str(log)], capture_output=True, text=True)
+    assert done.stdout.startswith("3 inputs (0 with what means nothing): 1 runs, 1 sentences, 1 failures, 0 silent\n")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 
+from alike import history
 from cl.engine.experiment import Experiment
 from cl.report.points import Journal, Point, steps_on_disk
 from cl.report.wandb import _OPEN, WandbReport, _steps_of_ended
 from cl.strategies.er import ER
 from cl.testing import toy_learner
-from tests.harness.alike import history
 
 trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False)
 

@@ -115,6 +115,33 @@ def test_python_and_the_command_give_the_same_bits(name, cl_run, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_notebook_gives_the_same_bits(tmp_path: Path):
+    """Three methods, one after another in one kernel, beside the same calls in this interpreter."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cell = """
+import torch
+import cl
+from cl.data.sources import digits
+
+torch.set_num_threads(1)  # as the tests do: sums in another order end in another last bit
+stream = cl.streams.split(digits(), num_tasks=2, classes=[0, 1, 2, 3], seed=3)
+methods = cl.strategies.ER(memory_size=50), cl.strategies.EWC(num_samples=50), cl.strategies.GPM(num_samples=50)
+for name, method in zip(("er", "ewc", "gpm"), methods, strict=True):
+    run = cl.run(stream, method, epochs=2, seed=3, trainer={"accelerator": "cpu"}, directory=f"notebook/{name}")
+run
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "<table" in notebook.cells[0].outputs[-1]["data"]["text/html"]
+    stream = cl.streams.split(digits(), num_tasks=2, classes=[0, 1, 2, 3], seed=3)
+    for name, method in METHODS.items():
+        here, there = tmp_path / "python" / name, tmp_path / "notebook" / name
+        quick(stream, method(), epochs=2, seed=3, directory=here)
+        assert differences(here, there) == []
+        assert (here / "transfer.csv").read_text() == (there / "transfer.csv").read_text()
+
+
+@pytest.mark.slow
 def test_references_of_python_are_those_of_the_command(cl_run, tmp_path: Path):
     few = ["stream.num_tasks=2", "stream.classes=[0,1,2,3]", "epochs=1", "report=quiet", "trainer.accelerator=cpu"]
     command = [

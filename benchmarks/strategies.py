@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cl.engine.learner import Learner
 
 NAMES = (
-    *("finetune", "joint", "cumulative", "er", "er_ace", "der", "derpp", "mir", "scr", "icarl", "gdumb"),
+    *("finetune", "joint", "cumulative", "er", "er_ace", "uer", "der", "derpp", "mir", "scr", "icarl", "gdumb"),
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
     *("packnet", "hat", "supsup", "ncm", "ranpac"),
 )

@@ -59,6 +59,7 @@ from cl.strategies.si import SI
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
+from cl.strategies.uer import UER
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
 from cl.streams.data_incremental import data_incremental
@@ -138,6 +139,8 @@ METHODS = [
     Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True),
     Row("er_ace", ERACE, {"memory_size": 20}),
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
+    Row("uer", UER, {"memory_size": 20}),
+    Row("uer", UER, {"memory_size": 20, "batch_size": 3, "predict_with": "cos"}),
     Row("der", DER, {"memory_size": 20}),
     Row("der", DER, {"memory_size": 20, "alpha": 0.0}, finetunes_first=True),
     Row("gdumb", GDumb, {"memory_size": 20}),
@@ -196,6 +199,7 @@ TEAMS = [
     Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
+    Row("er,uer", lambda: {"er": ER(20), "uer": UER(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
     Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),

@@ -87,6 +87,7 @@ CASES: dict[str, list[str]] = {
     "ewc, lwf and derpp": ["strategy=[ewc,lwf,derpp]", "optimizer.momentum=0.5", *_STEPS],
     "drawn": ["strategy=finetune", "report=quiet", "checkpoint.every=null"],
     "er_ace": ["strategy=er_ace", "strategy.er_ace.memory_size=20", *_STEPS],
+    "uer": ["strategy=uer", "strategy.uer.memory_size=20", *_STEPS],
     "der": ["strategy=der", "optimizer=adam", *_IMAGES, *_STEPS],
     "mir": ["strategy=mir", "strategy.mir.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
     "gdumb": ["strategy=gdumb", "strategy.gdumb.cutmix=0.5", *_IMAGES, *_STEPS],

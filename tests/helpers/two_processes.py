@@ -56,6 +56,7 @@ from cl.strategies.si import SI
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
+from cl.strategies.uer import UER
 from cl.testing import ToyBackbone
 from cl.toolkit.memory import POLICIES, Memory
 
@@ -97,12 +98,13 @@ REPLAYED: dict[str, Callable[[], Strategy]] = {
     "derpp": partial(DERpp, memory_size=CAPACITY),
     "agem": partial(AGEM, memory_size=CAPACITY, batch_size=9),
     "er_ace": partial(ERACE, memory_size=CAPACITY),
+    "uer": partial(UER, memory_size=CAPACITY),
     "der": partial(DER, memory_size=CAPACITY),
     "mir": partial(MIR, memory_size=CAPACITY),
     "gdumb": partial(GDumb, memory_size=CAPACITY),
 }
 TARGETS = ("multilabel", "regression")
-RESUMED = ("class_balanced", "few", "derpp", "agem", "er_ace", "der", "mir", "gdumb")
+RESUMED = ("class_balanced", "few", "derpp", "agem", "er_ace", "uer", "der", "mir", "gdumb")
 
 
 def stream(rows: int = ROWS, seed: int = 0, scenario: str = "class") -> Stream:

@@ -86,6 +86,7 @@ SMALL = {
     "strategy=er": {"strategy.er.memory_size": "20"},
     "strategy=derpp": {"strategy.derpp.memory_size": "20"},
     "strategy=er_ace": {"strategy.er_ace.memory_size": "20"},
+    "strategy=uer": {"strategy.uer.memory_size": "20"},
     "strategy=der": {"strategy.der.memory_size": "20"},
     "strategy=gdumb": {"strategy.gdumb.memory_size": "20"},
     "strategy=mir": {"strategy.mir.memory_size": "20", "strategy.mir.num_candidates": "20"},

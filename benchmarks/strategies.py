@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from cl.engine.learner import Learner
 
 NAMES = (
-    *("finetune", "joint", "cumulative", "er", "er_ace", "uer", "der", "derpp", "mir", "scr", "icarl", "gdumb"),
+    *("finetune", "joint", "cumulative", "er", "er_ace", "uer", "der", "derpp", "mir", "scr", "pcr", "hpcr"),
+    *("icarl", "gdumb"),
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
     *("packnet", "hat", "supsup", "ncm", "ranpac"),
 )

@@ -41,6 +41,7 @@ from cl.strategies.gdumb import GDumb
 from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
 from cl.strategies.hat import HAT
+from cl.strategies.hpcr import HPCR
 from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
@@ -51,6 +52,7 @@ from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.packnet import PackNet
+from cl.strategies.pcr import PCR
 from cl.strategies.ranpac import RanPAC
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.scr import SCR
@@ -147,6 +149,10 @@ METHODS = [
     Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
     Row("icarl", ICaRL, {"memory_size": 20}),
     Row("scr", SCR, {"memory_size": 20}),
+    Row("pcr", PCR, {"memory_size": 20}),
+    Row("pcr", PCR, {"memory_size": 20, "batch_size": 3}),
+    Row("hpcr", HPCR, {"memory_size": 20}),
+    Row("hpcr", HPCR, {"memory_size": 20, "batch_size": 3, "a": 0.0}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
     Row("ranpac", RanPAC, {"num_projections": 20}),
@@ -203,6 +209,8 @@ TEAMS = [
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
     Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
+    Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
+    Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),

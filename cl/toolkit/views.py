@@ -1,0 +1,64 @@
+"""Second views: an augmented copy of each example of a batch, for methods that learn from both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl.engine.batch import Batch
+from cl.errors import InputError
+
+if TYPE_CHECKING:
+    from cl.data.task import Stream
+
+Augment = Callable[[Tensor, np.random.Generator], Any]
+
+
+def check_images(stream: Stream, name: str) -> None:
+    """Refuse a stream whose inputs are not images.
+
+    Args:
+        stream: The stream.
+        name: The name of the method in messages.
+
+    Raises:
+        InputError: Naming the method and the stream.
+    """
+    if len(stream.input_shape) != 3:
+        raise InputError(
+            f"{name} crops images, but the inputs of {stream.name!r} are {stream.input_shape}: choose another strategy."
+        )
+
+
+def another_view(x: Tensor, augment: Augment, rng: np.random.Generator) -> Tensor:
+    """Return augmented images of the same type: where `augment` makes floats in [0, 1] of bytes, rounded to bytes.
+
+    Args:
+        x: Raw images (B, C, H, W).
+        augment: Such as `cl.data.augment.ContrastiveView`.
+        rng: The generator of its draws.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 1), 100, dtype=torch.uint8)
+        >>> another_view(x, lambda x, rng: x / 255 * 0.5, np.random.default_rng(0)).item()
+        50
+    """
+    view: Tensor = augment(x, rng)
+    if x.dtype == torch.uint8 and view.is_floating_point():
+        view = (view * 255).round().to(torch.uint8)
+    return view
+
+
+def with_another_view(batch: Batch, augment: Augment, rng: np.random.Generator) -> Batch:
+    """Return a batch of 2B examples: its own B, then an augmented copy of each; extras are dropped.
+
+    Example:
+        >>> batch = Batch(torch.zeros(3, 1, 2, 2), torch.tensor([4, 5, 6]), torch.zeros(3, dtype=torch.int64))
+        >>> with_another_view(batch, lambda x, rng: x, np.random.default_rng(0)).y.tolist()
+        [4, 5, 6, 4, 5, 6]
+    """
+    return batch.append(Batch(another_view(batch.x, augment, rng), batch.y, batch.task))

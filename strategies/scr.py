@@ -2,7 +2,7 @@ r"""Supervised contrastive replay (Mai et al. 2021, section 3; loss of Khosla et
 
 A batch of N incoming and replayed examples is used in two views: as it is, and augmented once more. The loss draws
 views of the same label together. Let z be the 2N projected features, scaled to length 1, P(i) the other views with the
-label of view i, and A(i) all views but i:
+label of view i, and A(i) all views but i (`cl.toolkit.contrast.supervised_contrastive`):
 
 .. math:: L = \frac{1}{2N} \sum_i \frac{-1}{|P(i)|} \sum_{p \in P(i)}
           \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \in A(i)} \exp(z_i \cdot z_a / \tau)}
@@ -42,26 +42,12 @@ from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError
 from cl.random import Random
+from cl.toolkit.contrast import supervised_contrastive
 from cl.toolkit.herding import class_means, nearness, unit_features
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
-
-
-def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Return the loss above for unit vectors (N, D) with labels (N,); a vector whose label is unique adds 0.
-
-    Example:
-        >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-        >>> round(float(supervised_contrastive(z, torch.tensor([0, 0, 1, 1]), 0.5)), 4)
-        0.5276
-    """
-    similarity = z @ z.T / temperature
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_p = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
-    positive = (y[:, None] == y) & ~itself
-    return -((log_p * positive).sum(1) / positive.sum(1).clamp_min(1)).mean()
 
 
 class SCR(Strategy):

@@ -62,3 +62,16 @@ def with_another_view(batch: Batch, augment: Augment, rng: np.random.Generator) 
         [4, 5, 6, 4, 5, 6]
     """
     return batch.append(Batch(another_view(batch.x, augment, rng), batch.y, batch.task))
+
+
+def turned(x: Tensor) -> Tensor:
+    """Return the 16 copies of square images (B, C, H, H), (16 B, C, H, H); the first B are the images themselves.
+
+    Example:
+        >>> turned(torch.arange(4.0).view(1, 1, 2, 2))[:4, 0].flatten(1).int().tolist()
+        [[0, 1, 2, 3], [2, 1, 0, 3], [0, 3, 2, 1], [2, 3, 0, 1]]
+    """
+    left, right = x.tensor_split(2, dim=3)
+    over_left, over_right = left.rot90(2, (2, 3)), right.rot90(2, (2, 3))
+    halves = [(left, right), (over_left, right), (left, over_right), (over_left, over_right)]
+    return torch.cat([torch.cat(pair, 3).rot90(k, (2, 3)) for k in range(4) for pair in halves])

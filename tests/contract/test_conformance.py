@@ -51,6 +51,7 @@ from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
+from cl.strategies.onpro import OnPro
 from cl.strategies.packnet import PackNet
 from cl.strategies.pcr import PCR
 from cl.strategies.ranpac import RanPAC
@@ -153,6 +154,8 @@ METHODS = [
     Row("pcr", PCR, {"memory_size": 20, "batch_size": 3}),
     Row("hpcr", HPCR, {"memory_size": 20}),
     Row("hpcr", HPCR, {"memory_size": 20, "batch_size": 3, "a": 0.0}),
+    Row("onpro", OnPro, {"memory_size": 20, "batch_size": 8, "dim": 8}),
+    Row("onpro", OnPro, {"memory_size": 20, "per_class": 2, "instance": 0.0, "base": 0.5, "mix": 1.0}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
     Row("ranpac", RanPAC, {"num_projections": 20}),
@@ -211,6 +214,7 @@ TEAMS = [
     Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
     Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),
+    Row("er,onpro", lambda: {"er": ER(20), "onpro": OnPro(20, batch_size=8, dim=8)}),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),

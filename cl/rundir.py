@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"  # format, versions and hardware, for each session of
 SUMMARY = "transfer.json"  # every scalar with its definition
 REFERENCES = "references.json"  # the references of the run, one of each kind for every task
 RESULT = "result.json"  # the final averages; a run with this file is finished
+SCORE = "score.json"  # in the directory of a score of a saved learner: what was scored, with digests and the command
 PICTURE = "transfer.png"  # accuracy, backward transfer, forward transfer and step effect
 CURVES_PICTURE = "learning_curves.png"  # accuracy inside tasks
 CHECKPOINTS = "checkpoints"  # directory: the checkpoints that a run resumes from
@@ -190,6 +191,7 @@ TRAINING = Table("training.csv", TrainingPoint)
 LEARNING_CURVES = Table("learning_curves.csv", CurvePoint)
 ESTIMATES = Table("estimates.csv", Estimate)
 RESOURCES = Table("resources.csv", TaskCosts)
+SCORED = Table("score.csv", Cell)  # a row of R of a saved learner, on the test sets of any stream
 
 
 def _value(kind: Any, text: str) -> Any:
@@ -271,6 +273,16 @@ def is_run(directory: Path) -> bool:
 
 def _has_files(directory: Path) -> bool:
     return any((directory / name).exists() for name in (SUMMARY, TRANSFER.name, MANIFEST, CHECKPOINTS, RESULT))
+
+
+def is_taken(directory: Path) -> bool:
+    """Say whether a directory holds a run, begun or finished, or the score of a saved learner.
+
+    Example:
+        >>> is_taken(Path("no such place"))
+        False
+    """
+    return _has_files(directory) or any((directory / name).exists() for name in (CONFIG, COMMAND, SCORE, SCORED.name))
 
 
 def is_begun(directory: Path) -> bool:

@@ -153,6 +153,11 @@ SETTINGS: Mapping[str, Setting] = {
         "interval between checkpoints inside a task: steps (500) or a time (30s, 10min, 2h); null: none",
         int | str | None,
     ),
+    "score": Setting(
+        "shown",
+        "score a saved learner on test sets, without training: DIR:task=3, or DIR for the one after the last task",
+        Text,
+    ),
     "allow_changed": Setting(
         "shown", "resume although data or your code have changed; a note beside the results says so", bool
     ),
@@ -214,6 +219,22 @@ def is_path(key: str, value: Any) -> bool:
     return isinstance(value, str) and (found.is_path or (found.part == "stream" and ("/" in value or "\\" in value)))
 
 
+def differing(there: Mapping[str, Any], here: Mapping[str, Any], kinds: Sequence[str] = ("result",)) -> list[str]:
+    """Return the keys in which two flat configurations differ, of settings of some kinds, in alphabetical order.
+
+    Example:
+        >>> differing({"seed": 0, "group": "a"}, {"seed": 3, "group": "b", "epochs": 5})
+        ['epochs', 'seed']
+    """
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        one, two = there.get(key), here.get(key)
+        same = one == two or (one != one and two != two) or (is_path(key, one) and is_path(key, two))
+        if not same and setting(key).kind in kinds:
+            found.append(key)
+    return found
+
+
 def changes(there: Mapping[str, Any], here: Mapping[str, Any], kinds: Sequence[str] = ("result", "measured")) -> str:
     """Return the differences of two flat configurations in some kinds of settings, the first five; "" if there is none.
 
@@ -230,12 +251,7 @@ def changes(there: Mapping[str, Any], here: Mapping[str, Any], kinds: Sequence[s
         >>> changes({"stream.root": "old", "compile": None}, {"stream.root": "new", "compile": "default"})
         ''
     """
-    found = []
-    for key in sorted(there.keys() | here.keys()):
-        one, two = there.get(key), here.get(key)
-        same = one == two or (one != one and two != two) or (is_path(key, one) and is_path(key, two))
-        if not same and setting(key).kind in kinds:
-            found.append(f"{key}: {one} there, {two} here")
+    found = [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing(there, here, kinds)]
     return "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 

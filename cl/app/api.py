@@ -16,6 +16,7 @@ from torch import nn
 
 from cl import rundir
 from cl.app.annotations import check_call
+from cl.app.scoring import Scorer
 from cl.backbones.networks import MLP
 from cl.data.task import Scenario, Stream
 from cl.engine.described import describe, described_by_name
@@ -38,7 +39,7 @@ from cl.report.config_file import read_config, refuse_other, write_config
 from cl.report.contract import Report
 from cl.report.run import Run
 from cl.report.scalars import recall
-from cl.trainer.arguments import check_arguments, interruptible, quiet_trainer
+from cl.trainer.arguments import TrainerFactory, check_arguments, interruptible, quiet_trainer
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.0, weight_decay=0.0)
 _TRAINER = {"accelerator": "auto", "devices": 1, "precision": "32-true", "deterministic": False}
@@ -191,7 +192,7 @@ def run(
         references=_references(references, reference_dir, config, listeners, options, **training),
         **kept,
     )
-    return _run(experiment)
+    return _run(experiment, make_trainer)
 
 
 def _trainer(
@@ -294,8 +295,9 @@ def _bars(progress: bool) -> list[pl.Callback]:
 
 
 @interruptible()
-def _run(experiment: Experiment) -> Run:
+def _run(experiment: Experiment, trainer: TrainerFactory) -> Run:
     """Run an experiment; if it has a directory, lock it, and first refuse one that holds anything but the same run."""
+    experiment.run_view.scorer = Scorer(experiment.learner, experiment.stream, trainer)
     directory = experiment.checkpoints.parent if experiment.checkpoints is not None else None
     if directory is None:
         return experiment.run()
@@ -317,7 +319,8 @@ def load(directory: str | Path) -> Run:
         directory: The directory that holds `config.yaml` and `transfer.csv`.
 
     Returns:
-        The run, with its configuration, R, scalars and notes. Its `learner` is None: weights stay in the checkpoints.
+        The run, with its configuration, R, scalars and notes. Its `learner` is None: weights stay in the checkpoints,
+        from which `.score(...)` loads them.
 
     Raises:
         InputError: If the directory holds no run, R has no row yet, or a file cannot be read.
@@ -358,6 +361,7 @@ def load(directory: str | Path) -> Run:
         stream=files.stream,
         device=files.device,
         bound=files.bound,
+        scorer=Scorer(),
     )
     summary, references = (_read_if_there(where / name) for name in (rundir.SUMMARY, rundir.REFERENCES))
     run.references, run.test_rows = references, tuple(summary.get("test_rows", ()))

@@ -26,13 +26,10 @@ def build(cfg: Any, directory: Path) -> Any:
     from cl.distributed import rank
     from cl.engine.branch import Branch
     from cl.engine.experiment import Experiment
-    from cl.engine.strategy import Strategy
 
     config = validate(cfg, directory)
     protocol = protocol_of(cfg) if cfg.get("protocol") else None
-    stream = _stream(cfg, protocol)
-    strategies = {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
-    learner = _learner(cfg, stream, strategies)
+    learner, stream = build_learner(cfg)
     reports, loggers, callbacks = _reports(cfg)
     experiment = Experiment(
         learner,
@@ -60,6 +57,15 @@ def build(cfg: Any, directory: Path) -> Any:
     return experiment
 
 
+def build_learner(cfg: Any) -> tuple[Any, Any]:
+    """Return the untrained `Learner` of a configuration, and the `Stream` that it is built for."""
+    from cl.engine.strategy import Strategy
+
+    stream = build_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None)
+    strategies = {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
+    return _learner(cfg, stream, strategies), stream
+
+
 def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str]:
     """Return the changes of data and of the user's code since a directory's run finished, a few words each.
 
@@ -73,11 +79,12 @@ def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str
     if before is None:  # the run is of an earlier version, which did not store it
         return []
     starts = {"from": Branch.parse(cfg["from"]).checkpoint} if cfg["from"] else {}
-    found = provenance(_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), config, starts=starts)
+    found = provenance(build_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), config, starts=starts)
     return changes(before, {**found, "code": {**before["code"], **found["code"]}})
 
 
-def _stream(cfg: Any, protocol: Any) -> Any:
+def build_stream(cfg: Any, protocol: Any = None) -> Any:
+    """Return the `Stream` of a configuration: the whole of it, or the part that a protocol leaves."""
     from cl.data.task import Stream
 
     stream = instantiate_as(cfg.stream, Stream)

@@ -76,7 +76,7 @@ def run(cfg: Any) -> float | str:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from cl.app import sweep
+    from cl.app import scoring, sweep
     from cl.app.instantiate import instantiate
     from cl.app.validate import store, validate
     from cl.report.result import changed_since, read_result
@@ -88,6 +88,8 @@ def run(cfg: Any) -> float | str:
     if HydraConfig.get().job.chdir:  # relative paths of data start where the command was given
         os.chdir(HydraConfig.get().runtime.cwd)
     try:
+        if cfg.score is not None:
+            return scoring.command(cfg, directory)
         config = validate(cfg, directory)
         finished = read_result(directory)
         if finished is not None:

@@ -1,4 +1,4 @@
-"""Commands on a run's directory: `resume=DIR` continues the run, `verify=DIR` repeats it and compares every bit."""
+"""Commands on a run's directory: `resume=DIR` continues it, `verify=DIR` repeats it, `score=DIR` scores its learner."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from cl.errors import InputError
 from cl.files import read_sealed, remove_leftovers, write_sealed, write_text
 
 _OVERRIDES = Path(rundir.HYDRA) / "overrides.yaml"
+_COMMANDS = ("resume=", "verify=", "score=")
+_MARKS = ("'", '"')
 
 
 def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
@@ -21,9 +23,10 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
 
     Args:
         arguments: The arguments of the command line. `resume=DIR` is replaced by the overrides that the run of DIR was
-            begun with, and its directory; `verify=DIR` by the same overrides and a new directory. Both change to the
-            folder in which the run's command was given, so that relative paths are found. Other arguments are appended.
-            The value of `from=DIR:task=3` is put in quotes, which Hydra requires.
+            begun with, and its directory; `verify=DIR` by the same overrides and a new directory; `score=DIR:task=3` by
+            the same overrides and itself. All change to the folder in which the run's command was given, so that
+            relative paths are found. Other arguments are appended. The values of `from` and `score` are put in quotes,
+            which Hydra requires.
 
     Raises:
         InputError: If DIR holds no command, or the run to verify is not finished.
@@ -32,15 +35,17 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
         >>> expand(["from=runs/a:task=3", "seed=1"])
         (["from='runs/a:task=3'", 'seed=1'], None)
     """
-    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("resume=", "verify=")))
-    rest = [_quoted(argument) for argument in arguments if not argument.startswith(("resume=", "verify="))]
+    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(_COMMANDS))
+    rest = [_quoted(argument) for argument in arguments if not argument.startswith(_COMMANDS)]
     if not given:
         return rest, None
     if len(given) > 1:
-        raise InputError("resume and verify exclude each other: give one of them.")
+        raise InputError("resume, verify and score exclude each other: give one of them.")
     from cl.report.result import read_result
 
     what, text = next(iter(given.items()))
+    if what == "score":
+        return _to_score(text.strip("".join(_MARKS)), rest), None
     directory = Path(text).resolve()
     rundir.refuse_later(directory)
     command = overrides(directory)
@@ -54,11 +59,47 @@ def expand(arguments: list[str]) -> tuple[list[str], tuple[Path, Path] | None]:
     return [*command, f"hydra.run.dir={_quote(repetition)}", "logger=none", *rest], (directory, Path(repetition))
 
 
+def _to_score(text: str, rest: list[str]) -> list[str]:
+    """Return the arguments that score a saved learner: a group that is chosen anew loses the run's values for it."""
+    from cl.app.sweep import key
+    from cl.report.scored import directory_for
+
+    directory, colon, task = text.rpartition(":task=") if ":task=" in text else (text, "", "")
+    where = Path(directory).resolve()
+    rundir.refuse_later(where)
+    if not rundir.is_run(where):
+        raise InputError(f"score={where} is no run directory: name the directory of a run.")
+    if not any((where / name).is_file() for name in (rundir.COMMAND, _OVERRIDES)):
+        raise InputError(f"score={where}: no command of cl-run made this run: score it by cl.load(directory).score().")
+    chosen = {key(argument) for argument in rest if "." not in key(argument)}
+    command = [override for override in overrides(where) if key(override).partition(".")[0] not in chosen]
+    places = {f"hydra.{kind}.dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}" for kind in ("run", "sweep")}
+    places |= {key(argument): argument.partition("=")[2] for argument in rest if key(argument) in places}
+    rest = [argument for argument in rest if key(argument) not in places]
+    # refused here, because Hydra creates its directory and its log before it starts the job
+    found = {
+        name: directory_for(os.path.abspath(place.strip("".join(_MARKS))), where) for name, place in places.items()
+    }
+    named = [f"{name}={_quote(str(place))}" for name, place in found.items()]
+    _change_folder(where)
+    return [*command, f"score={_quote(str(where) + colon + task)}", "logger=none", *named, *rest]
+
+
 def _change_folder(directory: Path) -> None:
-    """Change to the folder in which a run's command was given, stored relative to its directory, as both may move."""
-    folder = directory / str((read_sealed(directory / rundir.COMMAND) or {}).get("given_in", ""))
-    if folder != directory and folder.is_dir():
+    folder = folder_of(directory)
+    if folder is not None:
         os.chdir(folder)
+
+
+def folder_of(directory: Path) -> Path | None:
+    """Return the folder in which a run's command was given, stored relative to its directory, as both may move.
+
+    Example:
+        >>> folder_of(Path("no such place")) is None
+        True
+    """
+    folder = directory / str((read_sealed(directory / rundir.COMMAND) or {}).get("given_in", ""))
+    return folder if folder != directory and folder.is_dir() else None
 
 
 def overrides(directory: Path) -> list[str]:
@@ -108,8 +149,8 @@ def store_command(directory: Path) -> None:
 
 
 def _quoted(argument: str) -> str:
-    key, _, value = argument.partition("=")
-    return f"from={_quote(value)}" if key == "from" and value[:1] not in ("'", '"') and value != "null" else argument
+    name, _, value = argument.partition("=")
+    return f"from={_quote(value)}" if name == "from" and value[:1] not in _MARKS and value != "null" else argument
 
 
 def _quote(text: str) -> str:

@@ -31,14 +31,17 @@ _SAMPLE = 64  # examples that are digested after a transform; the arrays before 
 _STANDARD = str(Path(sysconfig.get_path("stdlib")).resolve())
 _INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, whose versions the manifest records
 _LIBRARIES = {"cl", "torch", "torchvision", "pytorch_lightning", "timm", "avalanche"}  # wherever they are installed
-_PARTS = ("train", "val", "test", "unlabelled")
 
 Stamp = list[Any]  # size and time of modification of a file, and the digest of its content at that time
 _files: dict[str, Stamp] = {}  # by path, the stamp of each mapped file that has been digested
 
 
 def provenance(
-    stream: Stream, config: Mapping[str, Any], objects: Iterable[Any] = (), starts: Mapping[str, Path] | None = None
+    stream: Stream,
+    config: Mapping[str, Any],
+    objects: Iterable[Any] = (),
+    starts: Mapping[str, Path] | None = None,
+    sets: Iterable[str] = ("train", "val", "test", "unlabelled"),
 ) -> dict[str, Any]:
     """Return digests of a stream's data and of the user's own source code.
 
@@ -47,6 +50,7 @@ def provenance(
         config: The resolved configuration, whose `_target_`s name code.
         objects: Strategies and networks, for a run that was started from Python.
         starts: By setting, the files of initial weights; that of `weights` is found in the configuration.
+        sets: Which sets of each task are digested.
 
     Returns:
         "data": by task and part, the number of examples and digests of labels and inputs; "code": by module, a digest
@@ -63,7 +67,7 @@ def provenance(
     data = {
         f"task {task.index + 1} {name}": [len(part), *digest(part, seen)]
         for task in stream
-        for name in _PARTS
+        for name in sets
         if (part := getattr(task, name)) is not None
     }
     return {

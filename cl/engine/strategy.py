@@ -219,6 +219,8 @@ class Strategy(nn.Module):
         bound: "upper" or "lower" if its results bound those of the compared methods; else "".
         distributed: Whether it can learn in several processes.
         uses_task: Whether its features or outputs use the task labels that a scenario gives at test.
+        test_options: Names of those arguments of its constructor that `predict` alone reads, from attributes of the
+            same name: a saved learner can be scored with other values of them (`cl-run score=DIR`).
 
     Example:
         A method that shrinks the weights a little, in full:
@@ -236,6 +238,7 @@ class Strategy(nn.Module):
     bound: str = ""
     distributed: bool = True
     uses_task: bool = False
+    test_options: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Make the constructor refuse arguments outside of the ranges in its annotations."""

@@ -39,21 +39,25 @@ def read_config(path: Path, remedy: str = "name the directory of another run") -
     return {str(key): value for key, value in found.items()}
 
 
+def as_stored(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Return a configuration flat, with the values that `read_config` would read if it were that of a directory."""
+    from omegaconf import OmegaConf
+
+    return flatten(OmegaConf.to_container(OmegaConf.create(_text(config, directory))))
+
+
 def refuse_other(config: dict[str, Any], directory: Path) -> None:
     """Refuse a configuration that differs from that of the run that was started in a directory.
 
     Raises:
         InputError: If they differ, with the differences; or if a later version of clsim has written the run.
     """
-    from omegaconf import OmegaConf
-
     path = directory / rundir.CONFIG
     rundir.refuse_later(directory)
     if not (rundir.is_begun(directory) and path.exists()):
         return
     there = read_config(path, "remove it, and the run is continued as it is configured now")
-    here = OmegaConf.to_container(OmegaConf.create(_text(config, directory)))
-    changed = changes(flatten(there), flatten(here))
+    changed = changes(flatten(there), as_stored(config, directory))
     if changed:
         raise InputError(
             f"{directory} holds a run of another configuration ({changed}; see {rundir.CONFIG}): choose another "

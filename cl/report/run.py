@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from cl.data.task import Stream
     from cl.metrics.scalar import AnyScalar
     from cl.metrics.transfer import TransferMatrix
+    from cl.report.scored import Score
 
 
 class Curves(Protocol):
@@ -124,6 +126,7 @@ class Run:
         flushed: The results of the reports' `flush` in the checkpoint from which the run resumes.
         test_rows: The size of each task's test set, in the order of learning.
         learner: The learner with its weights; None for a run that was read from its directory.
+        scorer: Scores the saved learner, see `score`; None for a run that neither `cl.run` nor `cl.load` made.
 
     Example:
         >>> from cl.metrics.transfer import TransferMatrix
@@ -154,6 +157,7 @@ class Run:
     device: str = ""
     bound: str = ""
     learner: Any = None
+    scorer: Any = None
 
     def __post_init__(self) -> None:
         self._scalars: dict[tuple[str, int], dict[str, float]] = {}
@@ -260,6 +264,41 @@ class Run:
             if not math.isnan(value)
         ]
         return pandas.DataFrame(cells, columns=[*rundir.TRANSFER.columns, "name"])
+
+    def score(
+        self,
+        stream: Stream | None = None,
+        task: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        directory: str | Path | None = None,
+        *,
+        learner: Any = None,
+        allow_changed: bool = False,
+    ) -> Score:
+        """Score the saved learner again, without training: on the run's own test sets, or on those of another stream.
+
+        A run that was read by `cl.load` builds its learner from its configuration and loads a checkpoint. Nothing is
+        written to the directory of the run, and a learner in memory stays as it is.
+
+        Args:
+            stream: The stream whose test sets are scored; None means that of the run, which gives row `task` of R to
+                the bit. Its inputs and classes must be those of the learner.
+            task: The number of tasks after which the learner was saved, 0 for the untrained one; None means all.
+            options: Test options of the strategies that differ from those of the run, by "NAME.option"; a strategy
+                declares them in `test_options`.
+            directory: A new directory for `score.csv` and `score.json`; None writes nothing.
+            learner: A `cl.Learner` built as that of the run was: for a run whose configuration cannot build it again,
+                because it was made from Python objects.
+            allow_changed: Whether to score although the run's test sets or the user's code have changed since.
+
+        Raises:
+            InputError: If the run is not finished and `task` is None, there is no such checkpoint, the stream does not
+                fit, there is no such option, or the directory is taken.
+        """
+        if self.scorer is None:
+            raise InputError("This run cannot be scored again: read it from its directory, by cl.load(directory).")
+        score: Score = self.scorer(self, stream, task, options or {}, directory, learner, allow_changed)
+        return score
 
     def save(self, directory: str | Path) -> Path:
         """Write the run as a directory that `cl.load`, `cl.compare` and `cl-compare` read; return its path.

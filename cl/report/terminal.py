@@ -109,6 +109,15 @@ def accuracy_grid(run: Run, mask: str, console: Console, current: int | None = N
     return grid(R, labels, cell[0], show, lambda value: _style(value, SEQUENTIAL), current)
 
 
+def row_grid(row: Tensor, label: str, console: Console) -> Text | None:
+    """Return one row (T,) of a metric as text with a header, or None if it does not fit on the console."""
+    cell = layout(console, len(row), narrowest=3)
+    if cell is None:
+        return None
+    show = partial(percent, digits=cell[1])
+    return grid(row[None], [label], cell[0], show, lambda value: _style(value, SEQUENTIAL))
+
+
 def difference_grid(matrix: Tensor, console: Console) -> Text | None:
     """Return a (T, T) matrix of differences as text, orange below zero and purple above, or None if it does not fit."""
     cell = layout(console, matrix.shape[1], narrowest=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -93,6 +94,12 @@ def _check_card(build: Build) -> tuple[Scenario, ...]:
             strange = [word for word in words if word not in known]
             assert not strange, (
                 f"{type(strategy).__name__}.{name} has {strange[0]!r}: use words of {', '.join(map(repr, known))}."
+            )
+        for option in strategy.test_options:
+            known_argument = option in inspect.signature(type(strategy)).parameters and option in vars(strategy)
+            assert known_argument, (
+                f"{type(strategy).__name__}.test_options has {option!r}: name arguments of its constructor that are "
+                "attributes, too."
             )
     return tuple(each for each in SCENARIOS if all(each in strategy.scenarios for strategy in build().values()))
 

@@ -119,6 +119,7 @@ def about(kind: type[Strategy]) -> str:
         f"**Needs:** {prose(needs) or 'nothing in particular'}",
         *([] if kind.distributed else ["**Processes:** one"]),
         *([f"**Bound:** {kind.bound}"] if kind.bound else []),
+        *([f"**Test options** (for `score=DIR`): {', '.join(map(code, kind.test_options))}"] * bool(kind.test_options)),
     ]
     return "".join(f"- {line}\n" for line in lines)
 

@@ -116,7 +116,16 @@ def test_by_target_from_where_the_command_is_given(package: Path, tmp_path: Path
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", PAGES, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("cl-run ")]
-    own = ("--config-dir", "blobs", "resume=", "verify=", "from=", "launcher=", "hydra/sweeper=")  # or an extra's
+    own = (
+        "--config-dir",
+        "blobs",
+        "resume=",
+        "verify=",
+        "score=",
+        "from=",
+        "launcher=",
+        "hydra/sweeper=",
+    )  # or an extra's
     return [line for line in lines if not any(word in line for word in own)]
 
 

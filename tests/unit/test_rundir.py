@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from checkout import ROOT
 from cl import rundir
 from cl.app.resume import expand
+from cl.app.scoring import find_checkpoint
 from cl.compare.align import align
 from cl.compare.read import find_runs, read_run
 from cl.engine.branch import Branch
@@ -29,11 +30,11 @@ from cl.measure.resources import Resources
 from cl.report.config_file import refuse_other
 from cl.report.tables import FileReport, table_csv
 from cl.report.training import TrainingReport
-from cl.rundir import ESTIMATES, LEARNING_CURVES, RESOURCES, TRAINING, TRANSFER, Table, csv_text
+from cl.rundir import ESTIMATES, LEARNING_CURVES, RESOURCES, SCORED, TRAINING, TRANSFER, Table, csv_text
 from cl.testing import toy_learner
 
 CL = ROOT / "cl"
-TABLES = (TRANSFER, TRAINING, LEARNING_CURVES, ESTIMATES, RESOURCES)
+TABLES = (TRANSFER, TRAINING, LEARNING_CURVES, ESTIMATES, RESOURCES, SCORED)
 
 CELLS = {int: st.integers(0, 10**6), float: st.floats(), str: st.text("aZ0 ,;'\"é语\t", max_size=6)}
 
@@ -137,6 +138,8 @@ def test_a_run_of_a_later_version_is_refused_and_not_touched(tmp_path):
         lambda: refuse_other({}, place),
         lambda: expand([f"resume={place}"]),
         lambda: expand([f"verify={place}"]),
+        lambda: expand([f"score={place}:task=1"]),
+        lambda: find_checkpoint(place, 1),
         lambda: finished(tmp_path / "b", branch=Branch(place, 1)),
         lambda: read_run(place),
     ):

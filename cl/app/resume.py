@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def _to_score(text: str, rest: list[str]) -> list[str]:
     }
     named = [f"{name}={_quote(str(place))}" for name, place in found.items()]
     _change_folder(where)
-    return [*command, f"score={_quote(str(where) + colon + task)}", "logger=none", *named, *rest]
+    flags = list(takewhile(lambda argument: argument[:1] == "-" or "=" not in argument, rest))  # -m stays in front
+    score = f"score={_quote(str(where) + colon + task)}"
+    return [*flags, *command, score, "logger=none", *named, *rest[len(flags) :]]
 
 
 def _change_folder(directory: Path) -> None:

@@ -337,7 +337,8 @@ def _rebuilt(directory: Path, task: int | None) -> Saved:
             f"{directory} was learned from Python objects, which its {rundir.CONFIG} cannot build again: give a stream "
             "and a learner that is built the same way, score(stream, learner=cl.Learner(...))."
         )
-    cfg = OmegaConf.create({**stored, "weights": None})
+    absent = {key: None for key in SETTINGS if "." not in key}  # in a run of an earlier version
+    cfg = OmegaConf.create({**absent, **stored, "weights": None})
     learner, stream = build_learner(cfg)
     return Saved(learner, stream, instantiate(cfg.trainer), stored, directory, path)
 

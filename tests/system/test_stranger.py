@@ -112,7 +112,7 @@ def test_as_weights_and_as_a_branch_nothing_is_executed(finished: Path, tmp_path
 
 
 def test_on_the_command_line_nothing_is_executed(cl_run: Any, tmp_path: Path) -> None:
-    """verify=, resume=, from= and weights= of a directory with such files end in one sentence each."""
+    """verify=, resume=, from=, score= and weights= of a directory with such files end in one sentence each."""
     mark = tmp_path / "executed"
     small = ["epochs=1", "stream.num_tasks=2", "trainer.accelerator=cpu", "report=quiet", "~report.picture"]
 
@@ -122,6 +122,7 @@ def test_on_the_command_line_nothing_is_executed(cl_run: Any, tmp_path: Path) ->
     seal(archives(tmp_path, mark)["zip"], last.with_name("after_task_001.ckpt"))
     asked = {
         "after_task_002": ["verify=out"],
+        "after_task_002.ckpt": ["score=out", "hydra.run.dir=new"],
         "after_task_001": ["from=out:task=1", "hydra.run.dir=new", *small],
         "zip.ckpt": ["weights=zip.ckpt", "hydra.run.dir=other", *small],
     }

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import torch
 from annotated_types import Ge
@@ -26,6 +27,7 @@ from cl.errors import InputError
 from cl.files import digest_of, write_sealed
 from cl.rundir import SCORED, TRANSFER
 from cl.testing import toy_stream
+from cl.testing.toys import toy_run
 
 FEW = ["stream.num_tasks=2", "stream.classes=[0,1,2,3]", "epochs=1", "trainer.accelerator=cpu", "logger=none"]
 FEW += ["report=quiet", "~report.picture", "~report.curves"]
@@ -88,6 +90,46 @@ def test_every_row_of_R_is_found_again_to_the_bit(name: str, tmp_path: Path) -> 
     assert digests(tmp_path / "run") == before, "nothing is written where it was trained"
 
 
+@pytest.mark.slow
+def test_initial_weights_and_a_protocol_are_those_of_the_run(tmp_path: Path) -> None:
+    """The file of the initial weights may be gone; the tasks are those that the protocol left."""
+    build(composed(*FEW), tmp_path / "first").run()
+    weights = shutil.copy(tmp_path / "first" / "checkpoints" / "after_task_002.ckpt", tmp_path / "weights.ckpt")
+    more = [
+        *FEW,
+        "stream.num_tasks=4",
+        "protocol=score_rest",
+        "protocol.num_tasks=1",
+        "protocol.tuned=null",
+        f"weights={weights}",
+    ]
+    done = build(composed(*more), tmp_path / "run").run()
+    Path(weights).unlink()
+    score = cl.load(tmp_path / "run").score()
+    assert score["class"].shape == (3,) and torch.equal(score["class"], done.primary.R[3])
+
+
+@pytest.mark.slow
+def test_relative_paths_of_the_run_are_found_from_elsewhere(cl_run: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 40), ("test", 20)):
+        np.save(tmp_path / "data" / f"{name}_x.npy", draw.normal(size=(count, 4)).astype(np.float32))
+        np.save(tmp_path / "data" / f"{name}_y.npy", np.arange(count) % 4)
+    arrays = [f"stream.{name}=data/{name}.npy" for name in ("train_x", "train_y", "test_x", "test_y")]
+    command = ["stream=from_arrays", *arrays, "stream.num_tasks=2", "epochs=1", "trainer.accelerator=cpu"]
+    done = cl_run(*command, "report=quiet", "~report.picture", "~report.curves", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "elsewhere").mkdir()
+    done = cl_run("score=../run", "hydra.run.dir=score", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    cells = list(SCORED.read(tmp_path / "elsewhere" / "score" / SCORED.name))
+    assert cells == [cell for cell in TRANSFER.read(tmp_path / "run" / TRANSFER.name) if cell.after_task == 2]
+    here = Path.cwd()
+    assert torch.equal(cl.load(tmp_path / "run").score()["class"], torch.tensor([c.value for c in cells[:2]]))
+    assert Path.cwd() == here
+
+
 @pytest.fixture(scope="module")
 def trained(cl_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
@@ -124,6 +166,15 @@ def test_the_command_prints_and_writes_the_row(cl_run: Any, trained: Path, tmp_p
 
 
 # ------------------------------------------------------------------ other test sets
+
+
+@pytest.mark.slow
+def test_a_sweep_over_test_sets_makes_a_score_each(cl_run: Any, trained: Path, tmp_path: Path) -> None:
+    sets = ["stream.classes=[0,1,2,3],[0,1]", "stream.num_tasks=1"]
+    done = cl_run("-m", f"score={trained}", *sets, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = sorted(tmp_path.glob(f"sweep/*/{SCORED.name}"))
+    assert len(found) == 2 and all(len(list(SCORED.read(path))) == 4 for path in found)
 
 
 @pytest.mark.slow
@@ -256,6 +307,11 @@ def test_a_run_made_from_python_is_scored_by_a_learner_built_the_same_way(tmp_pa
     other = quick(toy_stream(2), cl.strategies.ER(memory_size=9), epochs=0).learner
     with pytest.raises(InputError, match="does not fit this configuration"):
         loaded.score(toy_stream(2), learner=other)
+
+
+def test_a_run_of_another_origin_is_scored_from_its_directory() -> None:
+    with pytest.raises(InputError, match=r"read it from its directory, by cl\.load"):
+        toy_run().score()
 
 
 def test_a_score_is_written_where_it_is_asked_for_and_prints_as_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import cl
 from cl.data.stream_checks import same
 from cl.data.task import Stream, Task, TaskData
+from cl.engine import checkpoint
 from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
@@ -101,6 +103,22 @@ def test_the_learner_is_not_changed() -> None:
     assert all(same(before[key], value) for key, value in learner.state_dict().items())
     assert [module.training for module in learner.modules()] == modes
     assert learner.task is task and learner.trainer is one
+
+
+class OfTheTask(cl.Strategy):
+    """Its predictions depend on the task that the learner is at."""
+
+    def predict(self, learner: cl.LearnerLike, view: Tensor) -> Tensor:
+        return learner(view).roll(learner.task_index, 1)
+
+
+def test_a_loaded_learner_is_at_its_last_task_as_it_was_when_R_was_measured(tmp_path: Path) -> None:
+    learner, stream = toy_learner({"it": OfTheTask()})
+    Experiment(learner, stream, trainer, epochs=1, directory=tmp_path).run()
+    for task in range(4):
+        again, _ = toy_learner({"it": OfTheTask()}, seed=1)
+        checkpoint.load(again, tmp_path / "checkpoints" / f"after_task_00{task}.ckpt")
+        assert torch.equal(score_row(again, stream, trainer)[0]["class"], learner.matrices["class"].R[task])
 
 
 def test_unchanged_restores_weights_counters_and_masks() -> None:

@@ -63,6 +63,7 @@ class UER(Strategy):
     """
 
     needs = ("memory",)
+    test_options = ("predict_with",)
 
     def __init__(
         self,

@@ -6,9 +6,10 @@ written to the run's directory.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def check_options(strategies: Mapping[str, Any], options: Options) -> None:
     """Refuse options that are not test options of the strategies, or whose values do not fit.
 
     Args:
-        strategies: The strategies of the saved learner, or their classes, by name.
+        strategies: The strategies of the saved learner, by name.
         options: Values by "NAME.option".
 
     Raises:
@@ -175,7 +176,7 @@ def check_options(strategies: Mapping[str, Any], options: Options) -> None:
 
     Example:
         >>> from cl.engine.strategy import Strategy
-        >>> check_options({"mine": Strategy}, {"mine.speed": 3})
+        >>> check_options({"mine": Strategy()}, {"mine.speed": 3})
         Traceback (most recent call last):
         cl.errors.InputError: mine.speed=3 is no test option: a saved learner keeps the settings of its run, except \
 for its stream and the test options of its strategies, of which there are none.
@@ -184,8 +185,11 @@ for its stream and the test options of its strategies, of which there are none.
     for name, value in options.items():
         if name not in known:
             raise _kept(f"{name}={value} is no test option", known)
-        kind = known[name] if isinstance(known[name], type) else type(known[name])
-        check_value(name, value, annotation_of(kind, name.rpartition(".")[2]))
+        kind, option = type(known[name]), name.rpartition(".")[2]
+        check_value(name, value, annotation_of(kind, option))
+        held = {key: vars(known[name])[key] for key in inspect.signature(kind).parameters if key in vars(known[name])}
+        with suppress(TypeError):  # other arguments, which cannot be read back from its attributes, are missing
+            kind(**{**held, option: value})  # refuses what its constructor refuses
 
 
 def _kept(what: str, known: Mapping[str, Any]) -> InputError:

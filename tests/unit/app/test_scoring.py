@@ -244,7 +244,7 @@ def test_a_test_option_changes_predictions_and_nothing_else() -> None:
     assert learner.task is task and learner.trainer is trainer
 
 
-def test_test_options_alone_may_differ_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_than_test_options_are_refused_on_the_command_line(tmp_path: Path) -> None:
     mine = ["strategy=[]", "+strategy.rolled._target_=cl.strategies.finetune.Finetune"]
     run = ["strategy=[er]", *FEW]
     build(composed(*run), tmp_path / "run").run()
@@ -258,11 +258,26 @@ def test_test_options_alone_may_differ_on_the_command_line(tmp_path: Path, monke
         with pytest.raises(InputError, match=sentence):
             scoring._job(composed(*run, *more, f"score={tmp_path}/run"), tmp_path / "score", path)
     assert not (tmp_path / "score").exists()
-    monkeypatch.setattr(cl.strategies.ER, "test_options", ("batch_size",))
-    with pytest.raises(InputError, match=r"those are er\.batch_size"):
-        scoring._job(composed(*run, "epochs=2", f"score={tmp_path}/run"), tmp_path / "score", path)
-    scoring._job(composed(*run, "strategy.er.batch_size=3", f"score={tmp_path}/run"), tmp_path / "score", path)
-    assert json.loads((tmp_path / "score" / rundir.SCORE).read_text())["options"] == {"er.batch_size": 3}
+
+
+def test_predictions_by_angles_are_those_of_a_run_that_was_trained_to_predict_so(tmp_path: Path) -> None:
+    """`predict_with` of UER acts at test alone: from Python and on the command line, R of the other run."""
+    run, angles = ["strategy=uer", *FEW], "strategy.uer.predict_with=cos"
+    for name, more in {"products": [], "angles": [angles]}.items():
+        build(composed(*run, *more), tmp_path / name).run()
+    expected = cl.load(tmp_path / "angles").matrices["class"].R[2]
+    loaded = cl.load(tmp_path / "products")
+    score = loaded.score(options={"uer.predict_with": "cos"})
+    assert torch.equal(score["class"], expected) and not torch.equal(loaded.score()["class"], expected)
+    path, asked = find_checkpoint(tmp_path / "products", None), f"score={tmp_path}/products"
+    scoring._job(composed(*run, angles, asked), tmp_path / "score", path)
+    cells = [c for c in SCORED.read(tmp_path / "score" / SCORED.name) if c[2:4] == ("class", "accuracy")]
+    assert torch.equal(torch.tensor([cell.value for cell in cells]), expected)
+    assert json.loads((tmp_path / "score" / rundir.SCORE).read_text())["options"] == {"uer.predict_with": "cos"}
+    with pytest.raises(InputError, match=r"epochs=2 differs .* those are uer\.predict_with"):
+        scoring._job(composed(*run, "epochs=2", asked), tmp_path / "other", path)
+    with pytest.raises(InputError, match="kind of logits called 'angle'"):
+        loaded.score(options={"uer.predict_with": "angle"})
 
 
 def test_an_option_that_is_none_is_refused_with_those_there_are() -> None:

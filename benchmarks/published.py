@@ -128,6 +128,9 @@ TAG = [
     Row("cifar100_20tasks_rmsprop", {"task": 48.91}, -20.0),
     Row("cifar100_20tasks_tag", {"task": 62.79}, -10.0),
 ]
+# Nobody's figures: online replay on the DER paper's protocol; the control of pcr, hpcr and onpro is er_views.
+_ONLINE = ("er", "er_views", "uer", "pcr", "hpcr", "onpro")
+ONLINE = [Row(f"split_mnist_online_{name}", {"class": None}) for name in _ONLINE]
 # Nobody's figures: a small ViT of our own.
 _PROMPTS = (
     "l2p",
@@ -142,7 +145,7 @@ _PROMPTS = (
     "joint",
 )
 VIT = [Row(f"cifar100_vit_{name}", {"class": None}) for name in _PROMPTS]
-ROWS = [*DER_PAPER, *GDUMB_PAPER, *THREE_SCENARIOS, *GPM_PAPER, *ALEXNET, *TAG, *VIT]
+ROWS = [*DER_PAPER, *GDUMB_PAPER, *THREE_SCENARIOS, *GPM_PAPER, *ALEXNET, *TAG, *ONLINE, *VIT]
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -14,6 +14,9 @@ first epoch only, so that the probability above stays right.
 Differences from the reference code: Mammoth offers every example again in each epoch (`every_epoch=true` does so), and
 computes the loss over all classes of the head instead of over the classes that compete.
 
+With `second_view` each incoming and replayed example is used twice, as it is and augmented: the control for methods of
+which a second view is a part (`scr`, `pcr`, `hpcr`, `onpro`).
+
 State: the memory, |M| examples with their labels. Scenarios: all.
 """
 
@@ -22,12 +25,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl.distributed import share
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
 from cl.toolkit.memory import Memory
+from cl.toolkit.views import check_images, with_another_view
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
@@ -42,6 +46,11 @@ class ER(Strategy):
         policy: Rule by which the memory chooses what it stores: "reservoir", "class_balanced" or "ring".
         every_epoch: Offer each example to the memory in every epoch instead of in the first epoch only.
         storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
+        second_view: Augmentation `(x, numpy generator) -> x` of a second view of each example, trained on as well,
+            such as `cl.data.augment.ContrastiveView`; None for one view.
+
+    Raises:
+        InputError: If the inputs are not images, (C, H, W), and there is a second view.
 
     Example:
         >>> ER(memory_size=20)
@@ -58,22 +67,27 @@ class ER(Strategy):
         policy: str = "reservoir",
         every_epoch: bool = False,
         storage: str = "device",
+        second_view: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.memory_size, self.batch_size = memory_size, batch_size
-        self.policy, self.every_epoch, self.storage = policy, every_epoch, storage
+        self.policy, self.every_epoch, self.storage, self.second_view = policy, every_epoch, storage, second_view
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory."""
+        if self.second_view is not None:
+            check_images(stream, "er.second_view")
         if self.batch_size is not None:
             self.batch_size = share("er.batch_size", self.batch_size)
         self.memory = Memory(self.memory_size, stream, self.policy, storage=self.storage)
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
-        """Append replayed examples, if the memory holds any."""
-        if len(self.memory) == 0:
+        """Append replayed examples, if the memory holds any, then the second views."""
+        if len(self.memory):
+            batch = batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
+        if self.second_view is None:
             return batch
-        return batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
+        return with_another_view(batch, self.second_view, learner.augment_random.generator)
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Offer the incoming examples to the memory, after the step, so that none is replayed in the same step."""

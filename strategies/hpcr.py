@@ -17,8 +17,9 @@ length 1, now z and when they were stored :math:`\bar z`; over the R replayed vi
 Both views of a replayed example have the same stored logits and features, those of the unaugmented view. With
 a = b = 0 and t_min = t_max = 1 it gives the bits of `pcr`.
 
-Crops and changes of colour are part of the method: an `er` without them is no control. The bias of the head, if it has
-one, is not used. Which classes compete follows from the batch alone, in every scenario: `train_mask` has no effect.
+Crops and changes of colour are part of the method: an `er` without them is no control; one with the same `second_view`
+is. The bias of the head, if it has one, is not used. Which classes compete follows from the batch alone, in every
+scenario: `train_mask` has no effect.
 
 Defaults: those of the released code for CIFAR-100; a = 0.01 for CIFAR-10. It takes batches of 10, one epoch, and SGD
 with a learning rate of 0.1.

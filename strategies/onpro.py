@@ -22,8 +22,9 @@ M', over both views: classes that are near each other are mixed more often. A mi
 loss (1 - s) CE(y) + s CE(y'), where the classes that compete for either of the two compete; in :math:`L_{ins}` it has
 the label of the larger part.
 
-Crops and changes of colour are part of the method: an `er` without them is no control. With 32 views of each example in
-:math:`L_{ins}` a step costs more than ten times one of `er`; `instance=0` leaves them out.
+Crops and changes of colour are part of the method: an `er` without them is no control; one with the same `second_view`
+is. With 32 views of each example in :math:`L_{ins}` a step costs more than ten times one of `er`; `instance=0` leaves
+them out.
 
 Defaults: those of the released code for CIFAR-100. It takes batches of 10, one epoch, and Adam with a learning rate of
 5e-4 and a weight decay of 1e-4.

@@ -12,8 +12,9 @@ i, itself included:
 Classes count as often as they occur: see `cl.toolkit.proxies.proxy_contrast`. Predictions are by the largest cosine.
 The incoming views pass the network together, and so do the replayed ones: batch norm is over each of the two.
 
-Crops and changes of colour are part of the method: an `er` without them is no control. The bias of the head, if it has
-one, is not used. Which classes compete follows from the batch alone, in every scenario: `train_mask` has no effect.
+Crops and changes of colour are part of the method: an `er` without them is no control; one with the same `second_view`
+is. The bias of the head, if it has one, is not used. Which classes compete follows from the batch alone, in every
+scenario: `train_mask` has no effect.
 
 Defaults: tau = 0.09, as many replayed as incoming examples, and the strengths of the augmentation are those of the
 released code. It takes batches of 10, one epoch, and SGD with a learning rate of 0.1.

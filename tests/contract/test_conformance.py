@@ -16,7 +16,7 @@ import torch
 
 from checkout import ROOT
 from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, relabel, repeat, subsample
-from cl.data.augment import Normalize, RandomCropFlip
+from cl.data.augment import ContrastiveView, Normalize, RandomCropFlip
 from cl.data.sources import digits, synthetic
 from cl.data.task import SCENARIOS, Stream, Task, TaskData
 from cl.engine.batch import Batch
@@ -107,6 +107,7 @@ METHODS = [
     Row("er", ER, {"memory_size": 20}),
     Row("er", ER, {"memory_size": 20, "policy": "class_balanced", "every_epoch": True}),
     Row("er", ER, {"memory_size": 20, "policy": "ring", "batch_size": 3}),
+    Row("er", ER, {"memory_size": 20, "second_view": ContrastiveView()}),
     Row("derpp", DERpp, {"memory_size": 20}),
     Row("derpp", DERpp, {"memory_size": 20, "alpha": 0.0, "beta": 0.0}, finetunes_first=True),
     Row("agem", AGEM, {"memory_size": 20, "batch_size": 10}, finetunes_first=True),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from by_hand import by_hand, close
+from cl.data.augment import ContrastiveView
 from cl.engine.batch import Batch
+from cl.errors import InputError
 from cl.strategies.derpp import DERpp
 from cl.strategies.er import ER
-from toys import toy
+from toys import Identity, build, float_stream, toy
 
 
 def replay_by_hand(kind: str, alpha: float = 0.0, beta: float = 0.0) -> nn.Module:
@@ -75,3 +78,18 @@ def test_er_passes_its_policy_on(policy):
     memory = learner.strategies["method"].memory
     shares = torch.bincount(memory.sample(20).y, minlength=6).tolist()
     assert {"class_balanced": [5, 5, 5, 5, 0, 0], "ring": [4, 4, 3, 3, 0, 0]}.get(policy, shares) == shares
+
+
+def test_with_a_second_view_each_example_is_trained_on_twice():
+    view = ContrastiveView(flip=False)
+    learner, stream = toy(ER(memory_size=10, second_view=view), [0])
+    strategy, incoming = learner.strategies["method"], Batch(*(column[:5] for column in stream[1].train.tensors()))
+    learner.augment_random.seed(3)
+    batch = strategy.extend_batch(learner, incoming)
+    assert len(batch) == 20 and batch.num_incoming == 5 and batch.x.dtype == torch.uint8
+    assert batch.y[:10].tolist() == batch.y[10:].tolist() and batch.task[:10].tolist() == batch.task[10:].tolist()
+    expected = view(batch.x[:10], np.random.Generator(np.random.PCG64(3)))
+    assert float((batch.x[10:] / 255 - expected).abs().max()) <= 0.5 / 255 + 1e-6
+    assert strategy.memory.num_seen == 48, "no second view is stored"
+    with pytest.raises(InputError, match=r"er\.second_view crops images, but the inputs of .* are \(3,\)"):
+        build(float_stream([torch.zeros(4, 3)], [torch.arange(4) % 2]), Identity(3), ER(second_view=view))

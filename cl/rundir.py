@@ -60,6 +60,9 @@ class TrainingPoint(NamedTuple):
     value: float
 
 
+RECORD = "record/"  # prefix of the curves that strategies and instruments record, see `LearnerLike.record`
+
+
 class CurvePoint(NamedTuple):
     """The metric on task `tested` while `task` is trained, after `step` steps of it and `total_step` of the stream."""
 

@@ -69,6 +69,11 @@ SETTINGS: Mapping[str, Setting] = {
     "seed": _result("the seed of all random draws", Annotated[int, Ge(0)]),
     "epochs": _result("passes over each task's training data", Annotated[int, Ge(0)], is_tuned=True),
     "batch_size": _result("incoming examples per step", Count, is_tuned=True),
+    "updates_per_batch": _result(
+        "updates of the weights on each incoming batch, each with new replayed examples; null: 1",
+        Count | None,
+        is_tuned=True,
+    ),
     "gradient_clip": _result(
         "largest norm of the gradient; null for any", Annotated[float, Gt(0)] | None, is_tuned=True
     ),

@@ -66,6 +66,7 @@ def run(
     scheduler_interval: Literal["epoch", "step"] = "epoch",
     eval_batch_size: Annotated[int, Ge(1)] | None = None,
     chunk_size: Annotated[int, Ge(1)] | None = None,
+    updates_per_batch: Annotated[int, Ge(1)] | None = None,
     log_every: Annotated[int, Ge(1)] = 50,
     compile: str | None = None,
     trainer: Mapping[str, Any] | None = None,
@@ -117,6 +118,7 @@ def run(
         scheduler_interval: Whether the schedule advances after each "epoch" or after each optimizer "step".
         eval_batch_size: Examples in a batch of an evaluation; None means 256 on a CPU and 1024 elsewhere.
         chunk_size: Optimizer steps in one training step of Lightning; results do not depend on it.
+        updates_per_batch: Updates of the weights on each incoming batch, each with new replayed examples; None means 1.
         log_every: Steps between two points of the training curves.
         compile: Mode of torch.compile for backbone and head: "default", "reduce-overhead" or "max-autotune".
         trainer: Options of Lightning's Trainer, such as `{"accelerator": "gpu", "precision": "bf16-mixed"}`.
@@ -158,10 +160,10 @@ def run(
     """
     make_trainer = _trainer(stream, {**_TRAINER, **(trainer or {})}, optimizer, scheduler)
     options: dict[str, Any] = {
-        **{"backbone": backbone, "head": head, "optimizer": optimizer, "scheduler": scheduler, "mode": compile},
-        **{"batch_size": batch_size, "eval_batch_size": eval_batch_size, "chunk_size": chunk_size},
-        **{"gradient_clip": gradient_clip, "train_mask": train_mask, "log_every": log_every},
-        **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval, "seed": seed},
+        **{"backbone": backbone, "head": head, "optimizer": optimizer, "scheduler": scheduler, "seed": seed},
+        **{"batch_size": batch_size, "updates_per_batch": updates_per_batch, "eval_batch_size": eval_batch_size},
+        **{"gradient_clip": gradient_clip, "train_mask": train_mask, "chunk_size": chunk_size, "mode": compile},
+        **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval, "log_every": log_every},
     }
     own, extra = copy.deepcopy((named(strategies), dict(instruments or {})))
     learner = _learner(stream, own, **options)

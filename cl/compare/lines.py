@@ -28,6 +28,7 @@ from cl.compare.forecasts import block as forecasts
 from cl.compare.leaderboard import Board, Column, column
 from cl.compare.numbers import Number, Numbers
 from cl.compare.read import LOWER_IS_BETTER
+from cl.rundir import RECORD
 
 RESOURCES = ("seconds", "flops", "steps", "parameters", "memory_bytes", "state_bytes", "peak_memory_bytes")
 
@@ -60,6 +61,7 @@ def blocks(
         differences(stage, numbers, bases),
         over_tasks(stage, numbers, look),
         curves(stage, numbers, look),
+        records(stage, numbers, look),
         resources(stage, board, numbers, look),
         forecasts(found, look),
     ]
@@ -214,6 +216,33 @@ def _curve(
     return Panel(
         f"task {task}", {"data": traces, "layout": layout}, f"{metric} on task {task} by step, one line for each group."
     )
+
+
+def records(stage: Stage, numbers: Numbers, look: Mapping[str, Style]) -> Block:
+    """Return a block with the numbers that strategies and instruments recorded, over the run's steps."""
+    about = "What strategies and instruments recorded during training, as the mean over runs."
+    block = Block("records", "Recorded numbers", about)
+    names = dict.fromkeys(name for units in stage.runs.values() for run in units.values() for name in run.records)
+    for name in names:
+        for layout in stage.layouts:
+            traces: list[Figure] = []
+            for group in stage.runs:
+                cells = numbers.find(stage.name, group, RECORD + name, layout=layout)
+                traces += _banded([n.step or 0 for n in cells], cells, group, look[group], False) if cells else []
+            if not traces:
+                continue
+            for trace in traces:
+                trace["hovertemplate"] = trace["name"] + ": %{y:.4~g}<extra></extra>"
+            traces.sort(key=lambda trace: "fill" not in trace)
+            shape = {"xaxis": axis("step of the run"), "yaxis": axis(name), "height": 420, "hovermode": "x unified"}
+            words = f"{name} by step, one line for each group."
+            block.views.append(
+                View(
+                    {"number": name, **({"order": layout} if layout else {})},
+                    [Panel(name, {"data": traces, "layout": shape}, words)],
+                )
+            )
+    return block
 
 
 def resources(stage: Stage, board: Board, numbers: Numbers, look: Mapping[str, Style]) -> Block:

@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cl.compare.align import Comparison, Stage, Unit
-from cl.compare.read import COSTS, Array, Entry, RunFiles
+from cl.compare.read import COSTS, Array, Curve, Entry, RunFiles
 from cl.metrics.scalar import range_of_metric, range_of_scale
 from cl.metrics.statistics import bounded, cell_intervals, t_interval
+from cl.rundir import RECORD
 
 Key: TypeAlias = tuple[str, str, str, str, str, str, str]
 
@@ -153,6 +154,7 @@ def summarise(comparison: Comparison, level: float, bases: Sequence[str]) -> Num
                 runs = list(stage.of(group, layout).values())
                 _cells(numbers, stage.name, layout, group, runs)
                 _curves(numbers, stage.name, layout, group, runs)
+                _records(numbers, stage.name, layout, group, runs)
         for base in bases:
             for group in stage.runs:
                 for layout in stage.layouts:
@@ -258,14 +260,27 @@ def _by_cell(
 
 
 def _curves(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequence[RunFiles]) -> None:
-    """Add learning curves at the steps that all runs of the group have, so that all points are over the same runs."""
+    """Add learning curves."""
     for key in dict.fromkeys(key for run in runs for key in run.curves):
-        curves = [dict(zip(c.steps, c.values, strict=True)) for run in runs if (c := run.curves.get(key)) is not None]
         mask, metric, task = key
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        found_at = cell_intervals([[curve[step] for step in steps] for curve in curves], numbers.level)
-        cells = vars(bounded(found_at, *range_of_metric(metric)))
-        for i, step in enumerate(steps):
-            found = {name: values[i].item() for name, values in cells.items()}
+        curves = [run.curves[key] for run in runs if key in run.curves]
+        for step, found in _by_step(curves, numbers.level, *range_of_metric(metric)):
             of = (stream, layout, group, "", "", mask, f"{metric}_curve", None, task, step)
             numbers.add(Number("group", *of, **found))
+
+
+def _records(numbers: Numbers, stream: str, layout: str, group: str, runs: Sequence[RunFiles]) -> None:
+    """Add the numbers that strategies and instruments recorded during training."""
+    for name in dict.fromkeys(name for run in runs for name in run.records):
+        curves = [run.records[name] for run in runs if name in run.records]
+        for step, found in _by_step(curves, numbers.level, -math.inf, math.inf):
+            numbers.add(Number("group", stream, layout, group, "", "", "", RECORD + name, None, None, step, **found))
+
+
+def _by_step(curves: Sequence[Curve], level: float, low: float, high: float) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the steps that all curves have, so that all points are over the same runs, and the interval at each."""
+    points = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
+    steps = sorted(set.intersection(*map(set, points)))
+    cells = vars(bounded(cell_intervals([[curve[step] for step in steps] for curve in points], level), low, high))
+    for i, step in enumerate(steps):
+        yield step, {name: values[i].item() for name, values in cells.items()}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cl import rundir
 from cl.errors import InputError
 from cl.report.config_file import read_config
-from cl.rundir import LEARNING_CURVES, RESOURCES, TRANSFER, Cell, read_json, unreadable
+from cl.rundir import LEARNING_CURVES, RECORD, RESOURCES, TRAINING, TRANSFER, Cell, read_json, unreadable
 
 Array = npt.NDArray[np.float64]
 LOWER_IS_BETTER = {"ece"}  # metrics of cells; the files of runs have the direction of a scalar
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Curve:
-    """The metric on one task during training: the steps of the run at which it was measured, and its values."""
+    """A number during training, such as the metric on one task: the steps of the run, and the values there."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
@@ -86,6 +86,7 @@ class RunFiles:
         scalars: Scalars by mask and name. The first mask is that of the scenario; scalars without a mask are under "".
         absent: For each scalar that could not be computed, the reason.
         curves: Learning curves by (mask, metric, task tested).
+        records: The numbers that strategies and instruments recorded during training, by name.
         starts: Step of the run at which each task begins, if there are learning curves.
         forecasts: Forecasts by estimator.
         tuning: The protocol of tuning, the values that a search found by key, and its known costs; {} without a
@@ -111,6 +112,7 @@ class RunFiles:
     scalars: dict[str, dict[str, Entry]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     curves: dict[tuple[str, str, int], Curve] = field(default_factory=dict)
+    records: dict[str, Curve] = field(default_factory=dict)
     starts: tuple[int, ...] = ()
     forecasts: dict[str, Forecast] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
@@ -178,6 +180,7 @@ def read_run(directory: Path) -> RunFiles:
         (rundir.SUMMARY, _read_summary),
         (TRANSFER.name, _read_matrices),
         (LEARNING_CURVES.name, _read_curves),
+        (TRAINING.name, _read_records),
         (RESOURCES.name, _read_resources),
         (rundir.MANIFEST, _read_manifest),
     ):
@@ -282,6 +285,14 @@ def _read_curves(run: RunFiles, path: Path) -> None:
     for key, curve in points.items():
         steps = sorted(curve)
         run.curves[key] = Curve(tuple(steps), tuple(curve[step] for step in steps))
+
+
+def _read_records(run: RunFiles, path: Path) -> None:
+    points: dict[str, dict[int, float]] = {}
+    for point in TRAINING.read(path):
+        if point.name.startswith(RECORD) and math.isfinite(point.value):
+            points.setdefault(point.name.removeprefix(RECORD), {})[point.step] = point.value
+    run.records = {name: Curve(tuple(curve), tuple(curve.values())) for name, curve in points.items()}
 
 
 def _read_resources(run: RunFiles, path: Path) -> None:

@@ -12,7 +12,7 @@ subsets concern training examples only; validation and test sets stay as they ar
 
 from cl.compose.base import Source, copies
 from cl.compose.inputs import corrupt, permute, permute_pixels, rotate, transform, turn
-from cl.compose.labels import label_noise, label_scarcity, long_tail, relabel, subsample
+from cl.compose.labels import hide_labels, label_noise, label_scarcity, long_tail, relabel, subsample
 from cl.compose.tasks import concat, partition, reorder, repeat, resize
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "concat",
     "copies",
     "corrupt",
+    "hide_labels",
     "label_noise",
     "label_scarcity",
     "long_tail",

@@ -106,6 +106,38 @@ def _with_labels(data: TaskData, labels: Tensor) -> TaskData:
     return replace(data, y=y)
 
 
+def hide_labels(source: Source, tasks: Sequence[int] | None = None) -> Stream:
+    """Hide the labels of training and validation examples from strategies, which then see -1.
+
+    This is the setting of test-time adaptation and of active learning: the learner receives the inputs alone, and
+    instruments and R still use the labels. Only strategies with `needs_labels = False` can learn such a stream.
+
+    Args:
+        source: A stream, or a dataset.
+        tasks: Positions of the tasks, from 0; None means all but the first.
+
+    Raises:
+        InputError: If a position does not exist.
+
+    Example:
+        >>> from cl.compose import copies
+        >>> from cl.data.sources import digits
+        >>> stream = hide_labels(copies(digits(), num_tasks=2))
+        >>> [task.hidden for task in stream], stream[1].without_hidden_labels().train.labels.unique()
+        ([False, True], tensor([-1]))
+    """
+    stream = as_stream(source)
+    labels_only(stream, "hide_labels")
+    those = range(1, len(stream)) if tasks is None else tasks
+    for task in those:
+        if task not in range(len(stream)):
+            raise InputError(f"hide_labels: there is no task {task} in {stream.name!r}: use 0 to {len(stream) - 1}.")
+    hidden = set(those)
+    return stream.derive(
+        lambda t: replace(stream[t], hidden=t in hidden), name=f"{stream.name}, labels of {len(hidden)} tasks hidden"
+    )
+
+
 @checked
 def label_scarcity(
     source: Source,

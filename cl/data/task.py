@@ -233,6 +233,8 @@ class Task:
         val: Validation examples, drawn from the training set only and never augmented, or None.
         name: Its name in tables and figures.
         unlabelled: Inputs whose label is withheld (y = -1), for semi-supervised strategies, or None.
+        hidden: Whether strategies see -1 in place of the labels of the training and validation examples; instruments,
+            the validation and R use the labels.
     """
 
     index: int
@@ -241,6 +243,7 @@ class Task:
     val: TaskData | None = None
     name: str = ""
     unlabelled: TaskData | None = None
+    hidden: bool = False
 
     def __repr__(self) -> str:
         parts = {"train": self.train, "val": self.val, "test": self.test, "unlabelled": self.unlabelled}
@@ -252,6 +255,24 @@ class Task:
         """The task's classes, stream-wide and ascending: those of training and test examples with its task label."""
         parts = [part.labels[part.tasks == self.index] for part in (self.train, self.test)]
         return classes_of(torch.cat(parts))
+
+    def without_hidden_labels(self) -> Task:
+        """Return the task as strategies see it: -1 in place of each label if it hides them, else the same object.
+
+        Example:
+            >>> data = TaskData(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+            >>> task = Task(0, data, data, hidden=True).without_hidden_labels()
+            >>> task.train.labels.tolist(), task.test.labels.tolist(), task.classes
+            ([-1, -1, -1], [0, 1, 1], (0, 1))
+        """
+        if not self.hidden:
+            return self
+        if "_blank" not in self.__dict__:
+            blank = replace(self, train=_blank(self.train), val=None if self.val is None else _blank(self.val))
+            blank.__dict__["classes"] = self.classes
+            self.__dict__["_blank"] = blank
+        found: Task = self.__dict__["_blank"]
+        return found
 
     def each(self, change: Callable[[TaskData], TaskData], **fields: Any) -> Task:
         """Return the task with its training, validation, test and unlabelled examples changed.
@@ -268,6 +289,10 @@ class Task:
         parts = {name: getattr(self, name) for name in ("train", "test", "val", "unlabelled")}
         changed = {name: None if part is None else change(part) for name, part in parts.items()}
         return replace(self, **{**changed, **fields})
+
+
+def _blank(data: TaskData) -> TaskData:
+    return replace(data, y=torch.full_like(data.y, -1))
 
 
 class Stream(Sequence[Task]):
@@ -380,6 +405,12 @@ class Stream(Sequence[Task]):
         if num_tasks is None and changes.get("order") is None:
             stream.order = self.order  # its tasks are in this order already
         return stream
+
+    def without_hidden_labels(self) -> Stream:
+        """Return the stream as strategies see it; the same object if no task hides its labels."""
+        if not any(task.hidden for task in self):
+            return self
+        return self.derive(lambda position: self[position].without_hidden_labels())
 
     def __len__(self) -> int:
         return len(self._tasks)

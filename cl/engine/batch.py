@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Batch:
         rows: Positions of the incoming examples in the training data of the task, int64 on the host.
         idle: Whether the examples have no weight in the update. A process that has no example of a short last minibatch
             of an epoch receives such a batch.
+        again: Whether a further update on the same incoming examples follows; a memory takes them in at the last one.
     """
 
     x: Tensor
@@ -42,6 +43,7 @@ class Batch:
     host: tuple[Labels, Labels] | None = None
     idle: bool = False
     rows: Labels | None = None
+    again: bool = False
 
     def __post_init__(self) -> None:
         if self.num_incoming < 0:
@@ -65,7 +67,7 @@ class Batch:
         """
         pairs = ((self.x, other.x), (self.y, other.y), (self.task, other.task))
         x, y, task = (torch.cat(pair) for pair in pairs)
-        return Batch(x, y, task, num_incoming=self.num_incoming, host=self.host, idle=self.idle, rows=self.rows)
+        return replace(self, x=x, y=y, task=task, extras={}, view=None)
 
     def take(self, rows: slice | Tensor) -> Batch:
         """Return some of the examples, with their extras, as a new batch.
@@ -80,3 +82,21 @@ class Batch:
         """
         extras = {name: values[rows] for name, values in self.extras.items()}
         return Batch(self.x[rows], self.y[rows], self.task[rows], extras)
+
+    def part(self, rows: Tensor) -> Batch:
+        """Return some examples of a training step for `learner.closure`: with their view, the incoming ones first.
+
+        Args:
+            rows: Whether each example is taken, bool (B,).
+
+        Example:
+            >>> batch = Batch(torch.zeros(3, 1), torch.tensor([4, 5, 6]), torch.tensor([1, 0, 1]), num_incoming=2)
+            >>> batch.view = batch.x
+            >>> some = batch.part(batch.task == 1)
+            >>> some.y.tolist(), some.num_incoming
+            ([4, 6], 1)
+        """
+        some = self.take(rows.nonzero().flatten())
+        some.view = None if self.view is None else self.view[rows]
+        some.num_incoming = int(rows[: self.num_incoming].sum())
+        return some

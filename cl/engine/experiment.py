@@ -128,10 +128,12 @@ class Experiment:
     ) -> None:
         check_arguments(trainer)
         _check_counts(columns, keep)
-        self.learner, self.stream, self.epochs = learner, stream, epochs
+        self.learner, self.stream = learner, stream
         self._described = config is None and directory is not None
         if config is None:
             config = describe(learner, stream, epochs)
+        learner.more_epochs = learner.strategies.more_epochs(epochs) if epochs else 0
+        self.epochs = epochs + learner.more_epochs
         remarks = preflight(learner, stream, epochs, getattr(trainer, "keywords", {}))
         check_watched(callbacks, stream)
         self._trainer, self._logger, self._callbacks = replicated(trainer), list(logger), list(callbacks)
@@ -303,7 +305,7 @@ class Experiment:
             self.instruments.schedule(self.learner)
             self.task_checkpoints.begin(trainer, self.learner, inside)
             if self.learner.step < self.learner.num_steps and not inside.get("stopped"):
-                with self.instruments.after_steps(self.learner):
+                with self.instruments.around_steps(self.learner):
                     trainer.fit(self.learner)
             if trainer.interrupted:
                 raise KeyboardInterrupt

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,15 @@ class Instrument(nn.Module):
     def look(self, learner: Learner) -> None:
         """Measure inside a task, after `learner.step` steps of it."""
 
+    def before_step(self, learner: Learner, batch: Batch) -> None:
+        """Measure before a training step.
+
+        Args:
+            learner: With the weights before the step.
+            batch: The incoming examples, without `view`; in several processes each receives its own share, which may
+                have no weight (`idle`).
+        """
+
     def after_step(self, learner: Learner, batch: Batch, logits: Tensor) -> None:
         """Measure after a training step, and after the strategies' `after_step`.
 
@@ -135,7 +145,7 @@ class Instrument(nn.Module):
         self._records = list(state)
 
 
-HOOKS = ("setup", "begin", "steps", "before_task", "look", "after_step", "after_task", "row")
+HOOKS = ("setup", "begin", "steps", "before_task", "look", "before_step", "after_step", "after_task", "row")
 
 
 class Instruments(nn.ModuleDict):
@@ -211,17 +221,20 @@ class Instruments(nn.ModuleDict):
                 learner.looks.setdefault(int(step), []).append(self._timed(instrument.look))
 
     @contextmanager
-    def after_steps(self, learner: Learner) -> Iterator[None]:
-        """In this context, call `after_step` of the instruments after that of the strategies."""
+    def around_steps(self, learner: Learner) -> Iterator[None]:
+        """In this context, call `before_step` of the instruments, and `after_step` after that of the strategies."""
         chain = learner.strategies.chains["after_step"]
         of_strategies = list(chain)
-        chain += [
-            (n, self._timed(i.after_step, wait=False)) for n, i in self.items() if overrides(type(i), "after_step")
-        ]
+        learner.before_step = [hook for _, hook in self._hooks("before_step")]
+        chain += self._hooks("after_step")
         try:
             yield
         finally:
-            chain[:] = of_strategies
+            chain[:], learner.before_step = of_strategies, []
+
+    def _hooks(self, hook: str) -> list[tuple[str, Callable[..., None]]]:
+        those = [(name, getattr(each, hook)) for name, each in self.items() if overrides(type(each), hook)]
+        return [(name, self._timed(_with_truth(method), wait=False)) for name, method in those]
 
     def _timed(self, hook: Any, wait: bool = True) -> Callable[..., None]:
         """Return a hook whose time is added to `seconds`; with `wait`, the device is synchronised before and after."""
@@ -238,6 +251,17 @@ class Instruments(nn.ModuleDict):
                 self.seconds += time.perf_counter() - began
 
         return timed
+
+
+def _with_truth(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook of a step that sees the labels of a task that hides them from strategies."""
+
+    def seeing(learner: Learner, batch: Batch, *arguments: Any) -> None:
+        if learner.truth is not None and batch.rows is not None:
+            batch = replace(batch, y=learner.truth[torch.from_numpy(batch.rows)].to(batch.y.device))
+        hook(learner, batch, *arguments)
+
+    return seeing
 
 
 def overrides(kind: type, hook: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import pytorch_lightning as pl
@@ -19,23 +19,22 @@ from cl.data.augment import to_floats
 from cl.data.target import classes_of
 from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData, shard
 from cl.engine.batch import Batch
+from cl.engine.closure import Step, loss_again
 from cl.engine.fast_path import is_plain
 from cl.engine.finite import check_losses
 from cl.engine.head import Mask, competing
 from cl.engine.loader import TrainLoader, evaluation
 from cl.engine.loss_curves import Curves
-from cl.engine.network import BackboneFactory, HeadFactory, network
-from cl.engine.optimizer_state import Carried
-from cl.engine.preflight import check_rows
+from cl.engine.network import BackboneFactory, HeadFactory, compile_by, evaluating, network
+from cl.engine.optimizer_state import Carried, restart
+from cl.engine.preflight import check_hidden, check_rows
 from cl.engine.schedules import SchedulerFactory, known_interval, schedule_of, updates
 from cl.engine.score import calibrations, matrices, start
 from cl.engine.strategy import Composition, OptimizerFactory, Strategy
-from cl.engine.update import update
-from cl.errors import InputError, unknown
+from cl.engine.update import train_on
+from cl.errors import InputError
 from cl.random import Random, derive
 from cl.ranges import checked
-
-COMPILERS = ("default", "reduce-overhead", "max-autotune")
 
 
 @checked
@@ -63,6 +62,8 @@ class Learner(pl.LightningModule):
             the state of the last one ("keep"). Without boundaries, optimizer and schedule continue.
         scheduler_interval: Whether the schedule moves after each "epoch" or each optimizer "step".
         log_every: Steps between two points of the training curves; a point is the mean since the last one.
+        updates_per_batch: Updates of the weights on each incoming minibatch, each with newly drawn replayed examples;
+            None means 1.
         seed: Seed of every draw. A backbone or head that is given as a module keeps its weights.
 
     Raises:
@@ -104,12 +105,14 @@ class Learner(pl.LightningModule):
         optimizer_state: str = "reset",
         scheduler_interval: str = "epoch",
         log_every: Annotated[int, Ge(1)] = 50,
+        updates_per_batch: Annotated[int, Ge(1)] | None = None,
         seed: Annotated[int, Ge(0)] = 0,
     ) -> None:
         super().__init__()
         stream.check()
         self.batch_size, self.eval_batch_size, self.chunk_size = batch_size, eval_batch_size, chunk_size
-        self.log_every = log_every
+        self.log_every, self.updates_per_batch = log_every, updates_per_batch
+        self.updates = updates_per_batch or 1
         if train_mask not in (None, *SCENARIOS):
             raise InputError(f"train_mask={train_mask!r} is unknown: use one of {', '.join(SCENARIOS)}, or null.")
         self.automatic_optimization = False
@@ -127,21 +130,33 @@ class Learner(pl.LightningModule):
         self.scheduler_interval = known_interval(scheduler_interval)
         self._allocate(stream)
 
-        self.task: Task = stream[0]
+        self._start_counting(stream[0], log_every)
+        self.strategies = Composition(strategies)
+        self._chains, self._owners = self.strategies.chains, self.strategies.owners
+        self.closes = any(strategy.uses_closure for strategy in strategies.values())
+        check_hidden(stream, strategies)
+        self.strategies.setup(self, stream.without_hidden_labels())
+
+    def _start_counting(self, first: Task, log_every: int) -> None:
+        """Set what changes from step to step to what it is before the first one."""
+        self.task: Task = first
         self.tasks_learned = 0
         self.step = self.total_steps = 0  # within the task, and over the stream
+        self.update_index = 0  # of the update among those on the present minibatch
+        self.more_epochs = 0  # epochs of each task that strategies have added to the configured ones
+        self.restarted_at = 0  # the step of the task at which the optimizer was last restarted; 0: it was not
+        self.truth: Tensor | None = None  # the labels (n,) of a task that hides them, for instruments
         self.rows, self.summed = 0, 0.0  # examples: of the minibatch; of the update, in units of batch_size
         self.last_loss: Tensor | None = None
         self._data: TaskData | None = None
         self.task_labels: Tensor | None = None  # of the examples in `encode`, (B,); None: the present task, or unknown
         self.told: Tensor | None = None  # the task labels that a prediction is given, (B,)
-        self._curves = Curves(log_every)
+        self._curves, self.in_step = Curves(log_every), False
         self.accumulate, self.limit = 1, 1.0
         self.looks: dict[int, list[Callable[[Learner], None]]] = {}  # measurements, by the step before which they run
+        self.before_step: list[Callable[[Learner, Batch], None]] = []  # measurements before every step
         self.plain = self.compiled = False
-        self.strategies = Composition(strategies)
-        self._chains, self._owners = self.strategies.chains, self.strategies.owners
-        self.strategies.setup(self, stream)
+        self.present: Step | None = None  # the present step, for a strategy that computes its loss again
 
     def _allocate(self, stream: Stream) -> None:
         """Allocate what depends on the number of tasks: the membership of classes, the masks, R by mask and metric."""
@@ -198,6 +213,14 @@ class Learner(pl.LightningModule):
         """Let the next optimizer start without state: for a strategy that resets the weights."""
         self._carried.forget()
 
+    def restart_optimizer(self) -> None:
+        """Build optimizer and schedule anew for the rest of the task; see `LearnerLike.restart_optimizer`."""
+        restart(self)
+
+    def closure(self, batch: Batch | None = None) -> Tensor:
+        """Return the total loss of the step's batch under the present weights; see `LearnerLike.closure`."""
+        return loss_again(self, batch)
+
     def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Build the configured optimizer over some parameters."""
         return self._optimizer(parameters)
@@ -207,22 +230,18 @@ class Learner(pl.LightningModule):
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         return {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
+    def record(self, name: str, value: float | Tensor) -> None:
+        """Add a strategy's own number to the training curves, as record/NAME; see `LearnerLike.record`."""
+        self._curves.record(name, value, None if self.in_step else (self.task.index + 1, self.total_steps))
+
     def competing(self, tasks: Task | Tensor) -> Tensor:
         """Return the classes that compete on a task's examples in training, (K,); for task labels (n,), bool (n, C)."""
         among = competing(self.train_mask, self.seen, self.membership)
         return among[tasks] if isinstance(tasks, Tensor) else among[tasks.index].nonzero().flatten()
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """In this context, backbone and head are in evaluation mode and not compiled; then their modes are restored."""
-        modes = [(module, module.training) for module in self.trunk().modules()]
-        self.trunk().eval()
-        try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code would skip hooks on layers, and vmap
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return evaluating(self.trunk())
 
     def prepare(self, x: Tensor, augment: bool = False) -> Tensor:
         """Map raw inputs (B, *input) to what the backbone receives: normalised, and augmented if asked for."""
@@ -242,11 +261,8 @@ class Learner(pl.LightningModule):
         Raises:
             InputError: If there is no such mode.
         """
-        if mode not in COMPILERS:
-            raise unknown("mode of torch.compile", mode, COMPILERS)
+        compile_by(mode, [self.backbone, self.head])
         self.compiled = True
-        for module in (self.backbone, self.head):
-            module.compile(mode=mode)
 
     def forward(self, view: Tensor, task: Tensor | None = None) -> Tensor:
         """Map prepared inputs (B, *input) to logits (B, C).
@@ -275,7 +291,9 @@ class Learner(pl.LightningModule):
 
     def before_task(self, task: Task) -> None:
         """Begin a task on the training device: call the strategies' hooks, move the data there, update the masks."""
-        self.task, self.step = task, 0
+        self.task, self.step, self.restarted_at = task, 0, 0
+        self.truth = task.train.labels if task.hidden else None
+        task = task.without_hidden_labels()
         torch.manual_seed(derive(self.seed, "torch", task.index))
         self.augment_random.seed(derive(self.seed, "augment", task.index))
         for _, hook in self._chains["before_task"]:
@@ -284,7 +302,8 @@ class Learner(pl.LightningModule):
         self.seen |= self.membership[task.index]
         if len(data):
             self._data = data.on(self.device)
-            self.seen[list(classes_of(data.labels))] = True
+            if self.truth is None:
+                self.seen[list(classes_of(data.labels))] = True
             check_rows(self, len(data))
         self._update_masks()
 
@@ -296,7 +315,8 @@ class Learner(pl.LightningModule):
     def after_task(self, task: Task) -> None:
         """End a task on the training device: call the strategies' hooks."""
         for _, hook in self._chains["after_task"]:
-            hook(self, task)
+            hook(self, task.without_hidden_labels())
+        self._curves.log(self.loggers, task.index + 1, self.total_steps, rest=True)
         self._data = None
         self.tasks_learned = task.index + 1
 
@@ -339,41 +359,18 @@ class Learner(pl.LightningModule):
         losses = []
         for batch in chunk:
             self.look()
-            losses.append(self._train_on(batch, optimizer))
+            losses.append(train_on(self, batch, optimizer))
         self._check_and_log(distributed.mean(torch.stack(losses).float()))
+
+    def begin_step(self, terms: dict[str, Tensor]) -> None:
+        """Begin a step, whose loss terms and recorded numbers go into `terms`."""
+        self._curves.add(terms)
+        self.in_step = True
 
     def look(self) -> None:
         """Call the instruments that measure before the present step."""
         for look in self.looks.get(self.step, ()):
             look(self)
-
-    def _train_on(self, batch: Batch, optimizer: Any) -> Tensor:
-        if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()  # outputs of the last step's graphs may be overwritten
-        incoming = batch
-        for _, extend in self._chains["extend_batch"]:
-            batch = extend(self, batch)
-        batch.view = self.prepare(batch.x, augment=True)
-        if not self.plain or self.accumulate > 1:
-            self.rows = 0 if batch.idle else len(batch)  # weight of this loss among those of the same update
-        logits = self(batch.view, batch.task)
-        loss: Tensor = self._owners["criterion"](self, batch, logits)
-        terms: dict[str, Tensor] = {}
-        for name, term in self._chains["loss"]:
-            value = term(self, batch, logits)
-            if value is not None:
-                loss = loss + value
-                terms[name] = value.detach()
-        terms["loss"] = loss.detach()
-        self._curves.add(terms)
-        update(self, loss, optimizer)
-        self.step += 1
-        self.total_steps += 1
-        if self._chains["after_step"] and not batch.idle:
-            incoming.view, stale = batch.view[: len(incoming)], logits.detach()[: len(incoming)]
-            for _, hook in self._chains["after_step"]:
-                hook(self, incoming, stale)
-        return terms["loss"]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let strategies project the unscaled gradients, then clip."""
@@ -390,7 +387,11 @@ class Learner(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Call the strategies' hooks, then move the schedule."""
         for _, hook in self._chains["after_epoch"]:
-            hook(self, self.task, self.current_epoch)
+            hook(self, self.task.without_hidden_labels(), self.current_epoch)
+        if self.more_epochs and self.current_epoch + 1 == self.epochs - self.more_epochs != self.epochs:
+            restart(self)
+        if self.restarted_at == self.step:
+            return  # a new schedule starts with the next epoch
         if isinstance(self._schedule, ReduceLROnPlateau):
             self._schedule.step(self.trainer.callback_metrics["val/loss"])
         elif self._schedule is not None and self.scheduler_interval == "epoch":

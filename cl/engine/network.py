@@ -1,8 +1,9 @@
-"""The network: a backbone and a head that fit a stream, with initial weights drawn from the run's seed."""
+"""The network: a backbone and a head that fit a stream, with initial weights drawn from the run's seed; its modes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral
 
 import torch
@@ -10,11 +11,12 @@ from torch import nn
 
 from cl.data.task import Stream
 from cl.engine.head import Head
-from cl.errors import InputError
+from cl.errors import InputError, unknown
 from cl.random import derive
 
 BackboneFactory = Callable[[tuple[int, ...]], nn.Module]
 HeadFactory = Callable[[int, int], nn.Module]
+COMPILERS = ("default", "reduce-overhead", "max-autotune")
 
 
 def network(
@@ -57,3 +59,28 @@ def network(
         )
     top = head if isinstance(head, nn.Module) else (head or Head)(int(width), stream.num_classes)
     return body, top
+
+
+def compile_by(mode: str, modules: Iterable[nn.Module]) -> None:
+    """Compile modules by torch.compile.
+
+    Raises:
+        InputError: If there is no such mode.
+    """
+    if mode not in COMPILERS:
+        raise unknown("mode of torch.compile", mode, COMPILERS)
+    for module in modules:
+        module.compile(mode=mode)
+
+
+@contextmanager
+def evaluating(trunk: nn.Module) -> Iterator[None]:
+    """In this context, all modules are in evaluation mode and not compiled; then their modes are restored."""
+    modes = [(module, module.training) for module in trunk.modules()]
+    trunk.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code would skip hooks on layers, and vmap
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

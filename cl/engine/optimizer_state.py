@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cl.errors import InputError
 
 if TYPE_CHECKING:
+    from cl.engine.learner import Learner
     from cl.engine.strategy import LearnerLike
 
 STATES = ("reset", "keep")
@@ -94,3 +95,22 @@ def _named_weights(learner: LearnerLike, optimizer: Optimizer) -> list[tuple[str
     names = {id(p): name for name, p in learner.named_parameters()}
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     return [(names.get(id(p), f"weight {i}"), p) for i, p in enumerate(weights)]  # some may not be the learner's
+
+
+def restart(learner: Learner, step: int | None = None) -> None:
+    """Give the trainer a new optimizer and a new schedule for the rest of the task.
+
+    Args:
+        learner: At the end of an epoch; or one that resumes.
+        step: For one that resumes, the step of the task at which the optimizer was restarted.
+
+    Raises:
+        InputError: Inside of an epoch, outside of training, or if the stream has no boundaries.
+    """
+    if step is None and (not learner.step or learner.step % learner.steps_per_epoch or learner.in_step):
+        raise InputError("restart_optimizer() is for after_epoch: call it there.")
+    if not learner.shuffle:
+        raise InputError("restart_optimizer() needs tasks with boundaries, and this stream has none.")
+    learner.restarted_at = learner.step if step is None else step
+    learner.forget_optimizer()
+    learner.trainer.strategy.optimizers = [learner.configure_optimizers()]

@@ -15,6 +15,7 @@ import torch
 
 from cl import distributed
 from cl.engine.learner import Learner
+from cl.engine.optimizer_state import restart
 from cl.errors import InputError, Preempted
 
 State = dict[str, Any]
@@ -153,6 +154,7 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
             torch.set_rng_state(found["draws"])  # for the case that no step is left and the hooks of the end follow
             waiting = found["waiting"]
             learner._curves.waiting = [{k: v.to(learner.device) for k, v in terms.items()} for terms in waiting]
+            learner._curves.between = [tuple(point) for point in found.get("between", ())]
             epochs = trainer.fit_loop.epoch_progress
             for count in (epochs.current, epochs.total):
                 for name in vars(count):  # ready, started, processed, completed
@@ -171,6 +173,11 @@ class TaskCheckpoints(pl.callbacks.Checkpoint):
         found = self._found
         if not found:
             return
+        if "trainable" in found:
+            for name, parameter in pl_module.named_parameters():
+                parameter.requires_grad_(name in found["trainable"])
+        if found.get("restarted_at"):
+            restart(pl_module, found["restarted_at"])
         for optimizer, state in zip(trainer.optimizers, found["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         if found["schedule"] is not None:
@@ -200,11 +207,14 @@ def _state(trainer: pl.Trainer, learner: Learner) -> State:
         "step": learner.step,
         "stopped": trainer.should_stop,  # before all epochs were over
         "global_step": trainer.global_step,
+        "restarted_at": learner.restarted_at,
+        "trainable": [name for name, parameter in learner.named_parameters() if parameter.requires_grad],
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedule": None if schedule is None else schedule.state_dict(),
         "precision": trainer.precision_plugin.state_dict(),
         "callbacks": {c.state_key: state for c in _others(trainer) if (state := c.state_dict())},
         "waiting": learner._curves.waiting,
+        "between": learner._curves.between,
         "gradients": {},
         "summed": learner.summed,
         "draws": torch.get_rng_state(),

@@ -18,7 +18,7 @@ from cl.errors import InputError
 if TYPE_CHECKING:
     from cl.data.task import Stream, TaskData
     from cl.engine.learner import Learner
-    from cl.engine.strategy import LearnerLike
+    from cl.engine.strategy import LearnerLike, Strategy
 
 
 def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[str, Any]) -> list[str]:
@@ -36,13 +36,53 @@ def preflight(learner: Learner, stream: Stream, epochs: int, trainer: Mapping[st
     Raises:
         InputError: If optimizer or schedule cannot step, or a minibatch of a single example meets batch norm.
     """
+    if learner.more_epochs and not stream.boundaries:
+        raise InputError(
+            f"{' + '.join(learner.strategies)} adds {learner.more_epochs} epochs to each task for phases of its own, "
+            f"and {stream.name!r} has no boundaries between tasks: use another stream or another strategy."
+        )
     remark = check_schedule(learner, stream, epochs, trainer)
+    _check_updates(learner, trainer.get("accumulate_grad_batches") or 1)
     unknown = epochs == 0 or any(learner.strategies.owned(hook) for hook in ("training_data", "encode"))
     limit = trainer.get("limit_train_batches") or 1.0
     for task in () if unknown else stream:
         if has_single_row(len(task.train), learner, limit) and not takes_single_row(learner, task.train):
             raise _refusal(learner, f"task {task.index + 1} of {stream.name!r} has {len(task.train)} rows")
     return [remark] if remark else []
+
+
+def _check_updates(learner: Learner, accumulate: int) -> None:
+    """Refuse minibatches that share an update where each has several, or where its loss is computed once more."""
+    if accumulate == 1:
+        return
+    if learner.updates > 1:
+        raise InputError(
+            f"updates_per_batch={learner.updates} contradicts trainer.accumulate_grad_batches={accumulate}: "
+            "set one of them to 1."
+        )
+    for strategy in learner.strategies.values():
+        if strategy.uses_closure:
+            raise InputError(
+                f"{type(strategy).__name__} computes the loss of one minibatch again in each update: set "
+                f"trainer.accumulate_grad_batches={accumulate} to 1, and batch_size to as many rows as you need."
+            )
+
+
+def check_hidden(stream: Stream, strategies: Mapping[str, Strategy]) -> None:
+    """Refuse tasks that hide their labels if a strategy, or plain training, learns from labels.
+
+    Raises:
+        InputError: Naming the task and the strategy.
+    """
+    hidden = next((task.index for task in stream if task.hidden), None)
+    if hidden is None:
+        return
+    learn = [type(strategy).__name__ for strategy in strategies.values() if strategy.needs_labels]
+    if learn or not strategies:
+        raise InputError(
+            f"Task {hidden + 1} of {stream.name!r} hides its labels, and {learn[0] if learn else 'fine-tuning'} learns "
+            "from labels: use a strategy with `needs_labels = False`, or show them."
+        )
 
 
 def check_optimizer(optimizer: Any, scheduler: Any, stream: Stream, trainer: Mapping[str, Any]) -> None:

@@ -72,8 +72,11 @@ def schedule_of(learner: Learner, optimizer: Optimizer, num_rows: Sequence[int])
     if learner._scheduler is None:
         return None
     by_step = learner.scheduler_interval == "step"
-    each = [updates(n, learner.batch_size, learner.limit, learner.accumulate) if by_step else 1 for n in num_rows]
-    return make_schedule(learner._scheduler, optimizer, sum(each) * learner.epochs)
+    shape = learner.batch_size, learner.limit, learner.accumulate
+    each = [updates(n, *shape) * learner.updates if by_step else 1 for n in num_rows]
+    begun, configured = learner.restarted_at // max(learner.steps_per_epoch, 1), learner.epochs - learner.more_epochs
+    end = configured if begun < configured else learner.epochs
+    return make_schedule(learner._scheduler, optimizer, sum(each) * (end - begun))
 
 
 def updates(num_rows: int, batch_size: int, limit: int | float, accumulate: int = 1) -> int:
@@ -116,6 +119,7 @@ def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mappi
         raise InputError("ReduceLROnPlateau watches the validation loss of every epoch: use scheduler_interval=epoch.")
     limits = trainer.get("limit_train_batches") or 1.0, trainer.get("accumulate_grad_batches") or 1
     each = [updates(len(task.train), learner.batch_size, *limits) * epochs for task in stream]
+    each = [steps * learner.updates for steps in each]
     steps = each if by_step else [epochs] * len(each)
     longest = max(steps) if stream.boundaries else sum(steps)
     name, rates = _rates(learner, factory, longest, min(longest, _TRIED))

@@ -205,6 +205,42 @@ class LearnerLike(Protocol):
     def forget_optimizer(self) -> None:
         """Let the next optimizer start without state: for a strategy that resets the weights."""
 
+    def restart_optimizer(self) -> None:
+        """In `after_epoch`, build the optimizer and its schedule anew for the rest of the task, without state.
+
+        The new schedule spans the configured epochs that are left; among the epochs that `more_epochs` adds, those.
+
+        Raises:
+            InputError: If it is called elsewhere, or the stream has no boundaries.
+        """
+
+    def closure(self, batch: Batch | None = None) -> Tensor:
+        """Return the total loss of this step's batch under the present weights, a scalar with a graph.
+
+        It is the criterion plus the losses of all strategies, as in the step: the same augmented examples, and the same
+        draws of dropout and of the strategies. It may be called in `project_gradients` and `after_step`, any number of
+        times, by a strategy whose class has `uses_closure = True`. It leaves no trace: generators, statistics of batch
+        norm, memories and the strategies' attributes are as before. Take gradients by `torch.autograd.grad`.
+
+        Args:
+            batch: Some of the step's examples, from `Batch.part`; None means all.
+
+        Raises:
+            InputError: If it is called elsewhere, or a strategy writes a buffer while its loss is computed.
+        """
+
+    def record(self, name: str, value: float | Tensor) -> None:
+        """Add a number of the method's own to the training curves, as record/NAME, in any hook from `before_task` on.
+
+        Recorded in a step it is averaged over `log_every` steps, as a loss is; recorded between steps, such as in
+        `after_task`, it is a point of its own at the last step. It is written where the curves are: to `training.csv`,
+        to every logger, and to the pictures of `cl-compare`. In several processes that of process 0 is written.
+
+        Raises:
+            InputError: If the name has other characters than letters, digits, _, -, . and /, or the value is not one
+                number.
+        """
+
 
 class Strategy(nn.Module):
     """A method of continual learning; see the module's docstring for when each hook is called.
@@ -221,6 +257,8 @@ class Strategy(nn.Module):
         uses_task: Whether its features or outputs use the task labels that a scenario gives at test.
         test_options: Names of those arguments of its constructor that `predict` alone reads, from attributes of the
             same name: a saved learner can be scored with other values of them (`cl-run score=DIR`).
+        needs_labels: Whether it learns from labels. A method that sets this to False may be given tasks that hide them.
+        uses_closure: Whether it calls `learner.closure`.
 
     Example:
         A method that shrinks the weights a little, in full:
@@ -239,6 +277,8 @@ class Strategy(nn.Module):
     distributed: bool = True
     uses_task: bool = False
     test_options: tuple[str, ...] = ()
+    needs_labels: bool = True
+    uses_closure: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Make the constructor refuse arguments outside of the ranges in its annotations."""
@@ -355,6 +395,14 @@ class Strategy(nn.Module):
     def after_epoch(self, learner: LearnerLike, task: Task, epoch: int) -> None:
         """Act after an epoch."""
 
+    def more_epochs(self, epochs: int) -> int:
+        """Return how many epochs the method adds to the configured ones of each task, for phases of its own.
+
+        Optimizer and schedule start anew when the added epochs begin, and the schedule spans them. A phase must follow
+        from `learner.current_epoch`, so that a run can resume inside it.
+        """
+        return 0
+
     def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Map prepared inputs to logits (B, C) at test; one owner."""
         logits: Tensor = learner(view)
@@ -363,7 +411,7 @@ class Strategy(nn.Module):
 
 CHAINED = ("before_task", "after_task", "extend_batch", "loss", "project_gradients", "after_step", "after_epoch")
 ONE_OWNER = ("training_data", "configure_optimizer", "encode", "classify", "criterion", "predict")
-HOOKS = (*CHAINED, *ONE_OWNER, "setup", "remark")
+HOOKS = (*CHAINED, *ONE_OWNER, "setup", "remark", "more_epochs")
 
 
 def misspelt(kind: type, base: type = Strategy, hooks: Sequence[str] = HOOKS) -> str | None:
@@ -458,6 +506,10 @@ class Composition(nn.ModuleDict):
             for path, module in strategy.named_modules():
                 if isinstance(module, Random):
                     module.seed(derive(learner.seed, name, path))
+
+    def more_epochs(self, epochs: int) -> int:
+        """Return how many epochs the strategies add to the configured ones of each task."""
+        return sum(strategy.more_epochs(epochs) for strategy in self.values())  # type: ignore[operator]
 
     @property
     def bound(self) -> str:

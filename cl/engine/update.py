@@ -1,15 +1,53 @@
-"""One update of the weights, from one minibatch or several."""
+"""A training step: the strategies' hooks around one update of the weights, from one minibatch or several."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from cl.distributed import world_size
+from cl.engine.closure import Step, total_loss
 
 if TYPE_CHECKING:
+    from cl.engine.batch import Batch
     from cl.engine.learner import Learner
+
+
+def train_on(learner: Learner, incoming: Batch, optimizer: Any) -> Tensor:
+    """Update the weights once, or `updates_per_batch` times, on incoming examples; return the loss, detached."""
+    terms: dict[str, Tensor] = {}
+    learner.begin_step(terms)
+    for measure in learner.before_step:
+        measure(learner, incoming)
+    for index in range(learner.updates):
+        learner.update_index, incoming.again = index, index + 1 < learner.updates
+        _update_on(learner, incoming, optimizer, terms)
+    learner.in_step, learner.present = False, None
+    return terms["loss"]
+
+
+def _update_on(learner: Learner, incoming: Batch, optimizer: Any, terms: dict[str, Tensor]) -> None:
+    if learner.compiled:
+        torch.compiler.cudagraph_mark_step_begin()  # outputs of the last step's graphs may be overwritten
+    chains, batch = learner.strategies.chains, incoming
+    for _, extend in chains["extend_batch"]:
+        batch = extend(learner, batch)
+    batch.view = learner.prepare(batch.x, augment=True)
+    if not learner.plain or learner.accumulate > 1:
+        learner.rows = 0 if batch.idle else len(batch)  # weight of this loss among those of the same update
+    if learner.closes:
+        learner.present = Step(learner, batch)
+    loss, logits = total_loss(learner, batch, terms)
+    update(learner, loss, optimizer)
+    if learner.update_index == 0:
+        learner.step += 1
+        learner.total_steps += 1
+    if chains["after_step"] and not batch.idle:
+        incoming.view, stale = batch.view[: len(incoming)], logits.detach()[: len(incoming)]
+        for _, hook in chains["after_step"]:
+            hook(learner, incoming, stale)
 
 
 def update(learner: Learner, loss: Tensor, optimizer: Any) -> None:

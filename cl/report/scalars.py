@@ -69,6 +69,12 @@ def _recovered(e: Evidence) -> float:
     return float((falls & back).sum() / falls.sum()) if bool(falls.any()) else math.nan
 
 
+def _prequential(e: Evidence, column: str) -> list[float]:
+    """Return a column of the last record of each task so far; NaN alone if there is none."""
+    last = {row["task"]: row[column] for row in e.records("prequential") if row["task"] <= e.k}
+    return list(last.values()) or [math.nan]
+
+
 _DELANGE, _L2, _LIBERO = "De Lange et al. 2023", "New et al. 2022 (l2metrics)", "Liu et al. 2023 (LIBERO)"
 _NEVIS, _DIAZ = "Bornschein et al. 2022 (NEVIS'22)", "Diaz-Rodriguez et al. 2018"
 _SIGNED, _RATIO = "fraction, [-1, 1]", "ratio, [0, inf), 1 is neutral"
@@ -168,6 +174,16 @@ _BUILT_IN = [
     _measured("rep_fwt",
         lambda e: fwt_gem(e.run.matrices["ridge"].R[: e.k + 1, : e.k]),
         ("ridge",), "sum_{j>=2} (P[j-1,j] - P[0,j])", "Davari et al. 2022", _SIGNED, "T - 1",
+    ),
+    _measured("prequential_accuracy",
+        lambda e: _prequential(e, "accuracy_so_far")[-1],
+        (f"{INSTRUMENT}prequential",), "share of incoming rows that were predicted rightly before their step",
+        "Gama et al. 2013", divisor="rows of the tasks so far", weighting="row mean",
+    ),
+    _measured("prequential_accuracy_by_task",
+        lambda e: _mean(_prequential(e, "accuracy_in_task")),
+        (f"{INSTRUMENT}prequential",), "sum_j share of the rows of task j predicted rightly before their step",
+        "Gama et al. 2013",
     ),
     _measured("calibration_error",
         lambda e: next(iter(e.run.calibration.values())).R[e.k, : e.k].double().mean(),

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from cl.data.stream_checks import same
 from cl.data.target import TARGETS
-from cl.data.task import SCENARIOS, Scenario, Stream, TaskData
+from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData
 from cl.engine.batch import Batch
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
@@ -72,7 +73,10 @@ def check_strategy(
     for scenario in scenarios:
         toy = partial(toy_learner, scenario=scenario, backbone=backbone)
         states = _check_run(build, toy, scenario)
-        _check_run(lambda: {"replay": Replay(), **build()}, partial(toy, num_tasks=2), f"{scenario}, beside a replay")
+        beside = partial(toy, num_tasks=2), f"{scenario}, beside a replay"
+        _check_run(lambda: {"replay": Replay(), **build()}, *beside)
+        if all(not strategy.needs_labels for strategy in build().values()):
+            _check_hidden(build, backbone, scenario)
         if scenario == scenarios[0]:
             _check_chunks(build, toy, states[2])
             _check_inside(build, toy, states[3])
@@ -204,6 +208,31 @@ def _checksame(whole: Learner, resumed: Learner, stream: Stream, where: str) -> 
     assert torch.equal(a, b), (
         f"{_names(whole)} ({where}): predictions differ after resuming at a task boundary: keep all state in buffers."
     )
+
+
+def _check_hidden(build: Build, backbone: str, scenario: Scenario) -> None:
+    """Compare two runs that differ in labels that a task hides."""
+    found = []
+    for turned in (False, True):
+        learner, shown = toy_learner(scenario=scenario, backbone=backbone)
+        stream = shown.derive(partial(_hidden, shown, turned))
+        learner = Learner(stream, learner.backbone, build(), learner._optimizer, batch_size=8)
+        _learn(learner, stream, range(len(stream)))
+        found.append(learner.state_dict())
+    different = [name for name, value in found[0].items() if not same(value, found[1][name])]
+    assert not different, (
+        f"{_names(learner)} ({scenario}): {different[0]} depend on labels that the task hides: use those of the batch."
+    )
+
+
+def _hidden(stream: Stream, turned: bool, position: int) -> Task:
+    """Return a task of a stream, the second with hidden labels, each that of the other class if `turned`."""
+    task = stream[position]
+    if position != 1:
+        return task
+    classes = torch.tensor(task.classes)
+    y = classes.flip(0)[torch.searchsorted(classes, task.train.labels)] if turned else task.train.labels
+    return replace(task, train=TaskData(task.train.tensors()[0], y, 1), hidden=True)
 
 
 def _check_chunks(build: Build, toy: Toy, state: dict[str, Any]) -> None:

@@ -146,7 +146,12 @@ class Memory(nn.Module):
         return Batch(x, y, task, dict(zip(self._extras, extras, strict=True)))
 
     def insert(self, batch: Batch) -> None:
-        """Insert the examples of a batch in order; the policy decides which are stored, and in which slots."""
+        """Insert the examples of a batch in order; the policy decides which are stored, and in which slots.
+
+        With several updates per batch, only the call at the last of them inserts.
+        """
+        if batch.again:
+            return
         slots = getattr(self, f"_slots_{self.policy}")(batch)
         # Of two examples for one slot the later is stored, as if they had been inserted one by one.
         kept = {slot: row for row, slot in enumerate(slots.tolist()) if slot >= 0}

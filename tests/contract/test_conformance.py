@@ -53,9 +53,11 @@ from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.onpro import OnPro
 from cl.strategies.packnet import PackNet
+from cl.strategies.pcgrad import PCGrad
 from cl.strategies.pcr import PCR
 from cl.strategies.ranpac import RanPAC
 from cl.strategies.s_prompts import SPrompts
+from cl.strategies.sam import SAM
 from cl.strategies.scr import SCR
 from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
@@ -167,6 +169,9 @@ METHODS = [
     Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
     Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
+    Row("sam", SAM),
+    Row("sam", SAM, {"rho": 0.5, "adaptive": True}, backbone="vit"),
+    Row("pcgrad", PCGrad, finetunes_first=True),
     Row("si", SI, finetunes_first=True),
     Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
     Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
@@ -219,6 +224,8 @@ TEAMS = [
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
+    Row("er,sam", lambda: {"er": ER(20), "sam": SAM()}),
+    Row("er,pcgrad", lambda: {"er": ER(20), "pcgrad": PCGrad("gradvac")}),
     Row("er,si", lambda: {"er": ER(20), "si": SI()}),
     Row("er,supsup", lambda: {"er": ER(20), "supsup": SupSup()}),
     Row("er,hat", lambda: {"er": ER(20), "hat": HAT()}, scenarios=("task",)),

@@ -45,6 +45,7 @@ MLP = ["backbone.hidden=[16]"]
 _VIT = ["backbone=vit", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"]
 _DUAL = ["strategy.dualprompt.general_blocks=[0]", "strategy.dualprompt.expert_blocks=[0]"]
 _CODA = "strategy.coda_prompt.blocks=[0]"
+_PREQUENTIAL = ["instrument=prequential", "instrument.prequential.every=3"]
 _WATCHED = ["report.points=3", "report.subset=20", "report.flops=true", "probes=[ridge,knn,cka]"]
 
 CASES: dict[str, list[str]] = {
@@ -104,6 +105,8 @@ CASES: dict[str, list[str]] = {
     "adam_nscl": ["strategy=adam_nscl", *_STEPS],
     "tag": ["strategy=tag", *_STEPS],
     "online_ewc": ["strategy=online_ewc", "strategy.online_ewc.fisher=sampled", *_STEPS],
+    "sam": ["strategy=[er,sam]", "updates_per_batch=2", *_PREQUENTIAL, *_STEPS],
+    "pcgrad": ["strategy=[er,pcgrad]", "strategy.pcgrad.rule=gradvac", *_PREQUENTIAL, *_STEPS],
     "si": ["strategy=si", "optimizer.momentum=0.9", *_STEPS],
     "mas": ["strategy=mas", "optimizer=adam", *_STEPS],
     "packnet": ["strategy=packnet", "scenario=task", "optimizer.momentum=0.9", *_STEPS],

@@ -5,23 +5,58 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def from_python() -> None:
-    """Run what a script of one's own would: objects, an `Experiment` in a directory, no Hydra."""
+    """Run what a script of one's own would: objects, an `Experiment` in a directory, no Hydra.
+
+    Its strategy has a phase of its own in each task, records numbers, and learns a task whose labels are hidden.
+    """
     from functools import partial
 
     import pytorch_lightning as pl
+    import torch
 
+    from cl.compose import hide_labels
     from cl.engine.experiment import Experiment
+    from cl.engine.learner import Learner
+    from cl.engine.strategy import Strategy
     from cl.measure.choose import chosen
+    from cl.measure.prequential import Prequential
     from cl.report.tables import FileReport
     from cl.report.training import TrainingReport
     from cl.report.wandb import WandbReport
-    from cl.strategies.er import ER
-    from cl.testing import toy_learner
+    from cl.testing import toy_learner, toy_stream
 
-    learner, stream = toy_learner({"er": ER(memory_size=10)}, chunk_size=1, log_every=1)
+    class Phases(Strategy):
+        needs_labels = False
+
+        def more_epochs(self, epochs: int) -> int:
+            return 1
+
+        def before_task(self, learner: Any, task: Any) -> None:
+            learner.backbone.requires_grad_(True)
+            learner.record("hidden", float((task.train.labels < 0).float().mean()))
+
+        def criterion(self, learner: Any, batch: Any, logits: Any) -> Any:
+            learner.record("largest", logits.max())
+            if bool((batch.y >= 0).all()):
+                return learner.criterion(logits, batch)
+            return -logits.softmax(1).square().sum(1).mean()
+
+        def after_epoch(self, learner: Any, task: Any, epoch: int) -> None:
+            learner.record("epoch", epoch)
+            if epoch == 0:
+                learner.restart_optimizer()
+            if epoch == learner.epochs - 2:
+                learner.backbone.requires_grad_(False)
+
+    stream = hide_labels(toy_stream(3, "domain"), [1])
+    body = toy_learner(scenario="domain")[0].backbone
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR
+    learner = Learner(stream, body, {"phases": Phases()}, optimizer, schedule, batch_size=8, chunk_size=1, log_every=1)
     curves, w_and_b = TrainingReport(), WandbReport(mode="offline")
     Experiment(
         learner,
@@ -32,7 +67,7 @@ def from_python() -> None:
         reports=[curves, FileReport(), w_and_b],
         logger=[curves.logger, w_and_b.logger],
         every=4,
-        instruments=chosen(stream),
+        instruments=chosen(stream, own={"prequential": Prequential(every=3)}),
     ).run()
 
 

@@ -168,7 +168,7 @@ def test_the_defaults_are_those_of_the_command():
         cfg = compose("config", overrides=["strategy=er"])
     defaults = {name: p.default for name, p in inspect.signature(cl.run).parameters.items()}
     alone = ("epochs", "batch_size", "eval_batch_size", "chunk_size", "gradient_clip", "train_mask", "optimizer_state")
-    for name in (*alone, "scheduler_interval", "compile", "allow_changed", "log_every", "seed"):
+    for name in (*alone, "scheduler_interval", "compile", "allow_changed", "log_every", "updates_per_batch", "seed"):
         assert defaults[name] == cfg[name], name
     for name in ("every", "points", "subset", "flops", "columns"):
         assert defaults[name] == cfg.report[name], name

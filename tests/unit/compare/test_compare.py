@@ -299,6 +299,20 @@ def test_learning_curves_average_only_steps_that_all_runs_have(tmp_path):
     assert any(note.startswith("er was tested at different steps") for note in notes)
 
 
+def test_recorded_numbers_are_drawn_at_the_steps_that_all_runs_have(tmp_path):
+    for seed in (0, 1):
+        place = make_run(tmp_path / "runs" / str(seed), seed=seed)
+        lines = ["step,task,name,value", "5,1,train/loss,9.0", "10,1,record/alpha,"]
+        lines += [f"{step},1,record/alpha,{step + 2.0 * seed}" for step in (20, 40, 60 + seed)]
+        (place / "training.csv").write_text("\n".join(lines) + "\n")
+    rows = compare(tmp_path / "runs", "--out", tmp_path)
+    found = select(rows, kind="group", quantity="record/alpha")
+    assert [(r["step"], float(r["mean"]), r["num"]) for r in found] == [("20", 21.0, "2"), ("40", 41.0, "2")]
+    assert not select(rows, quantity="record/train/loss")
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "Recorded numbers" in page and "alpha by step, one line for each group" in page
+
+
 def test_resources_are_summed_where_they_add_up(tmp_path):
     add_extras(make_run(tmp_path / "runs" / "a"), seed=0, cost=2.0)
     rows = compare(tmp_path / "runs", "--out", tmp_path)

@@ -85,7 +85,7 @@ def _to_score(text: str, rest: list[str]) -> list[str]:
     _change_folder(where)
     flags = list(takewhile(lambda argument: argument[:1] == "-" or "=" not in argument, rest))  # -m stays in front
     score = f"score={_quote(str(where) + colon + task)}"
-    return [*flags, *command, score, "logger=none", *named, *rest[len(flags) :]]
+    return [*flags, *command, score, *named, *rest[len(flags) :]]
 
 
 def _change_folder(directory: Path) -> None:

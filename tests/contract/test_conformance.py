@@ -646,6 +646,15 @@ def test_a_scenario_that_is_not_listed_is_refused():
         check_strategy(TakesAll)
 
 
+class StrangeTestOption(Strategy):
+    test_options = ("speed",)
+
+
+def test_a_test_option_is_an_argument():
+    with pytest.raises(AssertionError, match=r"StrangeTestOption\.test_options has 'speed': name arguments of its"):
+        check_strategy(StrangeTestOption)
+
+
 def test_words_of_a_card_are_known():
     with pytest.raises(AssertionError, match=r"StrangeNeed\.needs has 'luck': use words of 'memory', 'boundaries'"):
         check_strategy(StrangeNeed)

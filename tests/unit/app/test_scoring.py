@@ -390,6 +390,19 @@ def test_the_command_refuses_in_one_sentence_and_leaves_the_run_alone(
     assert digests(trained) == before and not (tmp_path / "s" / SCORED.name).exists()
 
 
+def test_the_configuration_is_that_of_the_checkpoint(trained: Path, tmp_path: Path) -> None:
+    """That of an earlier version may lack settings; one that was changed by hand is refused."""
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / rundir.CONFIG
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith(("score:", "compile:", "init:"))))
+    last = cl.load(trained).matrices["class"].R[2]
+    assert torch.equal(cl.load(tmp_path / "run").score()["class"], last)
+    file.write_text("".join(lines).replace("batch_size: 10\n", "batch_size: 5\n"))
+    with pytest.raises(InputError, match="was written by another configuration"):
+        cl.load(tmp_path / "run").score()
+
+
 def test_data_that_changed_are_refused_unless_allowed(tmp_path: Path) -> None:
     run = quick(toy_stream(2), cl.strategies.ER(memory_size=8), directory=tmp_path / "run")
     stored = json.loads((tmp_path / "run" / rundir.PROVENANCE).read_text())["content"]

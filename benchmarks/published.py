@@ -121,6 +121,9 @@ ALEXNET = [
     Row("cifar100_alexnet_ewc", {"task": 68.80}, -2.0),
     Row("cifar100_alexnet_agem", {"task": 63.98}, -15.0),
     Row("cifar100_alexnet_hat", {"task": 72.06}, 0.0),
+    Row("ol_cifar100_gpm", {"task": None}),
+    Row("ol_cifar100_trgp", {"task": 74.33}, -0.18),
+    Row("ol_cifar100_cuber", {"task": 74.94}, 0.28),
 ]
 # Malviya et al. 2022, CIFAR-100 in twenty tasks, as a plotting script of its code has them; for BWT its forgetting, the
 # same where no task gains later.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from annotated_types import Ge, Interval
 
+from cl.data.class_names import task_name
 from cl.data.dataset import Dataset, rows_of_each, split_validation
 from cl.data.rows import Rows
 from cl.data.task import Order, Scenario, Stream, Task, TaskData
@@ -83,7 +84,7 @@ def split(
 
         train, test = part(dataset.train_x, train_y, train_rows), part(dataset.test_x, test_y, test_rows)
         val = part(dataset.train_x, train_y, val_rows) if len(val_index) else None
-        return Task(t, train, test, val, name=_name([dataset.class_names[c] for c in own]))
+        return Task(t, train, test, val, name=task_name([dataset.class_names[c] for c in own]))
 
     names = [dataset.class_names[c] for c in classes_in_order] if scenario != "domain" else []
     return dataset.stream(
@@ -165,7 +166,3 @@ def _sizes(
             "give each task at least one class and use every class."
         )
     return sizes
-
-
-def _name(classes: list[str]) -> str:
-    return "+".join(classes) if len(classes) <= 3 else f"{classes[0]} … {classes[-1]}"

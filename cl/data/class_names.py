@@ -144,3 +144,13 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     """Return a sort key in which digits compare as numbers and come before letters."""
     pieces = re.findall(r"[0-9]+|[^0-9]+", name)
     return [(not p[0].isdecimal(), int(p) if p[0].isdecimal() else 0, p) for p in pieces]
+
+
+def task_name(classes: Sequence[str]) -> str:
+    """Return the name of a task with these classes, short if they are many.
+
+    Example:
+        >>> task_name(["ant", "bee"]), task_name(["0", "1", "2", "3"])
+        ('ant+bee', '0 … 3')
+    """
+    return "+".join(classes) if len(classes) <= 3 else f"{classes[0]} … {classes[-1]}"

@@ -70,6 +70,7 @@ from cl.streams.corrupted import corrupted
 from cl.streams.data_incremental import data_incremental
 from cl.streams.domains import domains
 from cl.streams.i_blurry import i_blurry
+from cl.streams.overlapping import overlapping
 from cl.streams.permuted import permuted
 from cl.streams.repetition import repetition
 from cl.streams.rotated import rotated
@@ -686,6 +687,11 @@ STREAMS = [
         lambda data, scenario: split(
             data, classes_per_task=[4, 4, 2], class_order="shuffled", scenario=scenario, val_fraction=0.2, seed=3
         ),
+        ALL,
+    ),
+    (
+        "overlapping",
+        lambda data, scenario: overlapping(data, [[0, 1, 2], [2, 3], [5, 0]], own(scenario), val_fraction=0.2),
         ALL,
     ),
     ("permuted", lambda data, scenario: permuted(data, num_tasks=3, scenario=scenario, val_fraction=0.1, seed=1), ALL),

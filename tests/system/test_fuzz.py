@@ -55,6 +55,7 @@ SMALL = {
     "dataset=synthetic": {"dataset.num_train": "60", "dataset.num_test": "30", "dataset.num_classes": "4"},
     "dataset=synthetic_images": {"dataset.num_train": "60", "dataset.num_test": "30", "dataset.num_classes": "4"},
     "stream=split": {"stream.num_tasks": "2"},
+    "stream=overlapping": {"stream.classes": "[[0,1],[1,2]]"},
     "stream=permuted": {"stream.num_tasks": "2"},
     "stream=rotated": {"stream.num_tasks": "2"},
     "stream=corrupted": {"stream.kinds": "[clean,contrast]"},
@@ -71,7 +72,10 @@ SMALL = {
     "stream=transfer_by_design": {"stream.target_rows": "10"},
     "stream=large_first_task": {"stream.first_task": "2"},
     **{f"stream={s}": {"stream.source.num_tasks": "2"} for s in ("long_tailed", "boundary_free", "label_noise")},
-    **{f"stream={s}": {"stream.source.num_tasks": "2"} for s in ("label_scarcity", "revisited", "online")},
+    **{
+        f"stream={s}": {"stream.source.num_tasks": "2"}
+        for s in ("label_scarcity", "revisited", "online", "hidden_labels")
+    },
     "stream=domains": {"stream.datasets.first.test_fraction": "0.8", "stream.datasets.second.num_train": "40"},
     "stream=chronological": {
         "stream.datasets.first.test_fraction": "0.8",

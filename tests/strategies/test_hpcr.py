@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from cl.data.task import SCENARIOS
 from cl.engine.batch import Batch
+from cl.errors import InputError
 from cl.strategies.hpcr import HPCR, factor, structure_distillation
 from cl.strategies.pcr import PCR
 from cl.toolkit.proxies import proxy_contrast
 from cl.toolkit.views import with_another_view
 from draws import normal, quick, seeds
-from toys import same, toy, trunk
+from toys import Identity, build, float_stream, same, toy, trunk
 
 OLD, NEW = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
 
@@ -116,5 +117,23 @@ def test_logits_and_features_are_those_of_the_plain_view_before_the_step():
     assert not torch.allclose(cosines[:48], held.extras["logits"][:48]), "the weights have moved since"
 
 
-def test_hpcr_is_of_one_process():
+def test_hpcr_is_of_one_process_and_refuses_what_is_no_image():
     assert not HPCR.distributed
+    with pytest.raises(InputError, match=r"HPCR crops images, but the inputs of .* are \(3,\): choose another"):
+        build(float_stream([torch.zeros(4, 3)], [torch.arange(4) % 2]), Identity(3), HPCR())
+
+
+def test_each_row_is_offered_in_the_first_epoch_alone():
+    learner, _ = toy(HPCR(memory_size=12), [0, 1], epochs=2)
+    assert learner.strategies["method"].memory.num_seen == 2 * 48
+
+
+def test_with_an_empty_memory_nothing_is_learned():
+    learner, stream = toy(HPCR(memory_size=12))
+    learner.before_task(stream[0])
+    strategy = learner.strategies["method"]
+    batch = strategy.extend_batch(learner, Batch(*(column[:5] for column in stream[0].train.tensors())))
+    loss = strategy.criterion(learner, batch, learner(learner.prepare(batch.x), batch.task))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not any(p.grad.any() for p in learner.trunk().parameters() if p.grad is not None)

@@ -95,7 +95,9 @@ def loss_of(learner, batch):
 
 @pytest.mark.parametrize("task", [0, 1])
 def test_a_step_of_onpro_is_the_sum_of_its_terms(task):
-    learner, batch = a_step(OnPro(**SMALL), task)
+    learner, batch = a_step(
+        OnPro(**SMALL, prototype=0.7, instance=0.3, temperature=0.4, instance_temperature=0.1), task
+    )
     strategy = learner.strategies["method"]
     if task == 0:
         strategy.memory.insert(batch)
@@ -110,13 +112,13 @@ def test_a_step_of_onpro_is_the_sum_of_its_terms(task):
         some = sorted(set(rows.y.tolist()))
         means = [torch.stack([half[rows.y == c].mean(0) for c in some]) for half in z.chunk(2)]
         means_of_all = torch.zeros(learner.num_classes, 8).index_copy_(0, torch.tensor(some), (means[0] + means[1]) / 2)
-        return prototype_contrast(*means, 0.5), means_of_all.detach()
+        return 0.7 * prototype_contrast(*means, 0.4), means_of_all.detach()
 
     def instances(rows):
         label = torch.cat([rows.y + learner.num_classes * i for i in range(16)])
         views = with_another_view(Batch(turned(rows.x), label, rows.task.repeat(16)), strategy.augment, rng)
         z = F.normalize(strategy.projection(learner.backbone(learner.prepare(views.x))), dim=1)
-        return supervised_contrastive(z, torch.cat([label, label]), 0.07)
+        return 0.3 * supervised_contrastive(z, torch.cat([label, label]), 0.1)
 
     def entropy(x, *targets):
         view = (strategy.augment(x, rng) * 255).round() / 255
@@ -155,6 +157,23 @@ def test_without_its_own_terms_it_is_replay_alone(scenario):
     torch.testing.assert_close(loss, F.cross_entropy(logits, one.y))
     loss.backward()
     assert not strategy.projection.weight.grad.any()
+
+
+def test_as_many_are_replayed_as_the_batch_and_the_classes_seen_allow():
+    for task, per_class, expected in ((0, 1, 8), (1, 1, 4), (2, 1, 6), (2, 7, 8)):
+        learner, batch = a_step(OnPro(**SMALL, per_class=per_class, instance=0.0), task)
+        memory, drawn = learner.strategies["method"].memory, []
+        memory.insert(batch)
+        memory.insert(batch)
+        sample = memory.sample
+        memory.sample = lambda size, sample=sample, drawn=drawn: drawn.append(size) or sample(size)
+        loss_of(learner, batch)
+        assert drawn == [expected]
+
+
+def test_each_row_is_offered_in_the_first_epoch_alone():
+    learner, _ = toy(OnPro(**SMALL, instance=0.0), [0, 1], epochs=2)
+    assert learner.strategies["method"].memory.num_seen == 2 * 48
 
 
 def test_in_the_first_batch_there_is_nothing_to_replay():

@@ -123,6 +123,16 @@ def test_a_step_of_pcr_by_hand_with_batch_norm_over_each_of_two_passes():
     assert learner.head.bias.grad is None
 
 
+def test_as_many_are_replayed_as_are_asked_for():
+    for size, expected in ((3, 3), (None, 5)):
+        learner, stream = toy(PCR(memory_size=12, batch_size=size), [0])
+        strategy, passed = learner.strategies["method"], []
+        learner.backbone.register_forward_hook(lambda module, x, y, passed=passed: passed.append(len(y)))
+        batch = strategy.extend_batch(learner, Batch(*(column[:5] for column in stream[1].train.tensors())))
+        strategy.criterion(learner, batch, learner(learner.prepare(batch.x), batch.task))
+        assert passed == [10, 2 * expected], "incoming and replayed examples, each in two views"
+
+
 def test_with_an_empty_memory_nothing_is_learned():
     learner, stream = toy(PCR(memory_size=20))
     learner.before_task(stream[0])

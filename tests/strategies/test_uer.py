@@ -64,6 +64,18 @@ def test_a_vector_of_length_zero_has_finite_logits_and_gradients():
         assert bool(gradient.isfinite().all())
 
 
+def test_a_vector_shorter_than_a_millionth_is_divided_by_it():
+    got = cosine_logits(torch.tensor([[2e-7, 0.0]]), torch.tensor([[1.0, 0.0], [1e-7, 0.0]]), 1.0)
+    torch.testing.assert_close(got, torch.tensor([[0.2, 0.02]]))
+
+
+def test_as_many_are_replayed_as_are_asked_for():
+    for size, expected in ((3, 3), (None, 5)):
+        learner, stream = toy(UER(memory_size=12, batch_size=size), [0])
+        incoming = Batch(*(column[:5] for column in stream[1].train.tensors()))
+        assert len(learner.strategies["method"].extend_batch(learner, incoming)) == 5 + expected
+
+
 @pytest.mark.parametrize("every_epoch", [False, True])
 def test_uer_is_the_loop_written_by_hand(every_epoch):
     def loss_of(net, x, y, memory, seen):

@@ -105,7 +105,7 @@ def test_a_step_of_onpro_is_the_sum_of_its_terms(task, scenario):
     strategy.memory.random.seed(4)
     rng = strategy.random.generator
 
-    def contrasts(rows, alone=False):
+    def contrasts(rows):
         views = with_another_view(rows, strategy.augment, rng)
         z = F.normalize(strategy.projection(learner.backbone(learner.prepare(views.x))), dim=1)
         some = sorted(set(rows.y.tolist()))
@@ -140,6 +140,10 @@ def test_a_step_of_onpro_is_the_sum_of_its_terms(task, scenario):
         among = apart if scenario == "task" else learner.seen
         expected = expected + entropy(mixed.x, among, (1 - part, one.y), (part, two.y))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    rng.bit_generator.state = (state := np.random.PCG64(5).state)
+    means = strategy._equilibrium(learner, old)[1]
+    rng.bit_generator.state = state
+    torch.testing.assert_close(means, contrasts(old)[1])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge, Interval
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from cl.errors import InputError
+from cl.ranges import checked
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
@@ -20,6 +23,44 @@ INTERVALS = ("epoch", "step")
 LENGTHS = ("T_max", "total_steps", "total_iters")  # torch's names for the number of a schedule's steps
 _TRIED = 20_000  # the most steps of a schedule that are tried before training
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+@checked
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: Annotated[int, Ge(1)], warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+) -> LRScheduler:
+    r"""Return a schedule that rises linearly to the learning rate and then falls to 0 as half a cosine.
+
+    With n steps, of which :math:`w = \mathrm{round}(\mathtt{warmup} \, n)` rise, the factor at step k, from 0, is
+
+    .. math:: (k + 1) / w \text{ for } k < w, \quad
+              \tfrac{1}{2} (1 + \cos(\pi (k - w) / (n - w))) \text{ after that}
+
+    (Goyal et al. 2017, section 2.2; Loshchilov and Hutter 2017, equation 5).
+
+    Args:
+        optimizer: The optimizer whose learning rates it changes.
+        total_steps: n.
+        warmup: Share of the steps in which the rate rises.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> schedule, rates = warmup_cosine(optimizer, total_steps=6, warmup=1 / 3), []
+        >>> for _ in range(6):
+        ...     rates.append(round(optimizer.param_groups[0]["lr"], 3))
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    rising = round(warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(total_steps - rising, 1))))
+
+    return LambdaLR(optimizer, factor)
 
 
 def known_interval(interval: str) -> str:

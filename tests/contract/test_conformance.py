@@ -244,8 +244,8 @@ def slow_unless(fast: bool) -> list[pytest.MarkDecorator]:
     return [] if fast else [pytest.mark.slow]
 
 
-# Each method's first row in its first scenario, and one team, every time. By `-m slow` that row in all of its scenarios,
-# and each row of options and each team in one, the next for each row, so that none is tried in the first alone.
+# Each method's first row in its first scenario, and one team, every time. By `-m slow` that row in all of its
+# scenarios, and each row of options and each team in one, the next for each row, so that all scenarios are tried.
 FIRST = [next(row for row in METHODS if row.name == name) for name in dict.fromkeys(row.name for row in METHODS)]
 CASES = [
     pytest.param(row, scenario, marks=slow_unless(row in [*FIRST, TEAMS[0]] and not i), id=f"{name_of(row)} {scenario}")

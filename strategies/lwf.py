@@ -28,7 +28,6 @@ exemplars a remark says that it ends near fine-tuning.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -38,8 +37,8 @@ from torch import Tensor
 
 from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError
 from cl.toolkit.memory import remark_without
+from cl.toolkit.teacher import Teacher
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
@@ -100,14 +99,11 @@ class LwF(Strategy):
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the teacher as a frozen copy."""
-        if learner.strategies.owned("encode"):
-            raise InputError("LwF distils backbone and head, but another strategy owns encode: drop one of the two.")
-        self.teacher = deepcopy(learner.trunk()).requires_grad_(False)
+        self.teacher = Teacher(learner, "LwF")
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Copy backbone and head into the teacher, and list the groups of classes that are distilled."""
-        self.teacher.load_state_dict(learner.trunk().state_dict())
-        self.teacher.eval()
+        self.teacher.copy_from(learner)
         together = {"class": learner.seen, "domain": torch.ones_like(learner.seen)}.get(learner.train_mask)
         old = list(learner.membership[: task.index]) if together is None else [together]
         self._groups = [classes.nonzero().flatten() for classes in old]
@@ -119,8 +115,7 @@ class LwF(Strategy):
             return None
         assert batch.view is not None
         n = batch.num_incoming
-        with torch.no_grad():
-            taught = self.teacher["head"](self.teacher["backbone"](batch.view[:n]))
+        taught = self.teacher(batch.view[:n])
         pairs = [(logits[:n, group], taught[:, group]) for group in self._groups]
         if learner.target.name == "label":
             terms = [distillation(*pair, self.temperature, self.scaled) for pair in pairs]

@@ -65,6 +65,7 @@ from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
 from cl.strategies.uer import UER
+from cl.strategies.wa import WA
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
 from cl.streams.data_incremental import data_incremental
@@ -153,6 +154,8 @@ METHODS = [
     Row("gdumb", GDumb, {"memory_size": 20}),
     Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
     Row("icarl", ICaRL, {"memory_size": 20}),
+    Row("wa", WA, {"memory_size": 20}),
+    Row("wa", WA, {"memory_size": 20, "clip": False}, finetunes_first=True),
     Row("scr", SCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20, "batch_size": 3}),
@@ -218,6 +221,7 @@ TEAMS = [
     Row("er,uer", lambda: {"er": ER(20), "uer": UER(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
+    Row("er,wa", lambda: {"er": ER(20), "wa": WA(20)}, scenarios=("class",)),
     Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
     Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),

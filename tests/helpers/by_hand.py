@@ -83,3 +83,10 @@ def slow_herding(features: np.ndarray, size: int) -> list[tuple[int, float]]:
         best = min(gaps, key=gaps.__getitem__)
         chosen.append((best, gaps[best]))
     return chosen
+
+
+def ordered(num_rows: int, task: int, epochs: int = 1, batch_size: int = 8, seed: int = 0):
+    """Yield the positions of the examples of each step of a task, in the order of a run."""
+    for epoch in range(epochs):
+        order = np.random.default_rng(derive(derive(seed, "task", task), "order", epoch)).permutation(num_rows)
+        yield from (order[start : start + batch_size] for start in range(0, num_rows, batch_size))

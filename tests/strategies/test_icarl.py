@@ -74,7 +74,7 @@ def test_icarl_is_the_loop_written_by_hand():
     net, lists, means, phi = icarl_by_hand(14, 2)
     strategy = learner.strategies["method"]
     close(learner, net)
-    x, y, _, rank = strategy._exemplars()
+    x, y, _, rank = strategy.memory.ranked()
     assert {c: len(kept) for c, kept in lists.items()} == dict.fromkeys(range(6), 2)
     for c, kept in lists.items():
         ours = x[y == c][rank[y == c].argsort()]
@@ -95,7 +95,7 @@ def test_worked_example_24_a_class_keeps_its_share_and_the_first_of_its_list():
     strategy, lists = learner.strategies["method"], []
     for task, size in zip(stream, (10, 5, 3), strict=True):
         learn(learner, stream, [task.index])
-        x, y, label, rank = strategy._exemplars()
+        x, y, label, rank = strategy.memory.ranked()
         assert torch.bincount(y).tolist() == [size] * (2 * task.index + 2)
         assert torch.equal(label, y // 2)
         lists.append({c: x[y == c][rank[y == c].argsort()] for c in set(y.tolist())})
@@ -112,7 +112,7 @@ def test_the_means_are_right_after_loading_a_checkpoint(tmp_path):
         loaded, _ = toy_learner({"method": ICaRL(memory_size=20)}, num_tasks=2)
         checkpoint.load(loaded, tmp_path / "checkpoints" / f"after_task_{tasks:03d}.ckpt")
         strategy = loaded.strategies["method"]
-        x, y, task, _ = strategy._exemplars()
+        x, y, task, _ = strategy.memory.ranked()
         assert len(y) == 20
         torch.testing.assert_close(strategy.means, class_means(unit_features(loaded, TaskData(x, y, task)), y, 4))
         assert strategy.means.any(1).tolist() == [True, True, tasks == 2, tasks == 2]
@@ -148,7 +148,7 @@ def test_a_class_that_comes_again_is_labelled_and_herded_anew():
     learner = Learner(stream, ToyBackbone(), {"method": ICaRL(12)}, partial(torch.optim.SGD, lr=0.1), batch_size=8)
     learn(learner, stream)
     strategy = learner.strategies["method"]
-    kept, label, task, _ = strategy._exemplars()
+    kept, label, task, _ = strategy.memory.ranked()
     assert torch.bincount(label).tolist() == [3, 3, 3, 3] and set(task.tolist()) == {1}
     assert not strategy._old.any()
     present = {row.numpy().tobytes() for row in x[40:]}

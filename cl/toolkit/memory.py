@@ -127,13 +127,26 @@ class Memory(nn.Module):
 
     def sample(self, size: int) -> Batch:
         """Draw exemplars with their extras without replacement; all of them if fewer than `size` are stored."""
-        return self._gather(self._distinct(min(size, self._stored)))
+        return self.at(self.draw(size))
+
+    def draw(self, size: int) -> Rows:
+        """Draw positions of exemplars without replacement, for `at`; all of them if fewer than `size` are stored."""
+        return self._distinct(min(size, self._stored))
 
     def rows(self) -> Batch:
         """Return all exemplars with their extras, in the order of slots, as a copy on the learner's device."""
-        return self._gather(np.arange(self._stored))
+        return self.at(np.arange(self._stored))
 
-    def _gather(self, rows: Rows) -> Batch:
+    def at(self, rows: Rows) -> Batch:
+        """Return the exemplars at some positions, 0 to len - 1, with their extras; except for a ring, these are slots.
+
+        Example:
+            >>> from cl.testing import toy_stream
+            >>> memory = Memory(4, toy_stream(2))
+            >>> memory.put(Batch(*toy_stream(2)[0].train.tensors()).take(slice(3)), np.array([0, 1, -1]))
+            >>> memory.at(np.array([1, 0])).y.tolist(), len(memory)
+            ([1, 0], 2)
+        """
         if self.policy == "ring":
             ends = np.minimum(self._received, self._size).cumsum()
             group = np.searchsorted(ends, rows, side="right")
@@ -152,7 +165,22 @@ class Memory(nn.Module):
         """
         if batch.again:
             return
-        slots = getattr(self, f"_slots_{self.policy}")(batch)
+        self._write(batch, getattr(self, f"_slots_{self.policy}")(batch))
+
+    def put(self, batch: Batch, slots: Rows) -> None:
+        """Store examples in given slots, for a strategy with a rule of its own; -1 stores none.
+
+        New slots follow those in use: slot `len(memory)` first. With several updates per batch, only the call at the
+        last of them stores.
+        """
+        assert self.policy == "reservoir", "the slots of other policies belong to groups"
+        if batch.again:
+            return
+        self._write(batch, slots)
+        self._stored = max(self._stored, int(slots.max(initial=-1)) + 1)
+        self.num_seen += len(batch)
+
+    def _write(self, batch: Batch, slots: Rows) -> None:
         # Of two examples for one slot the later is stored, as if they had been inserted one by one.
         kept = {slot: row for row, slot in enumerate(slots.tolist()) if slot >= 0}
         if not kept:

@@ -40,6 +40,7 @@ from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gem import GEM
 from cl.strategies.gpm import GPM
+from cl.strategies.gss import GSS
 from cl.strategies.hat import HAT
 from cl.strategies.hpcr import HPCR
 from cl.strategies.icarl import ICaRL
@@ -163,6 +164,8 @@ METHODS = [
     Row("hpcr", HPCR, {"memory_size": 20, "batch_size": 3, "a": 0.0}),
     Row("onpro", OnPro, {"memory_size": 20, "batch_size": 8, "dim": 8}),
     Row("onpro", OnPro, {"memory_size": 20, "per_class": 2, "instance": 0.0, "base": 0.5, "mix": 1.0}),
+    Row("gss", GSS, {"memory_size": 20}),
+    Row("gss", GSS, {"memory_size": 20, "batch_size": 3, "num_compared": 2}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
     Row("ranpac", RanPAC, {"num_projections": 20}),
@@ -226,6 +229,7 @@ TEAMS = [
     Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),
     Row("er,onpro", lambda: {"er": ER(20), "onpro": OnPro(20, batch_size=8, dim=8)}),
+    Row("er,gss", lambda: {"er": ER(20), "gss": GSS(20)}),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),

@@ -90,6 +90,7 @@ CASES: dict[str, list[str]] = {
     "er_ace": ["strategy=er_ace", "strategy.er_ace.memory_size=20", *_STEPS],
     "uer": ["strategy=uer", "strategy.uer.memory_size=20", *_STEPS],
     "der": ["strategy=der", "optimizer=adam", *_IMAGES, *_STEPS],
+    "gss": ["strategy=gss", "strategy.gss.memory_size=20", *_STEPS],
     "mir": ["strategy=mir", "strategy.mir.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
     "gdumb": ["strategy=gdumb", "strategy.gdumb.cutmix=0.5", *_IMAGES, *_STEPS],
     "icarl": ["strategy=icarl", "strategy.icarl.memory_size=20", *_STEPS],

@@ -39,6 +39,7 @@ from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gpm import GPM
+from cl.strategies.gss import GSS
 from cl.strategies.hat import HAT
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
@@ -100,6 +101,7 @@ REPLAYED: dict[str, Callable[[], Strategy]] = {
     "er_ace": partial(ERACE, memory_size=CAPACITY),
     "uer": partial(UER, memory_size=CAPACITY),
     "der": partial(DER, memory_size=CAPACITY),
+    "gss": partial(GSS, memory_size=CAPACITY, num_compared=4),
     "mir": partial(MIR, memory_size=CAPACITY),
     "gdumb": partial(GDumb, memory_size=CAPACITY),
 }

@@ -19,6 +19,7 @@ from cl.strategies.er_ace import ERACE
 from cl.strategies.ewc import EWC
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gpm import GPM
+from cl.strategies.gss import GSS
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
@@ -102,7 +103,7 @@ class Watches(Strategy):
         return learner.backbone(view)
 
 
-@pytest.mark.parametrize("make", [DER, MIR, partial(GDumb, cutmix=1.0), ERACE])
+@pytest.mark.parametrize("make", [DER, MIR, GSS, partial(GDumb, cutmix=1.0), ERACE])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_replayed_rows_are_encoded_under_their_own_task(make, scenario):
     watch = Watches()

@@ -433,3 +433,19 @@ def test_a_generator_goes_on_where_its_state_was_taken(halves):
     assert b.generator.bit_generator.state == a.generator.bit_generator.state
     for draw in (lambda g: g.integers(0, 1000, 3, dtype=np.uint32), lambda g: g.random(4), lambda g: g.permutation(9)):
         assert draw(a.generator).tolist() == draw(b.generator).tolist()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_are_put_into_the_slots_that_a_strategy_names(storage):
+    store = memory(4, extras=True, storage=storage)
+    store.put(rows([0] * 5), np.array([0, -1, 1, 2, 1]))
+    assert ids(store.rows()) == [0, 4, 3] and len(store) == 3, "of two rows for one slot the later is stored"
+    store.put(rows([1] * 2, first=7), np.array([3, 0]))
+    assert ids(store.rows()) == [8, 4, 3, 7] and store.rows().y.tolist() == [1, 0, 0, 1]
+    again = rows([1], first=9)
+    again.again = True
+    store.put(again, np.array([0]))
+    store.put(rows([1], first=9), np.array([-1]))
+    assert ids(store.rows()) == [8, 4, 3, 7] and torch.equal(store.rows().extras["ten"], 10 * store.rows().x)
+    drawn = store.draw(3)
+    assert ids(store.at(drawn)) == [[8, 4, 3, 7][i] for i in drawn] and len(set(drawn.tolist())) == 3

@@ -26,7 +26,7 @@ from cl.engine.strategy import Strategy
 from cl.metrics.scalar import AnyScalar
 from cl.metrics.transfer import LIBRARY_VARIANTS, SCALARS
 from cl.ranges import annotation_of, range_of
-from cl.report.evidence import NEEDS
+from cl.report.evidence import remedy
 from cl.report.scalars import MEASURES
 from cl.settings import SETTINGS
 
@@ -178,7 +178,8 @@ def metrics() -> str:
     def rows(scalars: Mapping[str, AnyScalar]) -> Iterator[list[str]]:
         yield from (row(name, scalar) for name, scalar in scalars.items())
 
-    measured = ([*row(name, m), " ".join(prose(NEEDS[need]) + "." for need in m.needs)] for name, m in MEASURES.items())
+    how = {name: " ".join(prose(remedy(need)) + "." for need in m.needs) for name, m in MEASURES.items()}
+    measured = ([*row(name, m), how[name]] for name, m in MEASURES.items())
     functions = sorted({one.function.__name__ for one in [*SCALARS.values(), *LIBRARY_VARIANTS.values()]})
     return (
         "# Metrics\n\nTasks are numbered from 1: `R[i,j]` is the metric on task j after i tasks, and `R[0,j]` that of "

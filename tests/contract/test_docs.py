@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -49,7 +50,8 @@ def test_the_site_builds_without_a_warning_and_reads_without_a_network(tmp_path:
     """Every tutorial is executed on the way."""
     pytest.importorskip("material", reason="pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside it
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr
     fetched = re.compile(
         r"<(?:script|img|iframe|source)[^>]* src=\"?https?://|<link[^>]* href=\"?https?://|@import|url\(http"

@@ -27,6 +27,7 @@ from cl.errors import InputError
 from cl.random import Random
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.bic import BiC
 from cl.strategies.coda_prompt import CODAPrompt
 from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
@@ -157,6 +158,7 @@ METHODS = [
     Row("icarl", ICaRL, {"memory_size": 20}),
     Row("wa", WA, {"memory_size": 20}),
     Row("wa", WA, {"memory_size": 20, "clip": False}, finetunes_first=True),
+    Row("bic", BiC, {"memory_size": 20}),
     Row("scr", SCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20, "batch_size": 3}),
@@ -225,6 +227,7 @@ TEAMS = [
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
     Row("er,wa", lambda: {"er": ER(20), "wa": WA(20)}, scenarios=("class",)),
+    Row("er,bic", lambda: {"er": ER(20), "bic": BiC(20)}, scenarios=("class",)),
     Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
     Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),

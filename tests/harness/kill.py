@@ -95,6 +95,7 @@ CASES: dict[str, list[str]] = {
     "gdumb": ["strategy=gdumb", "strategy.gdumb.cutmix=0.5", *_IMAGES, *_STEPS],
     "icarl": ["strategy=icarl", "strategy.icarl.memory_size=20", *_STEPS],
     "wa": ["strategy=wa", "strategy.wa.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
+    "bic": ["strategy=bic", "strategy.bic.memory_size=20", "optimizer=adam", *_STEPS],
     "scr": ["strategy=scr", "strategy.scr.batch_size=10", *_IMAGES, *_STEPS],
     "pcr": ["strategy=pcr", *_IMAGES, *_STEPS],
     "hpcr": ["strategy=hpcr", "strategy.hpcr.memory_size=20", *_IMAGES, *_STEPS],

@@ -97,6 +97,7 @@ SMALL = {
     "strategy=mir": {"strategy.mir.memory_size": "20", "strategy.mir.num_candidates": "20"},
     "strategy=icarl": {"strategy.icarl.memory_size": "20"},
     "strategy=wa": {"strategy.wa.memory_size": "20"},
+    "strategy=bic": {"strategy.bic.memory_size": "20"},
     "strategy=scr": {"strategy.scr.memory_size": "20"},
     "strategy=pcr": {"strategy.pcr.memory_size": "20"},
     "strategy=hpcr": {"strategy.hpcr.memory_size": "20"},

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 NAMES = (
     *("finetune", "joint", "cumulative", "er", "er_ace", "uer", "der", "derpp", "mir", "scr", "pcr", "hpcr"),
     *("onpro", "icarl", "wa", "bic", "gdumb"),
-    *("gss",),
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
     *("packnet", "hat", "supsup", "ncm", "ranpac"),
+    *("gss", "xder", "rwalk"),
 )
 FEW = 1000, 2000  # rows a task; no strategy's default samples more for what it computes between tasks
 TOLD = ("trgp", "cuber", "packnet", "hat")  # the task, at test

@@ -167,6 +167,12 @@ class Memory(nn.Module):
             return
         self._write(batch, getattr(self, f"_slots_{self.policy}")(batch))
 
+    def overwrite(self, name: str, rows: Rows, values: Tensor) -> None:
+        """Replace "x", "y", "task" or an extra of the exemplars at some positions, as in `at`, which differ."""
+        assert self.policy != "ring", "positions are no slots"
+        column = self.column(name)
+        column[torch.from_numpy(rows).to(column.device)] = values.to(column)
+
     def put(self, batch: Batch, slots: Rows) -> None:
         """Store examples in given slots, for a strategy with a rule of its own; -1 stores none.
 

@@ -58,6 +58,7 @@ from cl.strategies.packnet import PackNet
 from cl.strategies.pcgrad import PCGrad
 from cl.strategies.pcr import PCR
 from cl.strategies.ranpac import RanPAC
+from cl.strategies.rwalk import RWalk
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.sam import SAM
 from cl.strategies.scr import SCR
@@ -68,6 +69,7 @@ from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
 from cl.strategies.uer import UER
 from cl.strategies.wa import WA
+from cl.strategies.xder import XDER
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
 from cl.streams.data_incremental import data_incremental
@@ -168,6 +170,7 @@ METHODS = [
     Row("onpro", OnPro, {"memory_size": 20, "per_class": 2, "instance": 0.0, "base": 0.5, "mix": 1.0}),
     Row("gss", GSS, {"memory_size": 20}),
     Row("gss", GSS, {"memory_size": 20, "batch_size": 3, "num_compared": 2}),
+    Row("xder", XDER, {"memory_size": 20, "num_views": 2, "num_contrasted": 4}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
     Row("ranpac", RanPAC, {"num_projections": 20}),
@@ -182,6 +185,8 @@ METHODS = [
     Row("sam", SAM, {"rho": 0.5, "adaptive": True}, backbone="vit"),
     Row("pcgrad", PCGrad, finetunes_first=True),
     Row("si", SI, finetunes_first=True),
+    Row("rwalk", RWalk, finetunes_first=True),
+    Row("rwalk", RWalk, {"interval": 3, "scores": False}, backbone="vit", finetunes_first=True),
     Row("mas", MAS, {"num_samples": 20}, finetunes_first=True),
     Row("online_ewc", OnlineEWC, {"num_samples": 20}, finetunes_first=True),
     Row("packnet", PackNet),
@@ -233,6 +238,7 @@ TEAMS = [
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),
     Row("er,onpro", lambda: {"er": ER(20), "onpro": OnPro(20, batch_size=8, dim=8)}),
     Row("er,gss", lambda: {"er": ER(20), "gss": GSS(20)}),
+    Row("er,xder", lambda: {"er": ER(20), "xder": XDER(20, num_views=2, num_contrasted=4)}, scenarios=("class",)),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
@@ -242,6 +248,7 @@ TEAMS = [
     Row("er,supsup", lambda: {"er": ER(20), "supsup": SupSup()}),
     Row("er,hat", lambda: {"er": ER(20), "hat": HAT()}, scenarios=("task",)),
     Row("er,packnet", lambda: {"er": ER(20), "packnet": PackNet()}, scenarios=("task",)),
+    Row("er,rwalk", lambda: {"er": ER(20), "rwalk": RWalk(interval=3)}),
     Row("er,mas", lambda: {"er": ER(20), "mas": MAS(num_samples=20)}),
     Row("er,online_ewc", lambda: {"er": ER(20), "online_ewc": OnlineEWC(num_samples=20)}),
 ]

@@ -51,6 +51,7 @@ from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.packnet import PackNet
 from cl.strategies.ranpac import RanPAC
+from cl.strategies.rwalk import RWalk
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
@@ -75,6 +76,7 @@ EXACT: dict[str, Callable[[], Strategy]] = {  # what draws nothing of its own fr
     "ncm": NCM,
     "l2p": L2P,
     "si": SI,
+    "rwalk": partial(RWalk, interval=3),
     "mas": partial(MAS, num_samples=20),
     "online_ewc": partial(OnlineEWC, num_samples=20),
     "ogd": partial(OGD, num_samples=20),

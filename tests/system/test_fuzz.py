@@ -94,6 +94,7 @@ SMALL = {
     "strategy=der": {"strategy.der.memory_size": "20"},
     "strategy=gdumb": {"strategy.gdumb.memory_size": "20"},
     "strategy=gss": {"strategy.gss.memory_size": "20"},
+    "strategy=xder": {"strategy.xder.memory_size": "20", "strategy.xder.num_contrasted": "8"},
     "strategy=mir": {"strategy.mir.memory_size": "20", "strategy.mir.num_candidates": "20"},
     "strategy=icarl": {"strategy.icarl.memory_size": "20"},
     "strategy=wa": {"strategy.wa.memory_size": "20"},

@@ -21,6 +21,7 @@ from annotated_types import Interval
 
 from cl.compose import reorder
 from cl.data.task import Order, Stream, Task, TaskData
+from cl.errors import InputError
 from cl.random import derive
 from cl.ranges import checked
 
@@ -42,7 +43,7 @@ def boundary_free(
         seed: Seed of the times and of a shuffled order.
 
     Raises:
-        InputError: If the overlap is outside [0, 1].
+        InputError: If the overlap is outside [0, 1], or a task hides its labels.
 
     Example:
         >>> from cl.compose import copies, permute
@@ -52,6 +53,10 @@ def boundary_free(
         (False, [0, 1], [0, 1, 2])
     """
     stream = reorder(source, order, seed)
+    if any(task.hidden for task in stream):
+        raise InputError(
+            f"{stream.name!r} hides the labels of some tasks, and boundary_free blends the examples of all: hide none."
+        )
 
     @cache
     def whole() -> tuple[TaskData, list[torch.Tensor]]:

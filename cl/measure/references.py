@@ -100,13 +100,14 @@ class References:
         return {kind: [train[kind](stream, t) for t in range(len(stream))] for kind in self.kinds}
 
     def _expert(self, stream: Stream, t: int) -> Reference:
-        task = stream[t].each(lambda part: replace(part.of_tasks([t]), task=0), index=0)  # without blended-in examples
+        # without blended-in examples; a reference sees the labels that a task hides from strategies
+        task = stream[t].each(lambda part: replace(part.of_tasks([t]), task=0), index=0, hidden=False)
         alone = stream.derive([task].__getitem__, num_tasks=1)
         return self._find("expert", t, alone, {}, [task], len(stream))
 
     def _joint(self, stream: Stream, t: int) -> Reference:
         known = range(t + 1)  # if tasks blend, earlier tasks hold examples of later ones, which are left out
-        tasks = [task.each(lambda part: part.of_tasks(known)) for task in stream[: t + 1]]
+        tasks = [task.each(lambda part: part.of_tasks(known), hidden=False) for task in stream[: t + 1]]
         together = stream.derive(tasks.__getitem__, num_tasks=t + 1)
         return self._find("joint", t, together, {"union": Union()}, tasks, len(stream))
 

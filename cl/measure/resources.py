@@ -100,7 +100,7 @@ class Resources(Instrument):
             TaskCosts(
                 task=task.index + 1,
                 seconds=time.perf_counter() - self._began - aside,
-                steps=learner.step,
+                steps=learner.step * learner.updates,
                 flops=summed[2],
                 parameters=sum(p.numel() for p in learner.trunk().parameters()),
                 state_bytes=_bytes(learner.strategies) - held + int(summed[0]),

@@ -178,3 +178,34 @@ def test_the_tasks_are_chosen_by_position():
     assert [t.hidden for t in permute(hide_labels(stream))] == [False, True, True]
     with pytest.raises(InputError, match="there is no task 3"):
         hide_labels(stream, [3])
+
+
+def test_references_see_the_labels(tmp_path: Path):
+    body = toy_learner(num_tasks=3, scenario="domain")[0].backbone
+    run = cl.run(
+        hidden_stream(),
+        Entropy(),
+        body,
+        epochs=1,
+        progress=False,
+        trainer={"accelerator": "cpu"},
+        references=["experts", "joint"],
+        reference_dir=tmp_path,
+    )
+    shown = cl.run(
+        toy_stream(3, "domain"),
+        Entropy(),
+        body,
+        epochs=1,
+        progress=False,
+        trainer={"accelerator": "cpu"},
+        references=["experts", "joint"],
+        reference_dir=tmp_path / "other",
+    )
+    for kind in ("experts", "joint"):
+        assert [one["value"] for one in run.references[kind]] == [one["value"] for one in shown.references[kind]]
+
+
+def test_tasks_that_blend_cannot_hide_labels():
+    with pytest.raises(InputError, match="hides the labels of some tasks"):
+        cl.streams.boundary_free(hidden_stream())

@@ -87,3 +87,17 @@ def test_it_does_not_share_updates_with_other_batches():
     with pytest.raises(InputError, match=r"updates_per_batch=2 contradicts trainer\.accumulate_grad_batches=3"):
         trainer_options = {"accelerator": "cpu", "accumulate_grad_batches": 3}
         cl.run(toy_stream(2), [], epochs=1, updates_per_batch=2, trainer=trainer_options, progress=False)
+
+
+def test_the_costs_count_every_update():
+    for updates, steps in ((None, 6), (3, 18)):
+        run = cl.run(
+            toy_stream(2),
+            [],
+            epochs=1,
+            batch_size=8,
+            updates_per_batch=updates,
+            progress=False,
+            trainer={"accelerator": "cpu"},
+        )
+        assert run.instruments["resources"].column("steps") == [steps, steps]

@@ -49,6 +49,7 @@ from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
+from cl.strategies.mer import MER
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
@@ -171,6 +172,7 @@ METHODS = [
     Row("gss", GSS, {"memory_size": 20}),
     Row("gss", GSS, {"memory_size": 20, "batch_size": 3, "num_compared": 2}),
     Row("xder", XDER, {"memory_size": 20, "num_views": 2, "num_contrasted": 4}),
+    Row("mer", MER, {"memory_size": 20, "beta": 0.5, "gamma": 0.8}),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
     Row("ranpac", RanPAC, {"num_projections": 20}),
@@ -239,6 +241,7 @@ TEAMS = [
     Row("er,onpro", lambda: {"er": ER(20), "onpro": OnPro(20, batch_size=8, dim=8)}),
     Row("er,gss", lambda: {"er": ER(20), "gss": GSS(20)}),
     Row("er,xder", lambda: {"er": ER(20), "xder": XDER(20, num_views=2, num_contrasted=4)}, scenarios=("class",)),
+    Row("er,mer", lambda: {"er": ER(20), "mer": MER(20, beta=0.5)}),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),

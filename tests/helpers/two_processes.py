@@ -45,6 +45,7 @@ from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
+from cl.strategies.mer import MER
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
@@ -104,6 +105,7 @@ REPLAYED: dict[str, Callable[[], Strategy]] = {
     "uer": partial(UER, memory_size=CAPACITY),
     "der": partial(DER, memory_size=CAPACITY),
     "gss": partial(GSS, memory_size=CAPACITY, num_compared=4),
+    "mer": partial(MER, memory_size=CAPACITY, beta=0.7, gamma=0.9),
     "mir": partial(MIR, memory_size=CAPACITY),
     "gdumb": partial(GDumb, memory_size=CAPACITY),
 }

@@ -40,6 +40,7 @@ from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gem import GEM
+from cl.strategies.generative_replay import GenerativeReplay
 from cl.strategies.gpm import GPM
 from cl.strategies.gss import GSS
 from cl.strategies.hat import HAT
@@ -108,6 +109,7 @@ class Row:
             object.__setattr__(self, "scenarios", getattr(self.make, "scenarios", SCENARIOS))
 
 
+GENERATOR = {"hidden": 8, "code": 3, "iterations": 5, "generator_batch": 6}
 METHODS = [
     Row("finetune", Finetune, finetunes_first=True),
     Row("joint", Joint),
@@ -173,6 +175,8 @@ METHODS = [
     Row("gss", GSS, {"memory_size": 20, "batch_size": 3, "num_compared": 2}),
     Row("xder", XDER, {"memory_size": 20, "num_views": 2, "num_contrasted": 4}),
     Row("mer", MER, {"memory_size": 20, "beta": 0.5, "gamma": 0.8}),
+    Row("generative_replay", GenerativeReplay, GENERATOR, finetunes_first=True),
+    Row("generative_replay", GenerativeReplay, {**GENERATOR, "labels": "soft"}, backbone="vit", finetunes_first=True),
     Row("mir", MIR, {"memory_size": 20}),
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
     Row("ranpac", RanPAC, {"num_projections": 20}),
@@ -242,6 +246,11 @@ TEAMS = [
     Row("er,gss", lambda: {"er": ER(20), "gss": GSS(20)}),
     Row("er,xder", lambda: {"er": ER(20), "xder": XDER(20, num_views=2, num_contrasted=4)}, scenarios=("class",)),
     Row("er,mer", lambda: {"er": ER(20), "mer": MER(20, beta=0.5)}),
+    Row(
+        "er,generative_replay",
+        lambda: {"er": ER(20), "generative_replay": GenerativeReplay(**GENERATOR)},
+        scenarios=("class", "domain"),
+    ),
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),

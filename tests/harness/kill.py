@@ -45,6 +45,7 @@ MLP = ["backbone.hidden=[16]"]
 _VIT = ["backbone=vit", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"]
 _DUAL = ["strategy.dualprompt.general_blocks=[0]", "strategy.dualprompt.expert_blocks=[0]"]
 _CODA = "strategy.coda_prompt.blocks=[0]"
+_GENERATOR = [f"strategy.generative_replay.{key}" for key in ("hidden=8", "code=3", "iterations=20")]
 _PREQUENTIAL = ["instrument=prequential", "instrument.prequential.every=3"]
 _WATCHED = ["report.points=3", "report.subset=20", "report.flops=true", "probes=[ridge,knn,cka]"]
 
@@ -93,6 +94,7 @@ CASES: dict[str, list[str]] = {
     "gss": ["strategy=gss", "strategy.gss.memory_size=20", *_STEPS],
     "xder": ["strategy=xder", "strategy.xder.memory_size=20", "strategy.xder.num_views=2", *_IMAGES, *_STEPS],
     "mer": ["strategy=mer", "strategy.mer.memory_size=20", "updates_per_batch=2", *_STEPS],
+    "generative_replay": ["strategy=generative_replay", *_GENERATOR, "optimizer=adam", *_STEPS],
     "mir": ["strategy=mir", "strategy.mir.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
     "gdumb": ["strategy=gdumb", "strategy.gdumb.cutmix=0.5", *_IMAGES, *_STEPS],
     "icarl": ["strategy=icarl", "strategy.icarl.memory_size=20", *_STEPS],

@@ -96,6 +96,10 @@ SMALL = {
     "strategy=gss": {"strategy.gss.memory_size": "20"},
     "strategy=xder": {"strategy.xder.memory_size": "20", "strategy.xder.num_contrasted": "8"},
     "strategy=mer": {"strategy.mer.memory_size": "20"},
+    "strategy=generative_replay": {
+        "strategy.generative_replay.iterations": "10",
+        "strategy.generative_replay.hidden": "8",
+    },
     "strategy=mir": {"strategy.mir.memory_size": "20", "strategy.mir.num_candidates": "20"},
     "strategy=icarl": {"strategy.icarl.memory_size": "20"},
     "strategy=wa": {"strategy.wa.memory_size": "20"},

@@ -1,4 +1,4 @@
-r"""BiC, bias correction (Wu et al. 2019, "Large scale incremental learning", section 4).
+r"""BiC, bias correction (Wu et al. 2019, "Large scale incremental learning").
 
 A task's examples are learned together with exemplars of older classes, of which there are few, so that the network
 prefers new classes. The paper finds that two numbers for all new classes correct that, and fits them on examples that

@@ -48,6 +48,7 @@ from cl.strategies.hpcr import HPCR
 from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
+from cl.strategies.lucir import LUCIR
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
 from cl.strategies.mer import MER
@@ -164,6 +165,7 @@ METHODS = [
     Row("wa", WA, {"memory_size": 20}),
     Row("wa", WA, {"memory_size": 20, "clip": False}, finetunes_first=True),
     Row("bic", BiC, {"memory_size": 20}),
+    Row("lucir", LUCIR, {"memory_size": 20}),
     Row("scr", SCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20, "batch_size": 3}),
@@ -239,6 +241,7 @@ TEAMS = [
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),
     Row("er,wa", lambda: {"er": ER(20), "wa": WA(20)}, scenarios=("class",)),
     Row("er,bic", lambda: {"er": ER(20), "bic": BiC(20)}, scenarios=("class",)),
+    Row("er,lucir", lambda: {"er": ER(20), "lucir": LUCIR(20)}, scenarios=("class",)),
     Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
     Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),

@@ -104,6 +104,7 @@ SMALL = {
     "strategy=icarl": {"strategy.icarl.memory_size": "20"},
     "strategy=wa": {"strategy.wa.memory_size": "20"},
     "strategy=bic": {"strategy.bic.memory_size": "20"},
+    "strategy=lucir": {"strategy.lucir.memory_size": "20"},
     "strategy=scr": {"strategy.scr.memory_size": "20"},
     "strategy=pcr": {"strategy.pcr.memory_size": "20"},
     "strategy=hpcr": {"strategy.hpcr.memory_size": "20"},

@@ -28,6 +28,7 @@ from cl.random import Random
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.bic import BiC
+from cl.strategies.cbp import CBP
 from cl.strategies.coda_prompt import CODAPrompt
 from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
@@ -189,6 +190,8 @@ METHODS = [
     Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
     Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
+    Row("cbp", CBP, {"rate": 0.1, "maturity": 3}),
+    Row("cbp", CBP, {"rate": 0.0}, finetunes_first=True),
     Row("sam", SAM),
     Row("sam", SAM, {"rho": 0.5, "adaptive": True}, backbone="vit"),
     Row("pcgrad", PCGrad, finetunes_first=True),
@@ -257,6 +260,7 @@ TEAMS = [
     Row("er,mir", lambda: {"er": ER(20), "mir": MIR(20)}),
     Row("l2p,mir", lambda: {"l2p": L2P(4, 2, 2), "mir": MIR(20)}, backbone="vit"),
     Row("er,gdumb", lambda: {"er": ER(20), "gdumb": GDumb(20, cutmix=0.5)}),
+    Row("er,cbp", lambda: {"er": ER(20), "cbp": CBP(0.1, maturity=3)}),
     Row("er,sam", lambda: {"er": ER(20), "sam": SAM()}),
     Row("er,pcgrad", lambda: {"er": ER(20), "pcgrad": PCGrad("gradvac")}),
     Row("er,si", lambda: {"er": ER(20), "si": SI()}),

@@ -115,6 +115,7 @@ CASES: dict[str, list[str]] = {
     "online_ewc": ["strategy=online_ewc", "strategy.online_ewc.fisher=sampled", *_STEPS],
     "sam": ["strategy=[er,sam]", "updates_per_batch=2", *_PREQUENTIAL, *_STEPS],
     "pcgrad": ["strategy=[er,pcgrad]", "strategy.pcgrad.rule=gradvac", *_PREQUENTIAL, *_STEPS],
+    "cbp": ["strategy=[er,cbp]", "strategy.cbp.rate=0.1", "strategy.cbp.maturity=3", "instrument=dormant", *_STEPS],
     "si": ["strategy=si", "optimizer.momentum=0.9", *_STEPS],
     "rwalk": ["strategy=rwalk", "strategy.rwalk.interval=5", "optimizer.momentum=0.9", *_STEPS],
     "mas": ["strategy=mas", "optimizer=adam", *_STEPS],

@@ -18,16 +18,21 @@ The length of a weight says how large its output is only if all its elements hav
 are not negative: negative elements of the head's weights are set to 0 after each step. The first task has no teacher,
 and nothing is aligned after it. gamma is recorded as record/wa/gamma.
 
-Defaults: T = 2, lambda as above and the clipping are the paper's. K = 200 exemplars; the paper has 2000 for CIFAR-100.
+Without the clipping gamma may be above 1, so that new classes are preferred even more: on the digits of scikit-learn in
+five tasks (an MLP, 20 epochs, 100 exemplars, two seeds) it was 1.1 to 1.4, and the accuracy at the end 46.5 with
+`clip=false norm=2 largest=null`, 81.7 with `clip=false`, and 88.1 with the defaults. So gamma is at most 1.
+
+Defaults: T = 2, lambda as above and the clipping are the paper's; the L1 norm and the bound of gamma are those of the
+released code. K = 200 exemplars; the paper has 2000 for CIFAR-100.
 Published: Yan et al. 2021 ("DER: dynamically expandable representation") report 72.81 for WA, the mean of the
 accuracies after each of five tasks of CIFAR-100, with 2000 exemplars and a ResNet-18. The command for such a run is
 `cl-run strategy=wa strategy.wa.memory_size=2000 dataset=cifar100 stream.num_tasks=5 backbone=resnet18`, with more than
 a hundred epochs; it has not been run here.
-Differences from the paper: the head may have a bias, which is trained and not aligned. A class that comes again is
-treated as new.
-Differences from the released code: its gamma is of L1 norms (`norm=1`), at most 1, and multiplies the outputs at test
-and those of the teacher, while the weights remain as they were trained. Its head starts each task from random weights.
-PyCIL aligns the weights as here, without clipping (`clip=false`), and weighs both losses differently, 1 and 2.
+Differences from the paper: gamma is at most 1 (`largest=null` drops that). The head may have a bias, which is trained
+and not aligned. A class that comes again is treated as new.
+Differences from the released code: there gamma multiplies the outputs at test and those of the teacher, while the
+weights remain as they were trained, and the head starts each task from random weights. PyCIL aligns the weights as
+here, with L2 norms, no bound and no clipping (`norm=2 largest=null clip=false`), and weighs the losses by 1 and 2.
 
 State: K exemplars with their ranks (`cl.toolkit.exemplars.Exemplars`); the teacher, which is as large as the network.
 Before a task its examples and the exemplars are copied into one array. Scenarios: class-incremental. Refused: a memory
@@ -55,7 +60,7 @@ if TYPE_CHECKING:
     from cl.data.task import Stream, Task, TaskData
 
 
-def alignment(weight: Tensor, old: Tensor, new: Tensor, norm: float = 2.0) -> Tensor:
+def alignment(weight: Tensor, old: Tensor, new: Tensor, norm: float = 1.0) -> Tensor:
     """Return gamma, the mean norm of the old classes' rows over that of the new classes' rows of a weight, a scalar.
 
     Args:
@@ -66,7 +71,7 @@ def alignment(weight: Tensor, old: Tensor, new: Tensor, norm: float = 2.0) -> Te
 
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [1.0, 0.0], [6.0, 8.0]])
-        >>> round(float(alignment(weight, torch.tensor([0, 1]), torch.tensor([2]))), 4)
+        >>> round(float(alignment(weight, torch.tensor([0, 1]), torch.tensor([2]), norm=2)), 4)
         0.3
     """
     lengths: Tensor = weight.norm(p=norm, dim=1)
@@ -80,6 +85,7 @@ class WA(Strategy):
         memory_size: Total number of exemplars, K.
         temperature: T, by which logits are divided.
         norm: The order of the norm of a weight.
+        largest: Largest gamma; None for no bound.
         clip: Whether negative elements of the head's weights are set to 0 after each step.
         storage: Where the exemplars are stored: on the "device", on the "host" or on "disk".
 
@@ -99,13 +105,14 @@ class WA(Strategy):
         self,
         memory_size: Annotated[int, Ge(1)] = 200,
         temperature: Annotated[float, Gt(0)] = 2.0,
-        norm: Annotated[float, Ge(1)] = 2.0,
+        norm: Annotated[float, Ge(1)] = 1.0,
+        largest: Annotated[float, Gt(0)] | None = 1.0,
         clip: bool = True,
         storage: str = "device",
     ) -> None:
         super().__init__()
         self.memory_size, self.temperature, self.norm = memory_size, temperature, norm
-        self.clip, self.storage = clip, storage
+        self.largest, self.clip, self.storage = largest, clip, storage
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory and the teacher."""
@@ -151,6 +158,6 @@ class WA(Strategy):
         """Choose the exemplars, then align the weights of the new classes."""
         self.memory.renew(learner, task.train)
         if self._share:
-            gamma = alignment(proxies(learner), self._old, self._new, self.norm)
+            gamma = alignment(proxies(learner), self._old, self._new, self.norm).clamp(max=self.largest or torch.inf)
             proxies(learner)[self._new] *= gamma
             learner.record("wa/gamma", gamma)

@@ -164,7 +164,7 @@ METHODS = [
     Row("gdumb", GDumb, {"memory_size": 20, "cutmix": 0.5}),
     Row("icarl", ICaRL, {"memory_size": 20}),
     Row("wa", WA, {"memory_size": 20}),
-    Row("wa", WA, {"memory_size": 20, "clip": False}, finetunes_first=True),
+    Row("wa", WA, {"memory_size": 20, "norm": 2.0, "largest": None, "clip": False}, finetunes_first=True),
     Row("bic", BiC, {"memory_size": 20}),
     Row("lucir", LUCIR, {"memory_size": 20}),
     Row("scr", SCR, {"memory_size": 20}),

@@ -33,8 +33,8 @@ def test_aligned_weights_are_equally_long_on_average(seed, n, m, norm):
 
 def test_alignment_worked_by_hand():
     weight = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0], [0.0, 2.0]])  # lengths 5, 1 and 10, 2
+    assert float(alignment(weight, torch.tensor([0, 1]), torch.tensor([2, 3]), 2.0)) == pytest.approx(0.5)
     assert float(alignment(weight, torch.tensor([0, 1]), torch.tensor([2, 3]))) == pytest.approx(0.5)
-    assert float(alignment(weight, torch.tensor([0, 1]), torch.tensor([2, 3]), 1.0)) == pytest.approx(0.5)
     assert float(alignment(weight, torch.tensor([0]), torch.tensor([1, 2, 3]), 1.0)) == pytest.approx(7 / 17 * 3)
     assert alignment(torch.eye(2) * torch.tensor([1.0, 0.0]), torch.tensor([0]), torch.tensor([1])).isfinite()
 
@@ -54,9 +54,11 @@ def test_the_loss_worked_by_hand():
     assert float(loss) == pytest.approx(float(log[1] / 3 + log[0] * 2 / 3))
 
 
-@pytest.mark.parametrize("clip", [True, False])
-def test_the_second_and_third_task_are_those_written_by_hand(clip):
-    learner, stream = toy(WA(memory_size=14, clip=clip), [0], epochs=2)
+@pytest.mark.parametrize(
+    ("clip", "norm", "largest"), [(True, 1.0, None), (True, 2.0, 0.95), (False, 2.0, None), (False, 3.0, 0.9)]
+)
+def test_the_second_and_third_task_are_those_written_by_hand(clip, norm, largest):
+    learner, stream = toy(WA(memory_size=14, clip=clip, norm=norm, largest=largest), [0], epochs=2)
     method = learner.strategies["method"]
     for t in (1, 2):
         net = deepcopy(nn.Sequential(learner.backbone, learner.head))
@@ -72,12 +74,12 @@ def test_the_second_and_third_task_are_those_written_by_hand(clip):
             optimizer.step()
             if clip:
                 net[1].weight.data.relu_()
-        lengths = net[1].weight.detach().norm(dim=1)
-        gamma = lengths[:n].mean() / lengths[n : n + 2].mean()
+        lengths = net[1].weight.detach().norm(p=norm, dim=1)
+        gamma = min(float(lengths[:n].mean() / lengths[n : n + 2].mean()), largest or 1000)
         net[1].weight.data[n : n + 2] *= gamma
         learn(learner, stream, [t], epochs=2)
         close(learner, net)
-        assert float(gamma) != pytest.approx(1, abs=1e-3), "there is something to align"
+        assert gamma != pytest.approx(1, abs=1e-3), "there is something to align"
         assert torch.bincount(method.memory.ranked()[1]).tolist() == [14 // (n + 2)] * (n + 2)
         assert bool((learner.head.weight >= 0).all()) == clip
 
@@ -91,7 +93,7 @@ def test_the_end_of_an_epoch_clips_where_a_process_had_no_example_in_the_last_st
 
 def test_gamma_is_recorded_after_every_task_but_the_first(monkeypatch):
     told: list[tuple[str, int, float]] = []
-    learner, stream = toy(WA(memory_size=12))
+    learner, stream = toy(WA(memory_size=12, norm=2.0, largest=None))
     monkeypatch.setattr(
         type(learner), "record", lambda self, name, value: told.append((name, self.task_index, float(value)))
     )
@@ -127,6 +129,7 @@ class OwnsEncode(Strategy):
         (lambda: toy(WA(memory_size=5)), r"wa\.memory_size=5 leaves some of the 6 classes without .* to 6 or more"),
         (lambda: toy({"other": OwnsEncode(), "wa": WA()}), "WA distils .* another strategy owns encode"),
         (lambda: toy(WA(), head=nn.Sequential(nn.Linear(16, 6))), "WA compares .* use head=linear"),
+        (lambda: WA(largest=0.0), r"wa\.largest=0\.0 must be above 0"),
         (lambda: WA(norm=0.5), "norm=0.5 must be 1 or more"),
         (lambda: WA(temperature=0.0), "temperature=0.0 must be above 0"),
     ],

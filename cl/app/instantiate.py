@@ -81,8 +81,8 @@ def instantiate_as(node: Any, kind: type[T], *arguments: Any, **options: Any) ->
     found = instantiate(node, *arguments, **options)
     if not isinstance(found, kind):
         raise InputError(
-            f"{node._get_full_key(None)}._target_={node._target_} gives a {type(found).__name__}, where a "
-            f"{kind.__name__} is needed: name another _target_."
+            f"{node._get_full_key(None)}._target_={node._target_} gives {type(found).__name__}, which is no "
+            f"{kind.__name__}: name another _target_."
         )
     return found
 

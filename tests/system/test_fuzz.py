@@ -471,7 +471,7 @@ def test_what_makes_sense_runs(overrides: str, tmp_path: Path) -> None:
         ("epocs=3", "did you mean epochs"),
         ("+strategy.er.memroy=3", "no argument of strategy.er called 'memroy': did you mean 'memory_size'?"),
         ("+strategy.mine._target_=no.such.Thing", "strategy.mine cannot be built"),
-        ("+strategy.mine._target_=torch.nn.ReLU", "gives a ReLU, where a Strategy is needed"),
+        ("+strategy.mine._target_=torch.nn.ReLU", "gives ReLU, which is no Strategy"),
         ("strategy.er._target_=abc", "strategy.er cannot be built"),
         ("strategy.er._target_=5", "strategy.er._target_=5 must be text"),
         ("+strategy.keys._target_=cl.strategies.finetune.Finetune", "A strategy cannot be called 'keys'"),

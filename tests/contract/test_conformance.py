@@ -37,6 +37,7 @@ from cl.strategies.derpp import DERpp
 from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
+from cl.strategies.er_las import ERLAS
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
@@ -156,6 +157,8 @@ METHODS = [
     Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True),
     Row("er_ace", ERACE, {"memory_size": 20}),
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
+    Row("er_las", ERLAS, {"memory_size": 20}),
+    Row("er_las", ERLAS, {"memory_size": 20, "tau": 0.5, "window": 3}),
     Row("uer", UER, {"memory_size": 20}),
     Row("uer", UER, {"memory_size": 20, "batch_size": 3, "predict_with": "cos"}),
     Row("der", DER, {"memory_size": 20}),
@@ -239,6 +242,7 @@ TEAMS = [
     Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
+    Row("er_las,er", lambda: {"er_las": ERLAS(20, window=2), "er": ER(20)}),
     Row("er,uer", lambda: {"er": ER(20), "uer": UER(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),

@@ -95,6 +95,7 @@ CASES: dict[str, list[str]] = {
     "xder": ["strategy=xder", "strategy.xder.memory_size=20", "strategy.xder.num_views=2", *_IMAGES, *_STEPS],
     "mer": ["strategy=mer", "strategy.mer.memory_size=20", "updates_per_batch=2", *_STEPS],
     "generative_replay": ["strategy=generative_replay", *_GENERATOR, "optimizer=adam", *_STEPS],
+    "er_las": ["strategy=er_las", "strategy.er_las.memory_size=20", "strategy.er_las.window=3", *_STEPS],
     "mir": ["strategy=mir", "strategy.mir.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
     "gdumb": ["strategy=gdumb", "strategy.gdumb.cutmix=0.5", *_IMAGES, *_STEPS],
     "icarl": ["strategy=icarl", "strategy.icarl.memory_size=20", *_STEPS],

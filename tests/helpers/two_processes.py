@@ -35,6 +35,7 @@ from cl.strategies.derpp import DERpp
 from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
+from cl.strategies.er_las import ERLAS
 from cl.strategies.ewc import EWC
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
@@ -106,6 +107,7 @@ REPLAYED: dict[str, Callable[[], Strategy]] = {
     "der": partial(DER, memory_size=CAPACITY),
     "gss": partial(GSS, memory_size=CAPACITY, num_compared=4),
     "mer": partial(MER, memory_size=CAPACITY, beta=0.7, gamma=0.9),
+    "er_las": partial(ERLAS, memory_size=CAPACITY, window=2),
     "mir": partial(MIR, memory_size=CAPACITY),
     "gdumb": partial(GDumb, memory_size=CAPACITY),
 }

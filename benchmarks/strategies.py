@@ -30,7 +30,7 @@ NAMES = (
     *("onpro", "icarl", "wa", "bic", "lucir", "gdumb"),
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
     *("packnet", "hat", "supsup", "ncm", "ranpac"),
-    *("gss", "er_las", "xder", "rwalk", "mer", "generative_replay", "cbp"),
+    *("gss", "aser", "er_las", "xder", "rwalk", "mer", "generative_replay", "cbp"),
 )
 FEW = 1000, 2000  # rows a task; no strategy's default samples more for what it computes between tasks
 TOLD = ("trgp", "cuber", "packnet", "hat")  # the task, at test

@@ -27,6 +27,7 @@ from cl.errors import InputError
 from cl.random import Random
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.aser import ASER
 from cl.strategies.bic import BiC
 from cl.strategies.cbp import CBP
 from cl.strategies.coda_prompt import CODAPrompt
@@ -159,6 +160,8 @@ METHODS = [
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
     Row("er_las", ERLAS, {"memory_size": 20}),
     Row("er_las", ERLAS, {"memory_size": 20, "tau": 0.5, "window": 3}),
+    Row("aser", ASER, {"memory_size": 20}),
+    Row("aser", ASER, {"memory_size": 20, "batch_size": 3, "score": "extreme"}),
     Row("uer", UER, {"memory_size": 20}),
     Row("uer", UER, {"memory_size": 20, "batch_size": 3, "predict_with": "cos"}),
     Row("der", DER, {"memory_size": 20}),
@@ -243,6 +246,7 @@ TEAMS = [
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er_las,er", lambda: {"er_las": ERLAS(20, window=2), "er": ER(20)}),
+    Row("er,aser", lambda: {"er": ER(20), "aser": ASER(20)}),
     Row("er,uer", lambda: {"er": ER(20), "uer": UER(20)}),
     Row("er,der", lambda: {"er": ER(20), "der": DER(20)}),
     Row("er,icarl", lambda: {"er": ER(20), "icarl": ICaRL(20)}, scenarios=("class", "task")),

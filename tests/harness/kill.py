@@ -96,6 +96,7 @@ CASES: dict[str, list[str]] = {
     "mer": ["strategy=mer", "strategy.mer.memory_size=20", "updates_per_batch=2", *_STEPS],
     "generative_replay": ["strategy=generative_replay", *_GENERATOR, "optimizer=adam", *_STEPS],
     "er_las": ["strategy=er_las", "strategy.er_las.memory_size=20", "strategy.er_las.window=3", *_STEPS],
+    "aser": ["strategy=aser", "strategy.aser.memory_size=20", *_STEPS],
     "mir": ["strategy=mir", "strategy.mir.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
     "gdumb": ["strategy=gdumb", "strategy.gdumb.cutmix=0.5", *_IMAGES, *_STEPS],
     "icarl": ["strategy=icarl", "strategy.icarl.memory_size=20", *_STEPS],

@@ -26,6 +26,7 @@ from cl.measure.learning_curves import LearningCurves
 from cl.measure.probes import Probes
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.aser import ASER
 from cl.strategies.avalanche import Avalanche
 from cl.strategies.coda_prompt import CODAPrompt
 from cl.strategies.cuber import CUBER
@@ -108,6 +109,7 @@ REPLAYED: dict[str, Callable[[], Strategy]] = {
     "gss": partial(GSS, memory_size=CAPACITY, num_compared=4),
     "mer": partial(MER, memory_size=CAPACITY, beta=0.7, gamma=0.9),
     "er_las": partial(ERLAS, memory_size=CAPACITY, window=2),
+    "aser": partial(ASER, memory_size=CAPACITY),
     "mir": partial(MIR, memory_size=CAPACITY),
     "gdumb": partial(GDumb, memory_size=CAPACITY),
 }

@@ -101,6 +101,7 @@ SMALL = {
         "strategy.generative_replay.hidden": "8",
     },
     "strategy=er_las": {"strategy.er_las.memory_size": "20"},
+    "strategy=aser": {"strategy.aser.memory_size": "20"},
     "strategy=mir": {"strategy.mir.memory_size": "20", "strategy.mir.num_candidates": "20"},
     "strategy=icarl": {"strategy.icarl.memory_size": "20"},
     "strategy=wa": {"strategy.wa.memory_size": "20"},

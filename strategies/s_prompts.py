@@ -42,6 +42,7 @@ from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, Strategy
 from cl.random import Random
 from cl.toolkit.by_task import check_apart
+from cl.toolkit.clustering import centres
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
@@ -117,14 +118,8 @@ class SPrompts(Strategy):
             head.requires_grad_(t == task.index)
 
     def _cluster(self, features: Tensor) -> Tensor:
-        from sklearn.cluster import KMeans
-        from threadpoolctl import threadpool_limits
-
-        found = min(self.num_centres, len(features))
         seed = int(self.random.generator.integers(2**31))
-        with threadpool_limits(1):  # several threads add in varying order, so that the last bits vary
-            centres = KMeans(found, n_init=10, random_state=seed).fit(features.float().cpu().numpy()).cluster_centers_
-        return torch.from_numpy(centres).to(self.centres)[torch.arange(self.num_centres) % found]
+        return centres(features, self.num_centres, seed).to(self.centres)
 
     def _query(self, learner: LearnerLike, view: Tensor) -> Tensor:
         return F.normalize(learner.backbone(view), dim=1)

@@ -19,7 +19,7 @@ class Teacher(nn.ModuleDict):
 
     Args:
         learner: The learner to copy.
-        name: The name of the method in messages.
+        name: The name of the method in messages; None for a method that itself owns `encode`.
 
     Raises:
         InputError: If another strategy implements `encode`, which the copy would lack.
@@ -32,8 +32,8 @@ class Teacher(nn.ModuleDict):
         True
     """
 
-    def __init__(self, learner: LearnerLike, name: str) -> None:
-        if learner.strategies.owned("encode"):
+    def __init__(self, learner: LearnerLike, name: str | None) -> None:
+        if name is not None and learner.strategies.owned("encode"):
             raise InputError(
                 f"{name} distils backbone and head, but another strategy owns encode: drop one of the two."
             )

@@ -63,6 +63,7 @@ from cl.strategies.onpro import OnPro
 from cl.strategies.packnet import PackNet
 from cl.strategies.pcgrad import PCGrad
 from cl.strategies.pcr import PCR
+from cl.strategies.podnet import PODNet
 from cl.strategies.ranpac import RanPAC
 from cl.strategies.rwalk import RWalk
 from cl.strategies.s_prompts import SPrompts
@@ -173,6 +174,7 @@ METHODS = [
     Row("wa", WA, {"memory_size": 20, "norm": 2.0, "largest": None, "clip": False}, finetunes_first=True),
     Row("bic", BiC, {"memory_size": 20}),
     Row("lucir", LUCIR, {"memory_size": 20}),
+    Row("podnet", PODNet, {"memory_size": 20, "num_proxies": 3}),
     Row("scr", SCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20}),
     Row("pcr", PCR, {"memory_size": 20, "batch_size": 3}),
@@ -253,6 +255,7 @@ TEAMS = [
     Row("er,wa", lambda: {"er": ER(20), "wa": WA(20)}, scenarios=("class",)),
     Row("er,bic", lambda: {"er": ER(20), "bic": BiC(20)}, scenarios=("class",)),
     Row("er,lucir", lambda: {"er": ER(20), "lucir": LUCIR(20)}, scenarios=("class",)),
+    Row("er,podnet", lambda: {"er": ER(20), "podnet": PODNet(20, num_proxies=2)}, scenarios=("class",)),
     Row("er,scr", lambda: {"er": ER(20), "scr": SCR(20, batch_size=10)}),
     Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),

@@ -103,6 +103,7 @@ CASES: dict[str, list[str]] = {
     "wa": ["strategy=wa", "strategy.wa.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
     "bic": ["strategy=bic", "strategy.bic.memory_size=20", "optimizer=adam", *_STEPS],
     "lucir": ["strategy=lucir", "strategy.lucir.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
+    "podnet": ["strategy=podnet", "strategy.podnet.num_proxies=2", *_IMAGES, *_STEPS],
     "scr": ["strategy=scr", "strategy.scr.batch_size=10", *_IMAGES, *_STEPS],
     "pcr": ["strategy=pcr", *_IMAGES, *_STEPS],
     "hpcr": ["strategy=hpcr", "strategy.hpcr.memory_size=20", *_IMAGES, *_STEPS],

@@ -107,6 +107,7 @@ SMALL = {
     "strategy=wa": {"strategy.wa.memory_size": "20"},
     "strategy=bic": {"strategy.bic.memory_size": "20"},
     "strategy=lucir": {"strategy.lucir.memory_size": "20"},
+    "strategy=podnet": {"strategy.podnet.memory_size": "20", "strategy.podnet.num_proxies": "2"},
     "strategy=scr": {"strategy.scr.memory_size": "20"},
     "strategy=pcr": {"strategy.pcr.memory_size": "20"},
     "strategy=hpcr": {"strategy.hpcr.memory_size": "20"},

@@ -24,10 +24,10 @@ five tasks (an MLP, 20 epochs, 100 exemplars, two seeds) it was 1.1 to 1.4, and 
 
 Defaults: T = 2, lambda as above and the clipping are the paper's; the L1 norm and the bound of gamma are those of the
 released code. K = 200 exemplars; the paper has 2000 for CIFAR-100.
-Published: Yan et al. 2021 ("DER: dynamically expandable representation") report 72.81 for WA, the mean of the
-accuracies after each of five tasks of CIFAR-100, with 2000 exemplars and a ResNet-18. The command for such a run is
-`cl-run strategy=wa strategy.wa.memory_size=2000 dataset=cifar100 stream.num_tasks=5 backbone=resnet18`, with more than
-a hundred epochs; it has not been run here.
+Published, quoted from memory: Yan et al. 2021 ("DER: dynamically expandable representation") report 72.81 for WA, the
+mean of the accuracies after each of five tasks of CIFAR-100, with 2000 exemplars and a ResNet-18. The command for such
+a run is `cl-run strategy=wa strategy.wa.memory_size=2000 dataset=cifar100 stream.num_tasks=5 backbone=resnet18`, with
+more than a hundred epochs; it has not been run here.
 Differences from the paper: gamma is at most 1 (`largest=null` drops that). The head may have a bias, which is trained
 and not aligned. A class that comes again is treated as new.
 Differences from the released code: there gamma multiplies the outputs at test and those of the teacher, while the

@@ -120,8 +120,7 @@ def test_an_installed_package_measures_and_everything_shows_it(cl_run, site: Pat
 def test_what_a_target_names_must_be_of_its_kind(cl_run, tmp_path: Path):
     wrong = cl_run(*SHORT, "+instrument.mine._target_=torch.nn.Identity", "hydra.run.dir=wrong", cwd=tmp_path)
     assert (
-        "gives Identity, which is no Instrument" in wrong.stderr
-        and not (tmp_path / "wrong" / "config.yaml").exists()
+        "gives Identity, which is no Instrument" in wrong.stderr and not (tmp_path / "wrong" / "config.yaml").exists()
     )
     wrong = cl_run(*SHORT, "+scalar.mine._target_=math.fsum", "hydra.run.dir=wrong", cwd=tmp_path)
     assert len(wrong.stderr.strip().splitlines()) == 1 and "scalar.mine" in wrong.stderr

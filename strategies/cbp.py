@@ -16,8 +16,8 @@ is safe from being replaced for m steps.
 CBP is about learning new tasks, not about remembering old ones: it is to be combined with a method against forgetting
 (`strategy=[er,cbp]`). `instrument=dormant` counts units that hardly react.
 
-Published: on Continual ImageNet (tasks of two classes, a network of three convolutions), backprop falls from 89 % on
-early tasks to 77 % on task 2000, the level of a linear network, while CBP stays where it begins.
+Published, quoted from memory: on Continual ImageNet (tasks of two classes, a network of three convolutions), backprop
+falls from 89 % on early tasks to 77 % on task 2000, the level of a linear network, while CBP stays where it begins.
 
 Defaults: rho = 1e-4, eta = 0.99 and m = 100 are values of the paper and its released code.
 Differences from the paper: activations are those of the incoming examples in evaluation mode, after the step.

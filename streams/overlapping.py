@@ -20,7 +20,7 @@ from cl.ranges import checked
 def overlapping(
     dataset: Dataset,
     classes: Sequence[Sequence[int]],
-    scenario: Scenario = "task",
+    scenario: Scenario | None = None,
     val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
     order: Order = None,
     seed: int = 0,
@@ -38,7 +38,7 @@ def overlapping(
     Args:
         dataset: Any dataset with labels.
         classes: The classes of each task, as labels of the dataset.
-        scenario: "task", or "class", where the outputs of all tasks so far compete.
+        scenario: "task", or "class", where the outputs of all tasks so far compete; None means "task".
         val_fraction: Share of the training set that becomes the validation set, in [0, 1).
         order: The order in which tasks are learned; see `Stream`.
         seed: Seed of the order and of the validation split.
@@ -79,7 +79,7 @@ def overlapping(
 
     return dataset.stream(
         build,
-        scenario=scenario,
+        scenario=scenario or "task",
         num_classes=sum(map(len, tasks)),
         num_tasks=len(tasks),
         class_names=[f"{dataset.class_names[c]} (task {t + 1})" for t, own in enumerate(tasks) for c in own],

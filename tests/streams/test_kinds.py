@@ -12,7 +12,8 @@ from checkout import CONF
 from cl.app.build import build
 
 NEED_FILES = {"custom", "from_arrays", "image_folders", "manifest", "avalanche"}
-KINDS = sorted({p.stem for p in (CONF / "stream").glob("*.yaml")} - NEED_FILES)
+HIDDEN = {"hidden_labels"}  # needs a strategy that learns without labels
+KINDS = sorted({p.stem for p in (CONF / "stream").glob("*.yaml")} - NEED_FILES - HIDDEN)
 FIXED = {
     "chronological": ["task"],
     "data_incremental": ["domain"],
@@ -20,7 +21,9 @@ FIXED = {
     "transfer_by_design": ["domain"],
 }
 OWN = {"i_blurry": ["class", "task"], "repetition": ["class", "task"], "mosaic": ["class", "task", "domain"]}
+OWN["overlapping"] = ["task", "class"]
 SMALL = {
+    "overlapping": ["stream.classes=[[0,1],[1,2]]"],
     "permuted": ["stream.num_tasks=3"],
     "rotated": ["stream.num_tasks=3"],
     "repetition": ["stream.num_tasks=5"],

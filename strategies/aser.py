@@ -99,7 +99,7 @@ class ASER(Strategy):
         """Append replayed examples, if the memory holds any."""
         size = self.batch_size or batch.num_incoming
         if len(self.memory) < self.memory.capacity:
-            return batch.append(self.memory.sample(size)) if len(self.memory) else batch
+            return self.memory.extend(batch, size)
         labels = self.memory.column("y").cpu().numpy()
         among = some_of_each(labels, self.per_class, self.random)
         others = some_of_each(labels, self.per_class, self.random, without=among)

@@ -83,8 +83,7 @@ class ER(Strategy):
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append replayed examples, if the memory holds any, then the second views."""
-        if len(self.memory):
-            batch = batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
+        batch = self.memory.extend(batch, self.batch_size)
         if self.second_view is None:
             return batch
         return with_another_view(batch, self.second_view, learner.augment_random.generator)

@@ -89,9 +89,7 @@ class ERACE(Strategy):
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append replayed examples, if the memory holds any."""
-        if len(self.memory) == 0:
-            return batch
-        return batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
+        return self.memory.extend(batch, self.batch_size)
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy of the incoming examples plus that of the replayed examples, a scalar."""

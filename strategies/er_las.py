@@ -87,7 +87,7 @@ class ERLAS(Strategy):
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append replayed examples, if the memory holds any."""
-        return batch.append(self.memory.sample(self.batch_size or batch.num_incoming)) if len(self.memory) else batch
+        return self.memory.extend(batch, self.batch_size)
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the cross-entropy of the adjusted logits, a scalar."""

@@ -97,7 +97,7 @@ class GSS(Strategy):
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append replayed examples, if the memory holds any."""
-        return batch.append(self.memory.sample(self.batch_size or batch.num_incoming)) if len(self.memory) else batch
+        return self.memory.extend(batch, self.batch_size)
 
     def after_step(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> None:
         """Score the incoming examples, and store some of them."""

@@ -100,7 +100,7 @@ class MER(Strategy):
         self._finish(learner)
         self._start, self._again = [w.detach().clone() for w in _weights(learner)], batch.again
         self._first = self._first or self._start
-        return batch.append(self.memory.sample(self.batch_size or batch.num_incoming)) if len(self.memory) else batch
+        return self.memory.extend(batch, self.batch_size)
 
     def _finish(self, learner: LearnerLike) -> None:
         """Go back part of the last step, and after the last step on a minibatch part of the whole way."""

@@ -45,6 +45,7 @@ from cl.engine.batch import Batch
 from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import unknown
 from cl.random import Random
+from cl.toolkit.weights import flat
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
@@ -129,7 +130,7 @@ class PCGrad(Strategy):
     def _gradient(self, learner: LearnerLike, batch: Batch, weights: list[torch.nn.Parameter]) -> Tensor:
         found = torch.autograd.grad(learner.closure(batch), weights, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True)]
-        return torch.cat([part.flatten().float() for part in parts])
+        return flat([part.float() for part in parts])
 
     def _vaccinate(self, g: Tensor, other: Tensor, i: int, j: int) -> Tensor:
         """Raise the cosine to its running mean, then move the mean."""

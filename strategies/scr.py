@@ -102,7 +102,7 @@ class SCR(Strategy):
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append replayed examples, if the memory holds any."""
-        return batch.append(self.memory.sample(self.batch_size)) if len(self.memory) else batch
+        return self.memory.extend(batch, self.batch_size)
 
     def encode(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the backbone's features, (B, D), and keep them for the loss."""

@@ -89,9 +89,7 @@ class UER(Strategy):
 
     def extend_batch(self, learner: LearnerLike, batch: Batch) -> Batch:
         """Append replayed examples, if the memory holds any."""
-        if len(self.memory) == 0:
-            return batch
-        return batch.append(self.memory.sample(self.batch_size or batch.num_incoming))
+        return self.memory.extend(batch, self.batch_size)
 
     def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
         """Return the products of features and classes' weights, (B, C), and keep the features for their angles."""

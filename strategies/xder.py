@@ -149,8 +149,7 @@ class XDER(Strategy):
         return total
 
     def _preparation(self, learner: LearnerLike, batch: Batch) -> Tensor:
-        if len(self.memory):
-            batch = batch.append(self.memory.sample(self.num_contrasted))
+        batch = self.memory.extend(batch, self.num_contrasted)
         views = [learner.prepare(self.view(batch.x, self.random.generator)) for _ in range(self.num_views)]
         z, y = learner(torch.cat(views), batch.task.repeat(self.num_views)).float(), batch.y.repeat(self.num_views)
         heads = learner.membership[learner.task_index + 1 :]

@@ -159,8 +159,7 @@ def check_schedule(learner: Learner, stream: Stream, epochs: int, trainer: Mappi
     if by_step and getattr(factory, "func", factory) is ReduceLROnPlateau:
         raise InputError("ReduceLROnPlateau watches the validation loss of every epoch: use scheduler_interval=epoch.")
     limits = trainer.get("limit_train_batches") or 1.0, trainer.get("accumulate_grad_batches") or 1
-    each = [updates(len(task.train), learner.batch_size, *limits) * epochs for task in stream]
-    each = [steps * learner.updates for steps in each]
+    each = [updates(len(task.train), learner.batch_size, *limits) * learner.updates * epochs for task in stream]
     steps = each if by_step else [epochs] * len(each)
     longest = max(steps) if stream.boundaries else sum(steps)
     name, rates = _rates(learner, factory, longest, min(longest, _TRIED))

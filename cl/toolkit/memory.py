@@ -129,6 +129,15 @@ class Memory(nn.Module):
         """Draw exemplars with their extras without replacement; all of them if fewer than `size` are stored."""
         return self.at(self.draw(size))
 
+    def extend(self, batch: Batch, size: int | None = None) -> Batch:
+        """Return a batch with drawn exemplars appended; the same object while the memory is empty.
+
+        Args:
+            batch: The batch.
+            size: How many exemplars are drawn at most; None means as many as the batch has incoming examples.
+        """
+        return batch.append(self.sample(size or batch.num_incoming)) if len(self) else batch
+
     def draw(self, size: int) -> Rows:
         """Draw positions of exemplars without replacement, for `at`; all of them if fewer than `size` are stored."""
         return self._distinct(min(size, self._stored))

@@ -74,6 +74,18 @@ class Identity(nn.Module):
         return x
 
 
+class Weights(nn.Module):
+    """Features that are the weights."""
+
+    def __init__(self, start) -> None:
+        super().__init__()
+        self.num_features = len(start)
+        self.theta = nn.Parameter(torch.tensor(start))
+
+    def forward(self, x):
+        return self.theta.expand(len(x), self.num_features)
+
+
 class Quadratic(Strategy):
     """A task loss of 1/2 sum h (theta - goal)^2 in place of the cross-entropy."""
 

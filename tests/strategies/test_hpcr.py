@@ -126,24 +126,3 @@ def test_hpcr_is_of_one_process_and_refuses_what_is_no_image():
 def test_each_row_is_offered_in_the_first_epoch_alone():
     learner, _ = toy(HPCR(memory_size=12), [0, 1], epochs=2)
     assert learner.strategies["method"].memory.num_seen == 2 * 48
-
-
-def test_as_many_are_replayed_as_are_asked_for():
-    for size, expected in ((3, 3), (None, 5)):
-        learner, stream = toy(HPCR(memory_size=12, batch_size=size), [0])
-        strategy, passed = learner.strategies["method"], []
-        learner.backbone.register_forward_hook(lambda module, x, y, passed=passed: passed.append(len(y)))
-        batch = strategy.extend_batch(learner, Batch(*(column[:5] for column in stream[1].train.tensors())))
-        strategy.criterion(learner, batch, learner(learner.prepare(batch.x), batch.task))
-        assert passed == [10, 2 * expected], "incoming and replayed examples, each in two views"
-
-
-def test_with_an_empty_memory_nothing_is_learned():
-    learner, stream = toy(HPCR(memory_size=12))
-    learner.before_task(stream[0])
-    strategy = learner.strategies["method"]
-    batch = strategy.extend_batch(learner, Batch(*(column[:5] for column in stream[0].train.tensors())))
-    loss = strategy.criterion(learner, batch, learner(learner.prepare(batch.x), batch.task))
-    loss.backward()
-    assert float(loss.detach()) == 0
-    assert not any(p.grad.any() for p in learner.trunk().parameters() if p.grad is not None)

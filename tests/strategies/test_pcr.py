@@ -21,6 +21,7 @@ from cl.data.task import Stream, Task, TaskData
 from cl.engine.batch import Batch
 from cl.engine.learner import Learner
 from cl.errors import InputError
+from cl.strategies.hpcr import HPCR
 from cl.strategies.pcr import PCR
 from cl.streams.split import split
 from cl.testing import toy_stream
@@ -123,9 +124,10 @@ def test_a_step_of_pcr_by_hand_with_batch_norm_over_each_of_two_passes():
     assert learner.head.bias.grad is None
 
 
-def test_as_many_are_replayed_as_are_asked_for():
+@pytest.mark.parametrize("kind", [PCR, HPCR])
+def test_as_many_are_replayed_as_are_asked_for(kind):
     for size, expected in ((3, 3), (None, 5)):
-        learner, stream = toy(PCR(memory_size=12, batch_size=size), [0])
+        learner, stream = toy(kind(memory_size=12, batch_size=size), [0])
         strategy, passed = learner.strategies["method"], []
         learner.backbone.register_forward_hook(lambda module, x, y, passed=passed: passed.append(len(y)))
         batch = strategy.extend_batch(learner, Batch(*(column[:5] for column in stream[1].train.tensors())))
@@ -133,8 +135,9 @@ def test_as_many_are_replayed_as_are_asked_for():
         assert passed == [10, 2 * expected], "incoming and replayed examples, each in two views"
 
 
-def test_with_an_empty_memory_nothing_is_learned():
-    learner, stream = toy(PCR(memory_size=20))
+@pytest.mark.parametrize("kind", [PCR, HPCR])
+def test_with_an_empty_memory_nothing_is_learned(kind):
+    learner, stream = toy(kind(memory_size=20))
     learner.before_task(stream[0])
     strategy = learner.strategies["method"]
     batch = strategy.extend_batch(learner, Batch(*(column[:5] for column in stream[0].train.tensors())))

@@ -21,19 +21,7 @@ from cl.strategies.rwalk import RWalk, unit_range
 from cl.testing import ToyBackbone, toy_stream
 from cl.toolkit.weights import flat
 from draws import quick, seeds
-from toys import Quadratic, learn, toy, vector
-
-
-class Weights(nn.Module):
-    """Features that are the weights."""
-
-    def __init__(self, start) -> None:
-        super().__init__()
-        self.num_features = len(start)
-        self.theta = nn.Parameter(torch.tensor(start))
-
-    def forward(self, x):
-        return self.theta.expand(len(x), self.num_features)
+from toys import Quadratic, Weights, learn, toy, vector
 
 
 def test_two_steps_on_a_parabola():

@@ -22,19 +22,7 @@ from cl.strategies.si import SI
 from cl.testing import ToyBackbone, toy_learner, toy_stream
 from cl.toolkit.weights import flat
 from draws import quick, seeds
-from toys import Quadratic, learn, toy, trainer, vector
-
-
-class Weights(nn.Module):
-    """Features that are the weights."""
-
-    def __init__(self, start) -> None:
-        super().__init__()
-        self.num_features = len(start)
-        self.theta = nn.Parameter(torch.tensor(start))
-
-    def forward(self, x):
-        return self.theta.expand(len(x), self.num_features)
+from toys import Quadratic, Weights, learn, toy, trainer, vector
 
 
 def quadratic(strategy: Strategy, start, h, goal, steps: int, lr: float = 0.1, **optimizer) -> tuple[Learner, Stream]:

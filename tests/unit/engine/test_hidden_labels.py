@@ -182,25 +182,10 @@ def test_the_tasks_are_chosen_by_position():
 
 def test_references_see_the_labels(tmp_path: Path):
     body = toy_learner(num_tasks=3, scenario="domain")[0].backbone
-    run = cl.run(
-        hidden_stream(),
-        Entropy(),
-        body,
-        epochs=1,
-        progress=False,
-        trainer={"accelerator": "cpu"},
-        references=["experts", "joint"],
-        reference_dir=tmp_path,
-    )
-    shown = cl.run(
-        toy_stream(3, "domain"),
-        Entropy(),
-        body,
-        epochs=1,
-        progress=False,
-        trainer={"accelerator": "cpu"},
-        references=["experts", "joint"],
-        reference_dir=tmp_path / "other",
+    options = {"epochs": 1, "progress": False, "trainer": {"accelerator": "cpu"}, "references": ["experts", "joint"]}
+    run, shown = (
+        cl.run(stream, Entropy(), body, reference_dir=tmp_path / folder, **options)
+        for folder, stream in (("hidden", hidden_stream()), ("shown", toy_stream(3, "domain")))
     )
     for kind in ("experts", "joint"):
         assert [one["value"] for one in run.references[kind]] == [one["value"] for one in shown.references[kind]]

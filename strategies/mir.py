@@ -29,16 +29,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from cl.distributed import mean_gradients, share
+from cl.distributed import share
 from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError
+from cl.toolkit.lookahead import after_a_step, check_candidates, logits_at
 from cl.toolkit.memory import Memory
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def most_raised(before: Tensor, after: Tensor, size: int) -> Tensor:
     """Return the indices of the losses (n,) that rise the most, at most `size`, the largest rise first.
 
     Example:
+        >>> import torch
         >>> most_raised(torch.tensor([0.2, 0.5, 0.1]), torch.tensor([0.9, 0.6, 0.7]), 2).tolist()
         [0, 2]
     """
@@ -90,11 +90,7 @@ class MIR(Strategy):
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory."""
         check_draws("mir", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
-        size = self.batch_size or learner.batch_size
-        if self.num_candidates < size:
-            raise InputError(
-                f"mir.num_candidates={self.num_candidates} is less than the {size} examples to replay: raise it."
-            )
+        check_candidates("mir", learner, self.num_candidates, self.batch_size)
         if self.batch_size is not None:
             self.batch_size = share("mir.batch_size", self.batch_size)
         self.num_candidates = share("mir.num_candidates", self.num_candidates)
@@ -106,8 +102,9 @@ class MIR(Strategy):
             return None
         candidates = self.memory.sample(self.num_candidates)
         n = batch.num_incoming
-        virtual = _after_a_step(learner, learner.criterion(logits[:n], batch.take(slice(n))), n)
-        before, after = _losses(learner, candidates, {}), _losses(learner, candidates, virtual)
+        virtual = after_a_step(learner, learner.criterion(logits[:n], batch.take(slice(n))), n)
+        here, there = logits_at(learner, candidates, {}), logits_at(learner, candidates, virtual)
+        before, after = (F.cross_entropy(part, candidates.y, reduction="none") for part in (here, there))
         chosen = candidates.take(most_raised(before, after, self.batch_size or n))
         return learner.criterion(learner(learner.prepare(chosen.x, True), chosen.task), chosen)
 
@@ -115,21 +112,3 @@ class MIR(Strategy):
         """Offer the incoming examples to the memory, after the step, so that none is replayed in the same step."""
         if self.every_epoch or learner.current_epoch == 0:
             self.memory.insert(batch)
-
-
-def _after_a_step(learner: LearnerLike, loss: Tensor, rows: int) -> dict[str, Tensor]:
-    """Return the parameters, by name, after a step of plain SGD on the mean loss of some examples; keep its graph."""
-    rates = learner.learning_rates()
-    named = [(name, p) for name, p in learner.named_parameters() if p in rates]
-    own = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True, materialize_grads=True)
-    steps = zip(named, mean_gradients(own, rows), strict=True)
-    return {name: p.detach() - rates[p] * gradient for (name, p), gradient in steps}
-
-
-@torch.no_grad()
-def _losses(learner: LearnerLike, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
-    """Return each example's loss (n,) under the given parameters; the learner's buffers do not change."""
-    apart = {name: buffer.clone() for name, buffer in learner.trunk().named_buffers()}
-    with torch.compiler.set_stance("force_eager"):
-        logits = learner.with_weights({**apart, **parameters}, learner.prepare(batch.x), batch.task)
-    return F.cross_entropy(learner.mask(logits, batch.task, learner.train_mask), batch.y, reduction="none")

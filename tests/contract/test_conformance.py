@@ -36,6 +36,7 @@ from cl.strategies.cumulative import Cumulative
 from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
 from cl.strategies.dualprompt import DualPrompt
+from cl.strategies.dvc import DVC
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.er_las import ERLAS
@@ -182,6 +183,8 @@ METHODS = [
     Row("hpcr", HPCR, {"memory_size": 20, "batch_size": 3, "a": 0.0}),
     Row("onpro", OnPro, {"memory_size": 20, "batch_size": 8, "dim": 8}),
     Row("onpro", OnPro, {"memory_size": 20, "per_class": 2, "instance": 0.0, "base": 0.5, "mix": 1.0}),
+    Row("dvc", DVC, {"memory_size": 20}),
+    Row("dvc", DVC, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "width": 8}),
     Row("gss", GSS, {"memory_size": 20}),
     Row("gss", GSS, {"memory_size": 20, "batch_size": 3, "num_compared": 2}),
     Row("xder", XDER, {"memory_size": 20, "num_views": 2, "num_contrasted": 4}),
@@ -260,6 +263,7 @@ TEAMS = [
     Row("er,pcr", lambda: {"er": ER(20), "pcr": PCR(20)}),
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),
     Row("er,onpro", lambda: {"er": ER(20), "onpro": OnPro(20, batch_size=8, dim=8)}),
+    Row("er,dvc", lambda: {"er": ER(20), "dvc": DVC(20)}),
     Row("er,gss", lambda: {"er": ER(20), "gss": GSS(20)}),
     Row("er,xder", lambda: {"er": ER(20), "xder": XDER(20, num_views=2, num_contrasted=4)}, scenarios=("class",)),
     Row("er,mer", lambda: {"er": ER(20), "mer": MER(20, beta=0.5)}),

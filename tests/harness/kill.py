@@ -108,6 +108,7 @@ CASES: dict[str, list[str]] = {
     "pcr": ["strategy=pcr", *_IMAGES, *_STEPS],
     "hpcr": ["strategy=hpcr", "strategy.hpcr.memory_size=20", *_IMAGES, *_STEPS],
     "onpro": ["strategy=onpro", "strategy.onpro.batch_size=8", *_IMAGES, *_STEPS],
+    "dvc": ["strategy=dvc", "strategy.dvc.num_candidates=20", "optimizer.momentum=0.9", *_IMAGES, *_STEPS],
     "gem": ["strategy=gem", "strategy.gem.memory_size=30", *_STEPS],
     "ogd": ["strategy=ogd", "strategy.ogd.num_samples=10", *_STEPS],
     "sgp": ["strategy=sgp", *_STEPS],

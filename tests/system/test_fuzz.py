@@ -112,6 +112,7 @@ SMALL = {
     "strategy=pcr": {"strategy.pcr.memory_size": "20"},
     "strategy=hpcr": {"strategy.hpcr.memory_size": "20"},
     "strategy=onpro": {"strategy.onpro.memory_size": "20", "strategy.onpro.batch_size": "8"},
+    "strategy=dvc": {"strategy.dvc.memory_size": "20", "strategy.dvc.num_candidates": "20"},
     "strategy=agem": {"strategy.agem.memory_size": "20", "strategy.agem.batch_size": "8"},
     "strategy=ewc": {"strategy.ewc.num_samples": "10"},
     "strategy=gpm": {"strategy.gpm.num_samples": "20"},

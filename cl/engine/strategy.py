@@ -70,6 +70,7 @@ NEEDS = {
     "memory": "room for examples of earlier tasks, which it stores",
     "boundaries": "tasks with a beginning and an end, where it acts",
     "transformer": "a backbone that takes prompts, such as backbone=vit",
+    "batch_norm": "a backbone with batch norm, such as backbone=resnet18",
     "sgd": "plain SGD, without momentum and weight decay, whose steps stay where gradients are projected",
 }
 _WITHIN = {  # ends the sentence that refuses a scenario: why a method may not work in it

@@ -48,7 +48,7 @@ def check_strategy(
     Args:
         make: Builds the strategy, or several by name: a class or a function.
         scenarios: The scenarios to train in; None means all that its class lists.
-        backbone: "mlp" or "vit", see `toy_learner`.
+        backbone: "mlp", "vit" or "normed", see `toy_learner`.
         first_task_is_finetuning: Whether to check that the weights after the first task equal those of fine-tuning, to
             the bit.
         options: Passed to `make`.

@@ -38,12 +38,20 @@ class ToyBackbone(nn.Module):
         return self.layers(x).relu()  # type: ignore[no-any-return]
 
 
-class Restless(ToyBackbone):
+class Normed(ToyBackbone):
+    """The same network with batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.append(nn.BatchNorm1d(16))
+
+
+class Restless(Normed):
     """The same network with batch norm and dropout, which reveal an evaluation in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers.extend([nn.BatchNorm1d(16), nn.Dropout(0.3)])
+        self.layers.append(nn.Dropout(0.3))
 
 
 def toy_stream(num_tasks: int = 3, scenario: Scenario = "class", num_rows: int = 48, seed: int = 0) -> Stream:
@@ -88,7 +96,8 @@ def toy_learner(
         strategies: By name; None means fine-tuning.
         num_tasks: T.
         scenario: "class", "task" or "domain".
-        backbone: "mlp"; "vit" for strategies that need a transformer; "restless", with batch norm and dropout.
+        backbone: "mlp"; "vit" for strategies that need a transformer; "normed", with batch norm; "restless", with
+            dropout as well.
         seed: Seed of weights and draws.
         lr: Learning rate of SGD.
         options: Further arguments of `Learner`.
@@ -105,7 +114,7 @@ def toy_learner(
 
         body: nn.Module = ViT((1, 4, 4), patch_size=2, dim=16, depth=1, heads=2)
     else:
-        body = Restless() if backbone == "restless" else ToyBackbone()
+        body = {"restless": Restless, "normed": Normed}.get(backbone, ToyBackbone)()
     optimizer = partial(torch.optim.SGD, lr=lr)
     return Learner(stream, body, strategies or {}, optimizer, batch_size=8, seed=seed, **options), stream
 

@@ -74,6 +74,7 @@ from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
+from cl.strategies.tent import Tent
 from cl.strategies.trgp import TRGP
 from cl.strategies.uer import UER
 from cl.strategies.wa import WA
@@ -158,6 +159,8 @@ METHODS = [
     Row("tag", TAG, {"form": "adagrad"}),
     Row("cuber", CUBER, finetunes_first=True),
     Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True),
+    Row("tent", Tent, backbone="normed"),
+    Row("tent", Tent, {"lr": 0.01, "statistics": "running"}, backbone="normed"),
     Row("er_ace", ERACE, {"memory_size": 20}),
     Row("er_ace", ERACE, {"memory_size": 20, "batch_size": 3, "every_epoch": True}),
     Row("er_las", ERLAS, {"memory_size": 20}),
@@ -249,6 +252,7 @@ TEAMS = [
     Row("er,tag", lambda: {"er": ER(20), "tag": TAG()}),
     Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
+    Row("er,tent", lambda: {"er": ER(20), "tent": Tent()}, backbone="normed"),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er_las,er", lambda: {"er_las": ERLAS(20, window=2), "er": ER(20)}),
     Row("er,aser", lambda: {"er": ER(20), "aser": ASER(20)}),
@@ -345,7 +349,8 @@ def test_what_a_strategy_says_that_it_needs_is_what_it_needs(row):
     found = {
         "memory": any(isinstance(module, Memory) for module in learner.modules()),
         "boundaries": overrides(method, "before_task") or overrides(method, "after_task"),
-        "transformer": bool(refusal(row, momentum=0)),
+        "transformer": "no embed and encode" in refusal(row, momentum=0),
+        "batch_norm": "needs batch norm" in refusal(row, momentum=0),
         "sgd": "needs plain SGD" in refusal(row, momentum=0.9),
     }
     assert set(found) == set(NEEDS)

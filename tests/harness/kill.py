@@ -46,6 +46,7 @@ _VIT = ["backbone=vit", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2
 _DUAL = ["strategy.dualprompt.general_blocks=[0]", "strategy.dualprompt.expert_blocks=[0]"]
 _CODA = "strategy.coda_prompt.blocks=[0]"
 _GENERATOR = [f"strategy.generative_replay.{key}" for key in ("hidden=8", "code=3", "iterations=20")]
+_HIDDEN = ["stream=hidden_labels", "stream.source.num_tasks=3", "scenario=domain", "gradient_clip=0.1"]
 _PREQUENTIAL = ["instrument=prequential", "instrument.prequential.every=3"]
 _WATCHED = ["report.points=3", "report.subset=20", "report.flops=true", "probes=[ridge,knn,cka]"]
 
@@ -88,6 +89,7 @@ CASES: dict[str, list[str]] = {
     "er and gpm": ["strategy=[er,gpm]", "report.points=2", *_STEPS],
     "ewc, lwf and derpp": ["strategy=[ewc,lwf,derpp]", "optimizer.momentum=0.5", *_STEPS],
     "drawn": ["strategy=finetune", "report=quiet", "checkpoint.every=null"],
+    "tent": ["strategy=tent", *_HIDDEN, "backbone=mlp", "backbone.hidden=[16]", "backbone.norm=true", *_STEPS],
     "er_ace": ["strategy=er_ace", "strategy.er_ace.memory_size=20", *_STEPS],
     "uer": ["strategy=uer", "strategy.uer.memory_size=20", *_STEPS],
     "der": ["strategy=der", "optimizer=adam", *_IMAGES, *_STEPS],
@@ -158,7 +160,9 @@ class Case:
 
     def make_command(self, common: list[str]) -> Command:
         """Return what is run."""
-        return [*common, *([] if "backbone=vit" in CASES[self.name] else MLP), *CASES[self.name]]
+        case = CASES[self.name]
+        chosen = {part.partition("=")[0] for part in case}  # groups with other options than the common ones
+        return [part for part in [*common, *MLP] if part.partition(".")[0] not in chosen] + case
 
     def make_place(self, name: str) -> Path:
         """Return a new folder that the run begins in."""

@@ -65,14 +65,6 @@ def by_hand(loss_of, capacity: int = 12, epochs: int = 2, every_epoch: bool = Fa
     return net
 
 
-class Normed(ToyBackbone):
-    """The toy with batch norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers.append(nn.BatchNorm1d(16))
-
-
 def slow_herding(features: np.ndarray, size: int) -> list[tuple[int, float]]:
     """Algorithm 4 as it is printed."""
     chosen: list[tuple[int, float]] = []

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from by_hand import Normed, by_hand, close
+from by_hand import by_hand, close
 from cl.engine.learner import Learner
 from cl.engine.strategy import Strategy
 from cl.errors import InputError
 from cl.strategies import mir
 from cl.strategies.mir import MIR
 from cl.testing import toy_stream
+from cl.testing.toys import Normed
 from toys import learn, toy
 
 

@@ -112,7 +112,9 @@ def test_conditions_choose_among_strategies(capsys) -> None:
     assert told("memory=yes") | told("memory=no") == set(listing.options("strategy"))
     assert "er" in told("target=multilabel", "transformer=no") and "l2p" in told("transformer=yes")
     for words, message in {
-        ("colour=red",): "no condition on strategies called 'colour'. Known: bound, boundaries, memory, scenario, sgd",
+        (
+            "colour=red",
+        ): "no condition on strategies called 'colour'. Known: batch_norm, bound, boundaries, memory, scenario",
         ("scenario=blue",): "scenario=blue chooses nothing: scenario is one of class, domain, task.",
         ("bound=upper", "memory=yes"): "No strategy meets all of bound=upper memory=yes: leave one of them out.",
         ("stream", "memory=no"): "memory=no chooses among strategies: list the group stream without it.",

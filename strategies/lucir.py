@@ -30,10 +30,12 @@ classes' embeddings (`imprint`). The first task is learned by the cross-entropy 
 record/lucir/eta.
 
 Defaults: lambda_base = 5, margin = 0.5, K = 2 as in the paper for CIFAR-100, and eta from 1. 200 exemplars; the paper
-has 20 of each class. Published, quoted from memory: Yan et al. 2021 ("DER: dynamically expandable representation")
-report 62.77 for LUCIR, the mean of the accuracies after each of five tasks of CIFAR-100, with 2000 exemplars and a
-ResNet-18. The command for such a run is `cl-run strategy=lucir strategy.lucir.memory_size=2000 dataset=cifar100
-stream.num_tasks=5 backbone=resnet18`, with more than a hundred epochs; it has not been run here.
+has 20 of each class. Published: for five tasks of CIFAR-100 with 2000 exemplars LibContinual
+(github.com/RL-VIG/LibContinual, reproduce/lucir) lists 48.91 as reported and 47.40 as its own, and does not say of
+which accuracy. Quoted from memory: Yan et al. 2021 ("DER: dynamically expandable representation") report 62.77, the
+mean of the accuracies after each of these tasks, with a ResNet-18. The command for such a run is `cl-run strategy=lucir
+strategy.lucir.memory_size=2000 dataset=cifar100 stream.num_tasks=5 backbone=resnet18`, with more than a hundred epochs;
+it has not been run here.
 Differences from the paper: lambda is that of the released code. The paper removes the last ReLU of the backbone, so
 that features may be negative; here the backbone is what it is. The memory has a fixed number of exemplars in total
 (`cl.toolkit.exemplars.Exemplars`). The bias of the head is not used. A class that comes again is treated as new. In

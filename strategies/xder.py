@@ -22,8 +22,8 @@ most :math:`\gamma z_y` where it exceeded :math:`z_y`. In a task the k-th time h
 more for all when the task ends. Then the memory takes in examples of the task, as many of each class, with the logits
 of the earlier heads divided in the same way.
 
-Published, quoted from memory: 49.93 % on Split-CIFAR-100 (class-incremental, 10 tasks, 500 exemplars, ResNet-18, 50
-epochs a task).
+Published: 49.93 % on Split-CIFAR-100 (class-incremental, 10 tasks, 500 exemplars, 50 epochs a task), as Mammoth
+(github.com/aimagelab/mammoth, scripts/reproduce.json) lists it, with the two terms that are left out here (see below).
 
 Defaults: those of the released code for Split-CIFAR-100 with 500 exemplars.
 Differences from the paper: the constraint on the logits of past heads is left out; the released code has it off.

@@ -128,6 +128,9 @@ SETTINGS: Mapping[str, Setting] = {
         "shown", "what the run is compared with: experts (each task alone), joint (tasks 1 to k)", Sequence[str]
     ),
     "reference_dir": Setting("place", "directory of the references, which all runs share", str),
+    "feature_dir": Setting(
+        "place", "directory of the outputs of frozen networks, which all runs share; null: they are not kept", Text
+    ),
     "report": Setting("shown", "bar, tables, pictures and files", Options),
     "report.columns": Setting(
         "shown",

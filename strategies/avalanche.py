@@ -52,6 +52,7 @@ class Avalanche(Strategy):
     """
 
     needs = ("boundaries",)
+    needs_inputs = True
     distributed = False
 
     def __init__(

@@ -73,6 +73,7 @@ class GenerativeReplay(Strategy):
 
     scenarios = ("class", "domain")
     needs = ("boundaries",)
+    needs_inputs = True
 
     def __init__(
         self,

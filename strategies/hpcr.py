@@ -109,6 +109,7 @@ class HPCR(Strategy):
     """
 
     needs = ("memory",)
+    needs_inputs = True
     distributed = False  # which classes compete depends on all examples of the batch
 
     def __init__(

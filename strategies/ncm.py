@@ -64,7 +64,7 @@ class NCM(Strategy):
         self.register_buffer("total", torch.zeros(stream.num_classes, int(learner.backbone.num_features)))  # type: ignore[arg-type]
         self.register_buffer("count", torch.zeros(stream.num_classes, 1))
         if self.freeze:
-            learner.trunk().requires_grad_(False)
+            learner.trunk().requires_grad_(False).eval()
 
     @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:

@@ -96,6 +96,7 @@ class OnPro(Strategy):
     """
 
     needs = ("memory",)
+    needs_inputs = True
     distributed = False  # the losses contrast each example with all others
 
     def __init__(
@@ -134,8 +135,7 @@ class OnPro(Strategy):
     def classify(self, learner: LearnerLike, features: Tensor) -> Tensor:
         """Return the head's logits, (B, C), and keep the features for the projection."""
         self._features = features
-        logits: Tensor = learner.head(features)
-        return logits
+        return learner.head(features)  # type: ignore[no-any-return]
 
     def criterion(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor:
         """Return the sum of the terms, each from a forward pass of its own; the batch's logits are not used."""

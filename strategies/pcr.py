@@ -70,6 +70,7 @@ class PCR(Strategy):
     """
 
     needs = ("memory",)
+    needs_inputs = True
     distributed = False  # which classes compete depends on all examples of the batch
 
     def __init__(

@@ -118,6 +118,7 @@ class PODNet(Strategy):
 
     scenarios = ("class",)
     needs = ("memory", "boundaries")
+    needs_inputs = True
     old: Tensor
 
     def __init__(

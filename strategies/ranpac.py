@@ -98,12 +98,12 @@ class RanPAC(Strategy):
         self.register_buffer("Q", torch.zeros(M, stream.num_classes))
         self.register_buffer("weight", torch.zeros(M, stream.num_classes))
         if not self.adapt:
-            learner.trunk().requires_grad_(False)
+            learner.trunk().requires_grad_(False).eval()
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Freeze backbone and head from the second task on."""
         if task.index > 0:
-            learner.trunk().requires_grad_(False)
+            learner.trunk().requires_grad_(False).eval()
 
     def lift(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the projections h of prepared inputs, (B, M)."""

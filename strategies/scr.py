@@ -72,6 +72,7 @@ class SCR(Strategy):
     """
 
     needs = ("memory", "boundaries")
+    needs_inputs = True
     distributed = False  # the loss contrasts each example with all others of the batch
     means: Tensor
 

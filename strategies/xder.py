@@ -88,6 +88,7 @@ class XDER(Strategy):
 
     scenarios = ("class", "task")
     needs = ("memory", "boundaries")
+    needs_inputs = True
     distributed = False  # contrasts each example with all others of the batch
 
     def __init__(

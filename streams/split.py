@@ -41,8 +41,9 @@ def split(
         num_tasks: Number of tasks of equal size; give this or `classes_per_task`.
         classes_per_task: Number of classes in every task, or a list with that of each task.
         first_task: Number of classes in a larger first task; the other tasks share the rest evenly.
-        class_order: "natural"; "shuffled" (by `seed`); "curriculum" (designed by `cl.compose.curriculum` from the raw
-            inputs of at most 200 training examples of each class); or a list of the classes in order.
+        class_order: "natural"; "shuffled" (by `seed`); "icarl", the shuffled order of the released code of iCaRL, which
+            later papers keep (numpy's generator with the seed 1993); "curriculum" (designed by `cl.compose.curriculum`
+            from the raw inputs of at most 200 training examples of each class); or a list of the classes in order.
         classes: The classes to use; None means all that have examples.
         scenario: "class", "task" or "domain"; None means "class".
         val_fraction: Share of the training set that becomes the validation set, in [0, 1).
@@ -109,10 +110,14 @@ def _class_order(
     elif class_order == "shuffled":
         draw = np.random.default_rng(derive(seed, "class order"))
         order = [known[i] for i in draw.permutation(len(known))]
+    elif class_order == "icarl":
+        order = [known[i] for i in np.random.RandomState(1993).permutation(len(known))]
     elif class_order == "curriculum":
         order = _curriculum(dataset, known)
     elif isinstance(class_order, str):
-        raise InputError(f"class_order={class_order!r} is unknown: use natural, shuffled, curriculum, or a list.")
+        raise InputError(
+            f"class_order={class_order!r} is unknown: use natural, shuffled, icarl, curriculum, or a list."
+        )
     else:
         order = [int(c) for c in class_order]
         if classes is not None and set(order) != set(known):

@@ -16,7 +16,9 @@ from torch import nn
 
 from cl import rundir
 from cl.app.annotations import check_call
+from cl.app.features_once import features_once
 from cl.app.scoring import Scorer
+from cl.backbones.frozen import past_blocks
 from cl.backbones.networks import MLP
 from cl.data.task import Scenario, Stream
 from cl.engine.described import describe, described_by_name
@@ -24,7 +26,7 @@ from cl.engine.experiment import Experiment
 from cl.engine.head import Head
 from cl.engine.instrument import Instrument
 from cl.engine.learner import Learner
-from cl.engine.network import BackboneFactory, HeadFactory
+from cl.engine.network import BackboneFactory, HeadFactory, network
 from cl.engine.preflight import check_optimizer
 from cl.engine.schedules import SchedulerFactory
 from cl.engine.strategy import OptimizerFactory, Strategy
@@ -78,6 +80,7 @@ def run(
     estimators: Sequence[str] = (),
     references: Sequence[str] = (),
     reference_dir: str | Path = "runs/references",
+    feature_dir: str | Path | None = "runs/features",
     every: Annotated[int, Ge(1)] | None = None,
     points: Annotated[int, Ge(1)] | None = None,
     subset: Annotated[int, Ge(1)] = 1000,
@@ -132,6 +135,8 @@ def run(
         references: Learners without a strategy that the run is compared with: "experts" (one for each task alone) and
             "joint" (one for tasks 1 to k, for each k).
         reference_dir: The directory in which references are stored for all runs, also when `directory` is None.
+        feature_dir: The directory of the outputs of frozen networks, which all runs share, also when `directory` is
+            None; None runs a frozen backbone each time an input is used.
         every: Steps between two evaluations inside a task; not together with `points`.
         points: Number of evaluations inside a task; not together with `every`.
         subset: Examples of each task for evaluations inside tasks, probes and estimators.
@@ -165,8 +170,8 @@ def run(
         **{"gradient_clip": gradient_clip, "train_mask": train_mask, "chunk_size": chunk_size, "mode": compile},
         **{"optimizer_state": optimizer_state, "scheduler_interval": scheduler_interval, "log_every": log_every},
     }
-    own, extra = copy.deepcopy((named(strategies), dict(instruments or {})))
-    learner = _learner(stream, own, **options)
+    extra = copy.deepcopy(dict(instruments or {}))
+    learner, learned = _learner(stream, named(strategies), extra, feature_dir, **options)
     spans: dict[str, Any] = {"every": every, "points": points, "subset": subset}
     measured: dict[str, Any] = {"probes": list(probes), "estimators": list(estimators)}
     kept: dict[str, Any] = {"keep": checkpoint_keep, "every": checkpoint_every, "allow_changed": allow_changed}
@@ -180,7 +185,7 @@ def run(
     training = {"trainer": make_trainer, "epochs": epochs, **spans}
     experiment = Experiment(
         learner,
-        stream,
+        learned,
         make_trainer,
         epochs=epochs,
         directory=None if directory is None else expand_path(directory).resolve(),
@@ -189,9 +194,9 @@ def run(
         callbacks=[*callbacks, *_bars(progress)],
         config=config,
         columns=columns,
-        instruments=chosen(stream, own=extra, flops=flops, **measured, **spans),
+        instruments=chosen(learned, own=extra, flops=flops, **measured, **spans),
         scalars=scalars,
-        references=_references(references, reference_dir, config, listeners, options, **training),
+        references=_references(stream, references, reference_dir, feature_dir, config, listeners, options, training),
         **kept,
     )
     return _run(experiment, make_trainer)
@@ -217,29 +222,58 @@ def _trainer(
 
 
 def _learner(
-    stream: Stream, strategies: dict[str, Strategy], *, backbone: Any, head: Any, mode: str | None, **options: Any
-) -> Learner:
-    """Return a learner, with copies of the modules that are given; `mode` is that of torch.compile."""
-    learner = Learner(stream, _own(backbone, MLP), strategies, head=_own(head, Head), **options)
-    if mode is not None:
-        learner.compile(mode)
-    return learner
+    stream: Stream,
+    strategies: Mapping[str, Strategy],
+    instruments: Mapping[str, Instrument],
+    feature_dir: str | Path | None,
+    *,
+    backbone: Any,
+    head: Any,
+    mode: str | None,
+    **options: Any,
+) -> tuple[Learner, Stream]:
+    """Return a learner with copies of the modules that are given, and the stream that it learns; see `features_once`.
+
+    Args:
+        stream: The stream.
+        strategies: By name.
+        instruments: Those of the run, by name.
+        feature_dir: The directory of the outputs of a frozen backbone, or None.
+        backbone: A module or a factory.
+        head: A module or a factory.
+        mode: That of torch.compile.
+        options: Further arguments of `Learner`.
+    """
+
+    def make(depth: int) -> tuple[Learner, Stream]:
+        body, top = network(stream, _own(backbone, MLP), _own(head, Head), options["seed"])
+        learned = past_blocks(stream, body, depth, expand_path(feature_dir or "")) if depth else stream
+        learner = Learner(learned, body, copy.deepcopy(dict(strategies)), head=top, **options)
+        if mode is not None:
+            learner.compile(mode)
+        return learner, learned
+
+    return features_once(make, instruments) if feature_dir is not None else make(0)
 
 
 def _references(
+    stream: Stream,
     kinds: Sequence[str],
     folder: str | Path,
+    feature_dir: str | Path | None,
     config: dict[str, Any],
     reports: Sequence[Report],
     options: dict[str, Any],
-    **training: Any,
+    training: dict[str, Any],
 ) -> Callable[[Stream], dict[str, list[Reference]]] | None:
     """Return the function that trains the references or reads them from their files; None without references."""
 
     def experiment(stream: Stream, strategies: dict[str, Strategy]) -> Experiment:
-        return reference_experiment(_learner(stream, strategies, **options), stream, **training)
+        learner, learned = _learner(stream, strategies, {}, feature_dir, **options)
+        return reference_experiment(learner, learned, **training)
 
-    return References(kinds, experiment, expand_path(folder), config, reports).measure if kinds else None
+    measure = References(kinds, experiment, expand_path(folder), config, reports).measure
+    return (lambda _: measure(stream)) if kinds else None
 
 
 def _own(part: Any, default: Any) -> Any:

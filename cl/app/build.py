@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from cl.app import sweep
 from cl.app.instantiate import instantiate, instantiate_as, takes
 from cl.app.validate import protocol_of, store, validate
 from cl.errors import InputError
+from cl.files import expand_path
 from cl.settings import SETTINGS
 
 
@@ -29,7 +33,8 @@ def build(cfg: Any, directory: Path) -> Any:
 
     config = validate(cfg, directory)
     protocol = protocol_of(cfg) if cfg.get("protocol") else None
-    learner, stream = build_learner(cfg)
+    raw = build_stream(cfg, protocol)
+    learner, stream = _learner(cfg, raw, partial(_strategies, cfg), _instruments(cfg, raw))
     reports, loggers, callbacks = _reports(cfg)
     experiment = Experiment(
         learner,
@@ -41,14 +46,14 @@ def build(cfg: Any, directory: Path) -> Any:
         logger=loggers,
         callbacks=callbacks,
         config=config,
-        notes=_ignored(cfg) + _notes(cfg, learner.backbone, stream.normalize) + ([protocol.remark] if protocol else []),
+        notes=_ignored(cfg) + _notes(cfg, learner.backbone, raw.normalize) + ([protocol.remark] if protocol else []),
         tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
         columns=(cfg.get("report") or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
         every=cfg.checkpoint.every,
         instruments=_instruments(cfg, stream),
         scalars=[_scalar(node) for _, node in _mappings(cfg, "scalar")],
-        references=_references(cfg, config, reports),
+        references=_references(cfg, config, reports, raw),
         branch=Branch.parse(cfg["from"]) if cfg["from"] else None,
         allow_changed=cfg.allow_changed,
     )
@@ -59,11 +64,15 @@ def build(cfg: Any, directory: Path) -> Any:
 
 def build_learner(cfg: Any) -> tuple[Any, Any]:
     """Return the untrained `Learner` of a configuration, and the `Stream` that it is built for."""
+    return _learner(
+        cfg, build_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None), partial(_strategies, cfg)
+    )
+
+
+def _strategies(cfg: Any) -> dict[str, Any]:
     from cl.engine.strategy import Strategy
 
-    stream = build_stream(cfg, protocol_of(cfg) if cfg.get("protocol") else None)
-    strategies = {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
-    return _learner(cfg, stream, strategies), stream
+    return {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
 
 
 def changed_since(cfg: Any, config: dict[str, Any], directory: Path) -> list[str]:
@@ -106,26 +115,40 @@ def _ignored(cfg: Any) -> list[str]:
     return [] if reaches else [sentence]
 
 
-def _learner(cfg: Any, stream: Any, strategies: dict[str, Any]) -> Any:
-    """Return the learner of a stream: backbone, head, strategies and optimizer as configured."""
-    from functools import partial
+def _learner(cfg: Any, stream: Any, strategies: Callable[[], Any], instruments: Any = None) -> tuple[Any, Any]:
+    """Return the learner of a stream as configured, and the stream that it learns; see `features_once`.
 
+    Args:
+        cfg: The configuration.
+        stream: The stream.
+        strategies: Builds the strategies, by name.
+        instruments: The instruments of the run, by name.
+    """
+    from cl.app.features_once import features_once
+    from cl.backbones.frozen import past_blocks
     from cl.backbones.networks import initialise
     from cl.engine.learner import Learner
     from cl.engine.network import network
     from cl.engine.preflight import check_optimizer
 
-    backbone, head = network(stream, partial(_backbone, cfg), instantiate(cfg.head), cfg.seed)
-    if cfg.init is not None:
-        initialise([backbone, head] if not cfg.weights else [head], cfg.init)
     values = {key for key, row in SETTINGS.items() if row.type is not None}
     options = {key: cfg[key] for key in inspect.signature(Learner).parameters if key in values}
-    optimizer, scheduler = instantiate(cfg.optimizer), _scheduler(cfg)
-    check_optimizer(optimizer, scheduler, stream, cfg.trainer)
-    learner = Learner(stream, backbone, strategies, optimizer, scheduler, head=head, **options)
-    if cfg.compile is not None:
-        learner.compile(cfg.compile)
-    return learner
+    folder = cfg.get("feature_dir")
+
+    def make(depth: int) -> tuple[Any, Any]:
+        made = strategies()
+        backbone, head = network(stream, partial(_backbone, cfg), instantiate(cfg.head), cfg.seed)
+        if cfg.init is not None:
+            initialise([backbone, head] if not cfg.weights else [head], cfg.init)
+        optimizer, scheduler = instantiate(cfg.optimizer), _scheduler(cfg)
+        check_optimizer(optimizer, scheduler, stream, cfg.trainer)
+        learned = past_blocks(stream, backbone, depth, expand_path(folder)) if depth else stream
+        learner = Learner(learned, backbone, made, optimizer, scheduler, head=head, **options)
+        if cfg.compile is not None:
+            learner.compile(cfg.compile)
+        return learner, learned
+
+    return features_once(make, instruments) if folder else make(0)
 
 
 def _scheduler(cfg: Any) -> Any:
@@ -137,7 +160,8 @@ def _scheduler(cfg: Any) -> Any:
     node = cfg.get("scheduler")
     if node is None:
         return None
-    with open_dict(node):  # the configuration that is written to the run's directory was resolved before this
+    node = node.copy()
+    with open_dict(node):
         unset = {key: node.pop(key) for key in LENGTHS if key in node and node[key] is None}
     factory = instantiate(node)
     factory.keywords.update(unset)
@@ -168,7 +192,7 @@ def _scalar(node: Any) -> Any:
     return found if isinstance(found, Scalar) and len(node) == 1 else instantiate_as(node, Scalar)
 
 
-def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
+def _references(cfg: Any, config: dict[str, Any], reports: list[Any], raw: Any) -> Any:
     """Return the function that trains the references or reads them from their files; None without references."""
     from cl.measure.references import References, reference_experiment
 
@@ -178,10 +202,11 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any]) -> Any:
     spans = {key: report[key] for key in ("every", "points", "subset") if key in report}
 
     def experiment(stream: Any, strategies: dict[str, Any]) -> Any:
-        learner = _learner(cfg, stream, strategies)
-        return reference_experiment(learner, stream, instantiate(cfg.trainer), cfg.epochs, **spans)
+        learner, learned = _learner(cfg, stream, partial(deepcopy, strategies))
+        return reference_experiment(learner, learned, instantiate(cfg.trainer), cfg.epochs, **spans)
 
-    return References(list(cfg.references), experiment, Path(cfg.reference_dir), config, reports).measure
+    measure = References(list(cfg.references), experiment, Path(cfg.reference_dir), config, reports).measure
+    return lambda _: measure(raw)
 
 
 def _notes(cfg: Any, backbone: Any, normalize: Any) -> list[str]:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
+from cl.backbones.blocks import TRANSFORMER, Plan, in_mode, plan_of, planned, tokens_of
+from cl.backbones.preprocess import Preprocess, Resize
 from cl.errors import InputError
 from cl.ranges import checked
 
@@ -40,11 +42,6 @@ def image_shape(what: str, shape: Sequence[int], smallest: int) -> tuple[int, in
         )
     channels, height, width = shape
     return channels, height, width
-
-
-def _embed(model: Any, x: Tensor) -> Tensor:
-    tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-    return tokens
 
 
 def _encode(model: Any, tokens: Tensor, prefixes: Prefixes | None = None) -> Tensor:
@@ -185,7 +182,11 @@ class ViT(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to the tokens of class and N patches, with position embeddings, (B, 1+N, D)."""
-        return _embed(self.model, x)
+        return tokens_of(self.model, x)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the embedding, the blocks of attention, and the last norm with the choice of the class token."""
+        return planned(self.model, TRANSFORMER)
 
     def encode(self, tokens: Tensor, prefixes: Prefixes | None = None) -> Tensor:
         """Map tokens (B, L, D), of any number L, through all blocks and the last norm to (B, L, D)."""
@@ -205,13 +206,20 @@ class ViT(nn.Module):
 class Timm(nn.Module):
     """Any model of timm by name, without its classifier; a vision transformer takes prompts as `ViT` does.
 
+    With trained weights it resizes and normalises raw images itself, as its weights expect; else it takes the stream's
+    images as they are prepared for any network.
+
     Args:
-        input_shape: (C, H, W); passed to models of a fixed size as `img_size`.
+        input_shape: (C, H, W) of the stream's images.
         name: A name of `timm.list_models()`.
-        pretrained: Whether to download weights; inputs should be normalised as the weights expect
-            (`timm.data.resolve_model_data_config`).
+        pretrained: Whether to download weights.
+        image_size: Height and width that images are resized to. None means the size that trained weights expect, and
+            without these the stream's own; models of a fixed size get it as `img_size`.
         kwargs: Further arguments of `timm.create_model`, such as
             `pretrained_cfg_overlay: {file: weights.safetensors}` for weights in a local file.
+
+    Attributes:
+        normalizes: Whether it normalises raw inputs itself, so that the statistics of the dataset are not used.
 
     Raises:
         InputError: If there is no such model, it does not take such images, or its weights cannot be loaded.
@@ -221,7 +229,14 @@ class Timm(nn.Module):
         96
     """
 
-    def __init__(self, input_shape: Sequence[int], name: str, pretrained: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        name: str,
+        pretrained: bool = False,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         import timm
 
@@ -229,12 +244,18 @@ class Timm(nn.Module):
         _check_name(name)
         try:
             known = timm.get_pretrained_cfg(name)
+            if pretrained and image_size is None and known is not None:
+                image_size = known.input_size[-1]
+            if image_size is not None:
+                height = width = image_size
             if known is not None and known.fixed_input_size:
                 kwargs.setdefault("img_size", (height, width))
             options = {"in_chans": channels, "num_classes": 0} | kwargs
             self.model = timm.create_model(name, pretrained=pretrained, **options).eval()
             with torch.no_grad():
-                self.num_features = int(self.model(torch.zeros(1, *input_shape)).shape[1])
+                example = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+                self.num_features = int(self.model(example).shape[1])
+                self._plan: Plan | None = plan_of(self.model, example)
         except Exception as error:  # models raise errors of many types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             remedy = (
@@ -244,17 +265,31 @@ class Timm(nn.Module):
                 f"timm cannot build {name!r} for inputs {tuple(input_shape)} ({reason}): {remedy}."
             ) from error
         self.model.train()
-        config = getattr(self.model, "pretrained_cfg", None) or {}
-        self.input_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = (
-            None  # mean and std of the inputs that its weights expect
-        )
-        if pretrained and config.get("mean") and config.get("std"):
-            self.input_statistics = tuple(config["mean"]), tuple(config["std"])
+        self.normalizes = False
+        self.inputs: nn.Module = nn.Identity()
+        if pretrained:
+            self.expect(self.model.pretrained_cfg, channels, image_size)
+        elif image_size is not None:
+            self.inputs = Resize(image_size)
+
+    def expect(self, config: Mapping[str, Any], channels: int, size: int | None) -> None:
+        """Resize and normalise raw images from now on as trained weights expect, by a configuration of timm."""
+        mean, std = (tuple(config[key])[:channels] for key in ("mean", "std"))
+        self.inputs = Preprocess(mean, std, size, config.get("interpolation") or "bicubic")
+        self.normalizes = True
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the resizing with the stem, the network's own blocks, and what follows them up to the features."""
+        if self._plan is None:
+            return [self]
+        first, *others = planned(self.model, self._plan)
+        return [in_mode(nn.Sequential(self.inputs, first)), *others]
 
     @property
     def embed(self) -> Callable[[Tensor], Tensor]:
         """See `ViT.embed`; only a vision transformer has it."""
-        return partial(_embed, self._transformer("embed"))
+        model = self._transformer("embed")
+        return lambda x: tokens_of(model, self.inputs(x))
 
     @property
     def encode(self) -> Callable[..., Tensor]:
@@ -277,7 +312,7 @@ class Timm(nn.Module):
     def forward(self, x: Tensor, prefixes: Prefixes | None = None) -> Tensor:
         """Map images (B, C, H, W) to what the classifier would receive, (B, num_features); on prefixes, see `ViT`."""
         features: Tensor = (
-            self.model(x)
+            self.model(self.inputs(x))
             if prefixes is None
             else self.model.forward_head(self.encode(self.embed(x), prefixes), pre_logits=True)
         )

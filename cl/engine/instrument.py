@@ -37,6 +37,7 @@ class Instrument(nn.Module):
         file: Name, without the ending .csv, of the table in the run's directory that the records are written to; empty
             for an instrument without a table.
         columns: The columns of that table.
+        needs_inputs: Whether it uses inputs, or layers of the backbone; see `Strategy.needs_inputs`.
 
     Example:
         >>> class Losses(Instrument):
@@ -49,6 +50,7 @@ class Instrument(nn.Module):
 
     file: str = ""
     columns: tuple[str, ...] = ()
+    needs_inputs: bool = False
 
     def __init__(self) -> None:
         super().__init__()

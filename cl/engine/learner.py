@@ -124,7 +124,8 @@ class Learner(pl.LightningModule):
         self.scenario: Scenario = stream.scenario
         self.train_mask = train_mask or stream.scenario
         self.gradient_clip, self.seed = gradient_clip, seed
-        self.augment, self.normalize, self.shuffle = stream.augment, stream.normalize, stream.boundaries
+        self.augment, self.shuffle = stream.augment, stream.boundaries
+        self.normalize = stream.normalize if not getattr(self.backbone, "normalizes", False) else None
         self._optimizer, self._scheduler, self.augment_random = optimizer, scheduler, Random(by_rank=True)
         self._carried = Carried(optimizer_state, stream.boundaries)
         self.scheduler_interval = known_interval(scheduler_interval)

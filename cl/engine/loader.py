@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
+from cl.backbones.blocks import depends_on_batch
 from cl.data.rows import row_bytes
 from cl.data.task import TaskData
 from cl.distributed import deal, everywhere
@@ -161,13 +161,3 @@ def evaluation(learner: LearnerLike, parts: Sequence[TaskData], device: torch.de
         device: The device of the minibatches; None means that of the learner.
     """
     return EvalLoader(parts, device or learner.device, learner.eval_batch_size, depends_on_batch(learner.backbone))
-
-
-def depends_on_batch(module: nn.Module) -> bool:
-    """Say whether, in evaluation, an output depends on the other examples: batch norm without running statistics.
-
-    Example:
-        >>> depends_on_batch(nn.BatchNorm1d(2)), depends_on_batch(nn.BatchNorm1d(2, track_running_stats=False))
-        (False, True)
-    """
-    return any(isinstance(part, _BatchNorm) and part.running_mean is None for part in module.modules())

@@ -260,6 +260,9 @@ class Strategy(nn.Module):
             same name: a saved learner can be scored with other values of them (`cl-run score=DIR`).
         needs_labels: Whether it learns from labels. A method that sets this to False may be given tasks that hide them.
         uses_closure: Whether it calls `learner.closure`.
+        needs_inputs: Whether it uses inputs, or the layers of the backbone, other than by `learner.prepare` and the
+            whole `learner.backbone`, as augmentation does. A method that does not may get the outputs of a frozen
+            backbone in place of inputs, and the backbone then passes them on.
 
     Example:
         A method that shrinks the weights a little, in full:
@@ -280,6 +283,7 @@ class Strategy(nn.Module):
     test_options: tuple[str, ...] = ()
     needs_labels: bool = True
     uses_closure: bool = False
+    needs_inputs: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Make the constructor refuse arguments outside of the ranges in its annotations."""

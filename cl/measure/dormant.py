@@ -43,6 +43,7 @@ class Dormant(Instrument):
     """
 
     file = "dormant"
+    needs_inputs = True
     columns = ("task", "layer", "units", "dormant")
 
     def __init__(self, threshold: Annotated[float, Ge(0)] = 0.025, rows: Annotated[int, Ge(1)] = 1000) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cl import distributed
-from cl.data.task import Stream, shard
+from cl.data.feature_rows import raw
+from cl.data.task import Stream, TaskData, shard
 from cl.engine.batch import Batch
 from cl.engine.head import Mask, competing
 from cl.engine.learner import Learner
@@ -157,6 +158,12 @@ def membership_of(stream: Stream, num_classes: int) -> Tensor:
     return found
 
 
+def _first_kind(data: TaskData) -> str:
+    """Return type and shape of the first raw input, in words."""
+    x = raw(data).take(torch.tensor([0])).tensors()[0]
+    return f"{str(x.dtype).removeprefix('torch.')} inputs of shape {tuple(x.shape[1:])}"
+
+
 def check_fit(learner: Learner, stream: Stream, class_names: Sequence[str] = ()) -> None:
     """Refuse a stream whose test sets a learner cannot be scored on.
 
@@ -170,11 +177,7 @@ def check_fit(learner: Learner, stream: Stream, class_names: Sequence[str] = ())
             every test example, if the classes of a test set are not those of the task at the same position.
     """
     stream.check()
-    own = learner.task.train.take(torch.tensor([0])).tensors()[0]
-    here, there = (
-        f"{str(dtype).removeprefix('torch.')} inputs of shape {tuple(shape)}"
-        for dtype, shape in ((stream.input_dtype, stream.input_shape), (own.dtype, own.shape[1:]))
-    )
+    here, there = (_first_kind(data) for data in (stream[0].test, learner.task.train))
     name = f"{stream.name!r} does not fit the saved learner:"
     if here != there:
         raise InputError(f"{name} it has {here}, the learner was trained on {there}. Give a stream of such inputs.")

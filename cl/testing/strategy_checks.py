@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl.backbones.blocks import blocks
+from cl.backbones.frozen import past_blocks
 from cl.data.stream_checks import same
 from cl.data.target import TARGETS
 from cl.data.task import SCENARIOS, Scenario, Stream, Task, TaskData
@@ -43,7 +45,8 @@ def check_strategy(
     built learner with the same bits and predictions, from a file that loads strictly with `weights_only=True`. It must
     resume inside a task with the same bits, give the same weights for every chunk size, keep the shapes of its state,
     and only append examples to a batch. It must not draw from torch's global generator, leave modules in evaluation
-    mode, or store the learner. A run in a scenario that its class does not list must be refused.
+    mode, or store the learner. On a frozen backbone, it must learn the same from the backbone's outputs as from inputs,
+    unless it says that it `needs_inputs`. A run in a scenario that its class does not list must be refused.
 
     Args:
         make: Builds the strategy, or several by name: a class or a function.
@@ -78,6 +81,7 @@ def check_strategy(
         if all(not strategy.needs_labels for strategy in build().values()):
             _check_hidden(build, backbone, scenario)
         if scenario == scenarios[0]:
+            _check_frozen(build, backbone, scenario)
             _check_chunks(build, toy, states[2])
             _check_inside(build, toy, states[3])
         if first_task_is_finetuning:
@@ -233,6 +237,29 @@ def _hidden(stream: Stream, turned: bool, position: int) -> Task:
     classes = torch.tensor(task.classes)
     y = classes.flip(0)[torch.searchsorted(classes, task.train.labels)] if turned else task.train.labels
     return replace(task, train=TaskData(task.train.tensors()[0], y, 1), hidden=True)
+
+
+def _check_frozen(build: Build, backbone: str, scenario: Scenario) -> None:
+    """Compare a run on a frozen backbone with one on the outputs of the backbone in place of inputs."""
+    found: list[Tensor] = []
+    for once in (False, True):
+        learner, inputs = toy_learner(scenario=scenario, backbone=backbone)
+        body = learner.backbone.requires_grad_(False).eval()
+        stream = past_blocks(inputs, body, len(blocks(body)), folder=None) if once else inputs
+        try:
+            learner = Learner(stream, body, build(), learner._optimizer, batch_size=8)
+            if learner.strategies.owned("encode") or any(method.needs_inputs for method in build().values()):
+                return
+            _learn(learner, stream, range(len(stream)))
+        except InputError:  # it trains the backbone, or needs images
+            return
+        with torch.no_grad():
+            found.append(learner.eval().predict(Batch(*TaskData.concat([task.test for task in inputs]).tensors())))
+    one, other = found
+    assert torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True), (
+        f"{_names(learner)} ({scenario}) predicts otherwise if it gets the outputs of a frozen backbone in place of "
+        "inputs: set `needs_inputs = True` if it uses inputs or layers by itself."
+    )
 
 
 def _check_chunks(build: Build, toy: Toy, state: dict[str, Any]) -> None:

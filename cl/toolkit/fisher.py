@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cl.engine.loader import depends_on_batch
+from cl.backbones.blocks import depends_on_batch
 from cl.errors import InputError, unknown
 from cl.random import Random
 from cl.toolkit.weights import flat

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cl.compose import permute_pixels, turn
 from cl.compose import resize as to_shape
+from cl.data.dataset import Dataset
 from cl.data.sources import digits, synthetic
 from cl.data.stream_checks import check_stream
 from cl.data.task import Stream
@@ -62,6 +63,14 @@ def test_a_designed_order_is_that_of_the_designer_and_moves_with_the_names_of_th
     some = split(DIGITS, num_tasks=2, classes=[7, 1, 4, 9], class_order="curriculum")
     assert sorted(some.class_names) == ["1", "4", "7", "9"]
     assert some.class_names == split(DIGITS, num_tasks=2, classes=[9, 4, 1, 7], class_order="curriculum").class_names
+
+
+def test_the_order_of_icarl_is_that_of_numpys_generator_with_seed_1993():
+    rows = torch.arange(100)
+    hundred = Dataset("hundred", rows[:, None].float(), rows, rows[:, None].float(), rows, tuple(map(str, range(100))))
+    stream = split(hundred, num_tasks=10, class_order="icarl")
+    # as printed in the logs of PyCIL and FACIL for CIFAR-100
+    assert stream.class_names[:10] == tuple(["68", "56", "78", "8", "23", "84", "90", "65", "74", "76"])
 
 
 def test_shuffled_order_is_a_function_of_the_seed():

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from cl.backbones.blocks import depends_on_batch
 from cl.compose import copies, permute
 from cl.data import rows, task
 from cl.data.dataset import Dataset
@@ -21,7 +22,7 @@ from cl.data.rows import Items, Mapped, first_not_finite, open_array, release_pa
 from cl.data.task import Stream, TaskData
 from cl.engine.experiment import Experiment
 from cl.engine.learner import Learner
-from cl.engine.loader import EvalLoader, TrainLoader, depends_on_batch
+from cl.engine.loader import EvalLoader, TrainLoader
 from cl.errors import InputError
 from cl.testing import ToyBackbone, toy_stream
 

@@ -80,6 +80,7 @@ class Tent(Strategy):
     """
 
     needs = ("boundaries", "batch_norm")
+    needs_inputs = True
     needs_labels = False
 
     def __init__(self, lr: Annotated[float, Gt(0)] | None = None, statistics: str = "batch") -> None:

@@ -14,18 +14,21 @@ where mean and deviation are those of the batch, at test, too. This holds on tas
 (`stream=hidden_labels`); the others are learned by the cross-entropy, as in fine-tuning.
 
 Such as `cl-run strategy=tent stream=hidden_labels stream@stream.source=corrupted dataset=cifar10 backbone=resnet18`:
-the first task, clean images, has labels, and the corrupted ones do not. TENT adapts on one pass, `epochs=1`, and its
-predictions are those made before each update, as `instrument=prequential` counts them. Row t of R is the network after
+the first task, clean images, has labels, and the corrupted ones do not. The paper's predictions are those of one pass,
+made before each update, as `instrument=prequential` counts them in the first epoch. Row t of R is the network after
 task t on test sets that it has not adapted to. A class that no earlier task has shown with its label cannot be learned,
 and a remark says so.
 
 Defaults: the learning rate on hidden tasks is that of the run. The authors' example for CIFAR-10-C has Adam with a rate
 of 1e-3 on batches of 200 (`strategy.tent.lr=1e-3`). It lists these mean errors over its fifteen corruptions of the
 highest severity, for a WRN-28-10: 43.5 % without adaptation, 20.4 % with the statistics of the batch, 18.6 % with TENT
-(README of github.com/DequanWang/tent). They have not been run here.
-Differences from the paper: training with labels is part of the run, and with `statistics=batch` predictions use the
-statistics of the batch from its start. The network is not put back between two hidden tasks. `statistics=running`
-keeps running statistics, which move with every task, and predicts with them.
+(README of github.com/DequanWang/tent). They have not been run here. Seen here: under fog of severity 5 an MLP with
+batch norm, trained on the digits of scikit-learn, is right on 38.7 +- 3.3 % without adaptation, on 68.7 +- 2.0 % with
+the statistics of the batch, and on 69.2 +- 1.6 % after TENT (five seeds, standard errors; Adam with a rate of 3e-3,
+five epochs): what the entropy adds, 0.5 +- 0.5, is not certain, and a rate of 3e-2 takes 2.1 +- 1.3 away.
+Differences from the paper: training with labels is part of the run, a hidden task has as many epochs as the others, and
+predictions use the statistics of the batch from the start. `statistics=running` keeps running statistics, which move
+with every task, and predicts with them. The network is not put back between two hidden tasks.
 Differences from the released code: it adapts batch norms of images alone (`BatchNorm2d`), and starts anew from the
 trained network for each corruption.
 

@@ -131,8 +131,8 @@ TAG = [
     Row("cifar100_20tasks_rmsprop", {"task": 48.91}, -20.0),
     Row("cifar100_20tasks_tag", {"task": 62.79}, -10.0),
 ]
-# Nobody's figures: online replay on the DER paper's protocol; the control of pcr, hpcr, dvc and onpro is er_views.
-_ONLINE = ("er", "er_views", "uer", "pcr", "hpcr", "dvc", "onpro")
+# Nobody's figures: online replay on the DER paper's protocol; the control of pcr, hpcr, dvc, ocm and onpro is er_views.
+_ONLINE = ("er", "er_views", "uer", "pcr", "hpcr", "dvc", "ocm", "onpro")
 ONLINE = [Row(f"split_mnist_online_{name}", {"class": None}) for name in _ONLINE]
 # Nobody's figures: a small ViT of our own.
 _PROMPTS = (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("finetune", "joint", "cumulative", "er", "er_ace", "uer", "der", "derpp", "mir", "scr", "pcr", "hpcr"),
-    *("dvc", "onpro", "icarl", "wa", "bic", "lucir", "podnet", "gdumb"),
+    *("dvc", "ocm", "onpro", "icarl", "wa", "bic", "lucir", "podnet", "gdumb"),
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
     *("packnet", "hat", "supsup", "ncm", "ranpac"),
     *("gss", "aser", "er_las", "xder", "rwalk", "mer", "generative_replay", "cbp"),

@@ -56,12 +56,11 @@ from cl.data.augment import ContrastiveView
 from cl.engine.batch import Batch
 from cl.engine.preflight import check_draws
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError
 from cl.random import Random
 from cl.toolkit.contrast import prototype_contrast, supervised_contrastive
 from cl.toolkit.memory import Memory
 from cl.toolkit.mixing import mixture, pairs_to_mix
-from cl.toolkit.views import another_view, check_images, turned, with_another_view
+from cl.toolkit.views import another_view, check_images, check_square, with_another_view, with_turned_copies
 
 if TYPE_CHECKING:
     from cl.data.task import Stream
@@ -127,8 +126,8 @@ class OnPro(Strategy):
         """Allocate the memory and the projection."""
         check_images(stream, "OnPro")
         check_draws("onpro", learner, stream, memory_size=self.memory_size, batch_size=self.batch_size)
-        if self.rotate and stream.input_shape[1] != stream.input_shape[2]:
-            raise InputError(f"OnPro turns images, but those of {stream.name!r} are oblong: set onpro.rotate=false.")
+        if self.rotate:
+            check_square(stream, "OnPro", "onpro.rotate")
         self.memory = Memory(self.memory_size, stream, storage=self.storage)
         self.projection = nn.Linear(int(learner.backbone.num_features), self.dim)  # type: ignore[arg-type]
 
@@ -171,11 +170,9 @@ class OnPro(Strategy):
         """Return the weighted L_ins."""
         if self.instance == 0:
             return 0.0
-        x = turned(batch.x) if self.rotate else batch.x
-        copies = len(x) // len(batch)
-        label = (batch.y + learner.num_classes * torch.arange(copies, device=x.device)[:, None]).flatten()
-        z = self._projections(learner, Batch(x, label, batch.task.repeat(copies)))
-        return self.instance * supervised_contrastive(z, label.repeat(2), self.instance_temperature)
+        copied = with_turned_copies(batch, learner.num_classes) if self.rotate else batch
+        z = self._projections(learner, copied)
+        return self.instance * supervised_contrastive(z, copied.y.repeat(2), self.instance_temperature)
 
     def _cross_entropy(
         self, learner: LearnerLike, mixed: Batch, one: Batch, two: Batch, part: Tensor | float = 0.0

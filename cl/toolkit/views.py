@@ -34,6 +34,21 @@ def check_images(stream: Stream, name: str) -> None:
         )
 
 
+def check_square(stream: Stream, name: str, setting: str) -> None:
+    """Refuse images that are oblong and cannot be turned.
+
+    Args:
+        stream: The stream.
+        name: The name of the method in messages.
+        setting: The setting that turns images, to be set to false.
+
+    Raises:
+        InputError: Naming the method, the stream and the setting.
+    """
+    if stream.input_shape[1] != stream.input_shape[2]:
+        raise InputError(f"{name} turns images, but those of {stream.name!r} are oblong: set {setting}=false.")
+
+
 def another_view(x: Tensor, augment: Augment, rng: np.random.Generator) -> Tensor:
     """Return augmented images of the same type: where `augment` makes floats in [0, 1] of bytes, rounded to bytes.
 
@@ -75,3 +90,17 @@ def turned(x: Tensor) -> Tensor:
     over_left, over_right = left.rot90(2, (2, 3)), right.rot90(2, (2, 3))
     halves = [(left, right), (over_left, right), (left, over_right), (over_left, over_right)]
     return torch.cat([torch.cat(pair, 3).rot90(k, (2, 3)) for k in range(4) for pair in halves])
+
+
+def with_turned_copies(batch: Batch, num_classes: int) -> Batch:
+    """Return the 16 B turned copies of square images; the k-th copies of class c have the label c + k `num_classes`.
+
+    Example:
+        >>> batch = Batch(torch.zeros(2, 1, 4, 4), torch.tensor([0, 2]), torch.zeros(2, dtype=torch.int64))
+        >>> with_turned_copies(batch, 3).y[:6].tolist()
+        [0, 2, 3, 5, 6, 8]
+    """
+    x = turned(batch.x)
+    copies = len(x) // len(batch)
+    label = (batch.y + num_classes * torch.arange(copies, device=x.device)[:, None]).flatten()
+    return Batch(x, label, batch.task.repeat(copies))

@@ -58,6 +58,7 @@ from cl.strategies.mas import MAS
 from cl.strategies.mer import MER
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
+from cl.strategies.ocm import OCM
 from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.onpro import OnPro
@@ -188,6 +189,8 @@ METHODS = [
     Row("onpro", OnPro, {"memory_size": 20, "per_class": 2, "instance": 0.0, "base": 0.5, "mix": 1.0}),
     Row("dvc", DVC, {"memory_size": 20}),
     Row("dvc", DVC, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "width": 8}),
+    Row("ocm", OCM, {"memory_size": 20, "batch_size": 8, "dim": 8}),
+    Row("ocm", OCM, {"memory_size": 20, "per_class": 2, "distil": 0.0, "rotate": False}),
     Row("gss", GSS, {"memory_size": 20}),
     Row("gss", GSS, {"memory_size": 20, "batch_size": 3, "num_compared": 2}),
     Row("xder", XDER, {"memory_size": 20, "num_views": 2, "num_contrasted": 4}),
@@ -268,6 +271,7 @@ TEAMS = [
     Row("er,hpcr", lambda: {"er": ER(20), "hpcr": HPCR(20)}),
     Row("er,onpro", lambda: {"er": ER(20), "onpro": OnPro(20, batch_size=8, dim=8)}),
     Row("er,dvc", lambda: {"er": ER(20), "dvc": DVC(20)}),
+    Row("er,ocm", lambda: {"er": ER(20), "ocm": OCM(20, batch_size=8, dim=8)}),
     Row("er,gss", lambda: {"er": ER(20), "gss": GSS(20)}),
     Row("er,xder", lambda: {"er": ER(20), "xder": XDER(20, num_views=2, num_contrasted=4)}, scenarios=("class",)),
     Row("er,mer", lambda: {"er": ER(20), "mer": MER(20, beta=0.5)}),

@@ -109,6 +109,7 @@ CASES: dict[str, list[str]] = {
     "scr": ["strategy=scr", "strategy.scr.batch_size=10", *_IMAGES, *_STEPS],
     "pcr": ["strategy=pcr", *_IMAGES, *_STEPS],
     "hpcr": ["strategy=hpcr", "strategy.hpcr.memory_size=20", *_IMAGES, *_STEPS],
+    "ocm": ["strategy=ocm", "strategy.ocm.batch_size=8", "optimizer=adam", *_IMAGES, *_STEPS],
     "onpro": ["strategy=onpro", "strategy.onpro.batch_size=8", *_IMAGES, *_STEPS],
     "dvc": ["strategy=dvc", "strategy.dvc.num_candidates=20", "optimizer.momentum=0.9", *_IMAGES, *_STEPS],
     "gem": ["strategy=gem", "strategy.gem.memory_size=30", *_STEPS],

@@ -111,6 +111,7 @@ SMALL = {
     "strategy=scr": {"strategy.scr.memory_size": "20"},
     "strategy=pcr": {"strategy.pcr.memory_size": "20"},
     "strategy=hpcr": {"strategy.hpcr.memory_size": "20"},
+    "strategy=ocm": {"strategy.ocm.memory_size": "20", "strategy.ocm.batch_size": "8"},
     "strategy=onpro": {"strategy.onpro.memory_size": "20", "strategy.onpro.batch_size": "8"},
     "strategy=dvc": {"strategy.dvc.memory_size": "20", "strategy.dvc.num_candidates": "20"},
     "strategy=agem": {"strategy.agem.memory_size": "20", "strategy.agem.batch_size": "8"},

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from by_hand import Normed, by_hand, close
+from by_hand import by_hand, close
 from cl.data.augment import ContrastiveView
 from cl.engine.batch import Batch
 from cl.errors import InputError
 from cl.random import derive
 from cl.strategies.dvc import DVC, distance_loss, gradient_length, information_loss
 from cl.testing import toy_stream
+from cl.testing.toys import Normed
 from draws import normal, quick, seeds
 from toys import Identity, build, float_stream, learn, toy
 

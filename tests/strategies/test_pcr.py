@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from by_hand import Normed
 from cl.backbones.networks import MLP
 from cl.data.augment import ContrastiveView
 from cl.data.sources import digits
@@ -25,6 +24,7 @@ from cl.strategies.hpcr import HPCR
 from cl.strategies.pcr import PCR
 from cl.streams.split import split
 from cl.testing import toy_stream
+from cl.testing.toys import Normed
 from cl.toolkit.proxies import cosine_logits, proxy_contrast
 from cl.toolkit.views import another_view, with_another_view
 from draws import normal, quick, seeds

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from by_hand import Normed, slow_herding
+from by_hand import slow_herding
 from cl.engine.learner import Learner
 from cl.testing import toy_stream
+from cl.testing.toys import Normed
 from cl.toolkit.herding import class_means, herding, nearness, unit_features
 from draws import quick, seeds
 from toys import same

@@ -72,7 +72,11 @@ class ER(Strategy):
         super().__init__()
         self.memory_size, self.batch_size = memory_size, batch_size
         self.policy, self.every_epoch, self.storage, self.second_view = policy, every_epoch, storage, second_view
-        self.needs_inputs = second_view is not None
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        """Whether a second view augments them."""
+        return self.second_view is not None
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory."""

@@ -105,7 +105,11 @@ class GDumb(Strategy):
     ) -> None:
         super().__init__()
         self.memory_size, self.cutmix, self.alpha, self.storage = memory_size, cutmix, alpha, storage
-        self.needs_inputs = cutmix > 0
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        """Whether CutMix mixes them."""
+        return self.cutmix > 0
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the memory, and copy the initial weights."""

@@ -242,7 +242,9 @@ def _backbone(cfg: Any, input_shape: tuple[int, ...]) -> Any:
 
         load_backbone(backbone, cfg.weights)
     if cfg.freeze:
-        backbone.requires_grad_(False).eval()
+        from cl.backbones.blocks import freeze
+
+        freeze(backbone, None if cfg.freeze is True else cfg.freeze)
     return backbone
 
 

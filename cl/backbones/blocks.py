@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl.errors import InputError
+
 
 def blocks(backbone: nn.Module) -> list[nn.Module]:
     """Return the blocks of a backbone, whose composition is the backbone: each maps the output of the one before.
@@ -31,6 +33,31 @@ def blocks(backbone: nn.Module) -> list[nn.Module]:
     if isinstance(backbone, nn.Sequential) and type(backbone).forward is nn.Sequential.forward:
         return list(backbone)
     return [backbone]
+
+
+def freeze(backbone: nn.Module, first: int | None = None) -> nn.Module:
+    """Freeze a backbone, or its first blocks, set them to evaluation mode, and return it.
+
+    Args:
+        backbone: The backbone.
+        first: How many of its blocks, see `blocks`; None means all of it.
+
+    Raises:
+        InputError: If it has fewer blocks.
+
+    Example:
+        >>> from cl.backbones.networks import MLP
+        >>> net = freeze(MLP((4,), hidden=[3, 2]), first=3)
+        >>> [p.requires_grad for p in net.parameters()]
+        [False, False, True, True]
+    """
+    found = blocks(backbone)
+    if first is not None and not 1 <= first <= len(found):
+        kind = type(backbone).__name__
+        raise InputError(f"freeze={first}, but {kind} has {len(found)} blocks: give 1 to {len(found)}, or true.")
+    for block in [backbone] if first is None else found[:first]:
+        block.requires_grad_(False).eval()
+    return backbone
 
 
 def depends_on_batch(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl.backbones.blocks import blocks, depends_on_batch
+from cl.backbones.blocks import blocks, depends_on_batch, freeze
 from cl.data.augment import to_floats
 from cl.data.feature_rows import rewriter
 from cl.data.task import Stream
@@ -94,9 +94,7 @@ class FrozenBlocks:
     def __init__(
         self, backbone: nn.Module, depth: int, normalize: nn.Module | None, input_shape: tuple[int, ...]
     ) -> None:
-        self._blocks = blocks(backbone)[:depth]
-        for block in self._blocks:
-            block.requires_grad_(False).eval()
+        self._blocks = blocks(freeze(backbone, depth))[:depth]
         self._normalize = normalize or to_floats
         self._convolves = sum(isinstance(m, nn.Conv2d) for block in self._blocks for m in block.modules()) > 1
         self.trained = False  # whether rows have been trained on
@@ -130,8 +128,9 @@ class FrozenBlocks:
         state = [(n, t) for block in self._blocks for n, t in (*block.named_parameters(), *block.named_buffers())]
         version = sum(tensor._version for _, tensor in state)
         if version != self._version:
-            found = hashlib.sha256(f"{self._blocks}{self._normalize}{torch.__version__}".encode())
+            found = hashlib.sha256(f"{self._blocks} {torch.__version__}".encode())
             if isinstance(self._normalize, nn.Module):
+                found.update(repr(self._normalize).encode())
                 state += list(self._normalize.named_buffers())
             for name, tensor in state:
                 found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -310,7 +310,8 @@ def test_every_experiment_makes_a_learner_of_a_stream_of_its_shape(path):
         tasks.append(Task(t, data, data, data))
     stream = Stream(tasks, scenario=cfg.scenario or "class", num_classes=num_classes, repeats=shared)
     strategies = {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
-    assert set(_learner(cfg, stream, strategies).strategies) == set(strategies)
+    learner, _ = _learner(cfg, stream, lambda: strategies)
+    assert set(learner.strategies) == set(strategies)
 
 
 def test_rows_on_a_pretrained_network_name_what_is_not_there_until_weights_are_given():

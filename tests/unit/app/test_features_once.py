@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,31 @@ def test_the_frozen_part_runs_once_for_all_runs(tmp_path: Path, monkeypatch: pyt
     seen.clear()
     learn(tmp_path, 7, [], stream, seed=5)
     assert sum(seen) <= 6 * 5  # rows of which it learns the shape, or that it checks
+
+
+KEY = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from cl.backbones.frozen import past_blocks
+from cl.data.augment import Normalize
+from cl.testing import toy_stream
+
+stream = toy_stream(2)
+if sys.argv[2] == "normalized":
+    stream = stream.derive(stream.__getitem__, normalize=Normalize([0.5], [0.2]))
+torch.manual_seed(0)
+net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+past_blocks(stream, net, 2, Path(sys.argv[1]))[0].train.tensors()
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "normalized"])
+def test_a_file_has_the_same_name_in_every_process(tmp_path: Path, how: str) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KEY, str(tmp_path), how], check=True, timeout=120)
+        assert len(list(tmp_path.glob("*.done.npy"))) == 1
 
 
 def test_what_a_run_needs_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -117,6 +117,7 @@ class DVC(Strategy):
     """
 
     needs = ("memory",)
+    needs_inputs = True
     distributed = False  # the entropies are of the mean prediction of all examples
 
     def __init__(

@@ -115,6 +115,7 @@ class OCM(Strategy):
     """
 
     needs = ("memory", "boundaries")
+    needs_inputs = True
     distributed = False  # the losses contrast each example with all others
 
     def __init__(

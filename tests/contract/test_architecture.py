@@ -300,7 +300,7 @@ def test_every_experiment_makes_a_learner_of_a_stream_of_its_shape(path):
     with initialize_config_module("cl.conf", version_base="1.3"):
         cfg = compose("config", overrides=[f"experiment={path.stem}", "weights=null"])
     cifar = "cifar" in path.stem
-    num_tasks, num_classes = cfg.stream.get("num_tasks", 5), 100 if cifar else 10
+    num_tasks, num_classes = cfg.stream.get("num_tasks", 5) or 10, 100 if cifar else 10
     shared = cfg.scenario == "domain" or bool(cfg.stream.get("shared_labels"))
     tasks = []
     for t in range(num_tasks):

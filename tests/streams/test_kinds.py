@@ -23,6 +23,8 @@ FIXED = {
 OWN = {"i_blurry": ["class", "task"], "repetition": ["class", "task"], "mosaic": ["class", "task", "domain"]}
 OWN["overlapping"] = ["task", "class"]
 SMALL = {
+    "b0_inc10": ["stream.classes_per_task=5"],
+    "b50_inc10": ["stream.first_task=4", "stream.classes_per_task=3"],
     "overlapping": ["stream.classes=[[0,1],[1,2]]"],
     "permuted": ["stream.num_tasks=3"],
     "rotated": ["stream.num_tasks=3"],

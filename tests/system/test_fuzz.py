@@ -49,6 +49,7 @@ TINY = {
     "trainer.accelerator": "cpu",
     "log_every": "3",
     "reference_dir": "references",
+    "feature_dir": "features",
 }
 SMALL = {
     "dataset=digits": {"dataset.test_fraction": "0.8", "batch_size": "64"},
@@ -71,6 +72,8 @@ SMALL = {
     },
     "stream=transfer_by_design": {"stream.target_rows": "10"},
     "stream=large_first_task": {"stream.first_task": "2"},
+    "stream=b0_inc10": {"stream.classes_per_task": "5"},
+    "stream=b50_inc10": {"stream.first_task": "4", "stream.classes_per_task": "3"},
     **{f"stream={s}": {"stream.source.num_tasks": "2"} for s in ("long_tailed", "boundary_free", "label_noise")},
     **{
         f"stream={s}": {"stream.source.num_tasks": "2"}
@@ -190,6 +193,7 @@ ROOT_KEYS = [
     *("log_every", "init", "probes", "estimators", "references", "weights", "freeze", "group", "tags", "scenario"),
     *(
         "reference_dir",
+        "feature_dir",
         "checkpoint",
         "strategy",
         "dataset",

@@ -27,6 +27,7 @@ from cl.errors import InputError
 from cl.random import Random
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.aper import APER
 from cl.strategies.aser import ASER
 from cl.strategies.bic import BiC
 from cl.strategies.cbp import CBP
@@ -52,6 +53,7 @@ from cl.strategies.hpcr import HPCR
 from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
 from cl.strategies.l2p import L2P
+from cl.strategies.lora import LoRA
 from cl.strategies.lucir import LUCIR
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
@@ -73,6 +75,7 @@ from cl.strategies.sam import SAM
 from cl.strategies.scr import SCR
 from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
+from cl.strategies.slca import SLCA
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.tent import Tent
@@ -201,6 +204,13 @@ METHODS = [
     Row("mir", MIR, {"memory_size": 20, "batch_size": 3, "num_candidates": 7, "every_epoch": True}),
     Row("ranpac", RanPAC, {"num_projections": 20}),
     Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
+    Row("lora", LoRA, {"rank": 2}),
+    Row("lora", LoRA, {"rank": 2, "init": "null_space", "num_samples": 20}, backbone="vit"),
+    Row("aper", APER, {"width": 2}),
+    Row("aper", APER, {"adapt": "ssf"}, backbone="vit"),
+    Row("aper", APER, {"adapt": "full"}, finetunes_first=True),
+    Row("slca", SLCA, {"align_epochs": 2, "per_class": 8}),
+    Row("slca", SLCA, {"ratio": 0.0, "per_class": 8, "covariance": "diagonal", "tau": None}, backbone="vit"),
     Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
     Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
@@ -242,6 +252,10 @@ TEAMS = [
         backbone="vit",
     ),
     Row("er,s_prompts", lambda: {"er": ER(20), "s_prompts": SPrompts(2)}, backbone="vit", scenarios=("domain",)),
+    Row("er,lora", lambda: {"er": ER(20), "lora": LoRA(2)}),
+    Row("er,aper", lambda: {"er": ER(20), "aper": APER(width=2)}),
+    Row("er,slca", lambda: {"er": ER(20), "slca": SLCA(per_class=8)}),
+    Row("ewc,lora,ncm", lambda: {"ewc": EWC(num_samples=20), "lora": LoRA(2), "ncm": NCM(freeze=False)}),
     Row("er,finetune,ewc", lambda: {"er": ER(20), "finetune": Finetune(), "ewc": EWC(num_samples=20)}),
     Row("er,joint", lambda: {"er": ER(20), "joint": Joint()}),
     Row("er,cumulative", lambda: {"er": ER(20), "cumulative": Cumulative()}),

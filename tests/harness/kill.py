@@ -132,6 +132,9 @@ CASES: dict[str, list[str]] = {
     "dualprompt": ["strategy=dualprompt", *_IMAGES, *_VIT, *_DUAL, *_STEPS],
     "coda_prompt": ["strategy=coda_prompt", "strategy.coda_prompt.num_components=6", _CODA, *_IMAGES, *_VIT, *_STEPS],
     "s_prompts": ["strategy=s_prompts", "scenario=domain", *_IMAGES, *_VIT, *_STEPS],
+    "lora": ["strategy=lora", "strategy.lora.rank=2", "strategy.lora.init=null_space", *_STEPS],
+    "aper": ["strategy=aper", "strategy.aper.width=2", "optimizer.momentum=0.9", *_STEPS],
+    "slca": ["strategy=slca", "strategy.slca.per_class=8", "optimizer=adam", *_STEPS],
     "ranpac": ["strategy=ranpac", "strategy.ranpac.num_projections=20", "strategy.ranpac.adapt=true", *_STEPS],
 }
 _OTHERS = ("python", "own")

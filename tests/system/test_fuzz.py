@@ -121,6 +121,9 @@ SMALL = {
     "strategy=ewc": {"strategy.ewc.num_samples": "10"},
     "strategy=gpm": {"strategy.gpm.num_samples": "20"},
     "strategy=ranpac": {"strategy.ranpac.num_projections": "20"},
+    "strategy=lora": {"strategy.lora.rank": "2"},
+    "strategy=aper": {"strategy.aper.width": "2"},
+    "strategy=slca": {"strategy.slca.per_class": "8"},
     "strategy=l2p": {"strategy.l2p.pool_size": "5"},
 }
 GROUPS = {

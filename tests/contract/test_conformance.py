@@ -255,7 +255,7 @@ TEAMS = [
     Row("er,lora", lambda: {"er": ER(20), "lora": LoRA(2)}),
     Row("er,aper", lambda: {"er": ER(20), "aper": APER(width=2)}),
     Row("er,slca", lambda: {"er": ER(20), "slca": SLCA(per_class=8)}),
-    Row("ewc,lora,ncm", lambda: {"ewc": EWC(num_samples=20), "lora": LoRA(2), "ncm": NCM(freeze=False)}),
+    Row("lora,ewc,ncm", lambda: {"lora": LoRA(2), "ewc": EWC(num_samples=20), "ncm": NCM(freeze=False)}),
     Row("er,finetune,ewc", lambda: {"er": ER(20), "finetune": Finetune(), "ewc": EWC(num_samples=20)}),
     Row("er,joint", lambda: {"er": ER(20), "joint": Joint()}),
     Row("er,cumulative", lambda: {"er": ER(20), "cumulative": Cumulative()}),

@@ -142,6 +142,7 @@ def check_range(name: str, value: Any, annotation: Any) -> None:
 
     Example:
         >>> check_range("ewc.weight", 100.0, Annotated[float, Ge(0)])
+        >>> check_range("freeze", False, bool | Annotated[int, Ge(1)])
         >>> check_range("lwf.temperature", float("nan"), Annotated[float, Gt(0)])
         Traceback (most recent call last):
         cl.errors.InputError: lwf.temperature=nan must be above 0.
@@ -172,7 +173,7 @@ def _pairs(value: Any, annotation: Any) -> Iterator[tuple[Any, list[Bound]]]:
     if origin is Annotated:
         yield value, _bounds(annotation)
     elif origin in (Union, types.UnionType):
-        if value is not None and not isinstance(value, str):
+        if value is not None and not isinstance(value, str) and not (isinstance(value, bool) and bool in inner):
             for part in inner:
                 if _is_several(value) == _is_sequence(part):
                     yield from _pairs(value, part)

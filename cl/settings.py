@@ -96,7 +96,7 @@ SETTINGS: Mapping[str, Setting] = {
     "weights": _result("a checkpoint of clsim whose backbone to start from", Text, "start", is_path=True),
     "from": _result("start from a run after some of its tasks: DIR:task=3", Text, "start", is_path=True),
     "freeze": _result(
-        "whether the weights of the backbone stay fixed; a number: those of so many blocks", bool | Count
+        "whether the weights of the backbone stay fixed; a number: those of so many first blocks", bool | Count
     ),
     "protocol": _result("on which tasks hyper-parameters are chosen, and on which they are scored", Options, "method"),
     "protocol.name": _result("the name that the results show", str, "method"),

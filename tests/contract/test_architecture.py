@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from checkout import ROOT
 from cl.app.build import _learner, _mappings
 from cl.app.instantiate import instantiate_as
+from cl.compare.read import PROBES
 from cl.data.task import Stream, Task, TaskData
 from cl.engine.strategy import Strategy
 
@@ -109,13 +110,13 @@ def texts(tree: ast.AST) -> list[ast.Constant]:
 def test_no_string_in_cl_names_a_strategy_or_stream():
     """What the engine has to know of one, its class says; of messages, `cl-list` knows the names.
 
-    A word that is a parameter's name somewhere in `cl` (`split`, of a dataset) or a library's that `cl` imports is a
-    term of its own.
+    A word that is a parameter's name somewhere in `cl` (`split`, of a dataset), a library's that `cl` imports, or a
+    probe's (`knn`) is a term of its own.
     """
     trees = {path: parsed(path) for path in ENGINE}
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
     terms = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    terms |= {name.partition(".")[0] for path in ENGINE for name in imports(path)}
+    terms |= {name.partition(".")[0] for path in ENGINE for name in imports(path)} | set(PROBES)
     strategies, streams = ({path.stem for path in paths} - terms for paths in (STRATEGIES, STREAMS))
     found = []
     for path, tree in trees.items():

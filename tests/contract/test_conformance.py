@@ -25,6 +25,7 @@ from cl.engine.learner import Learner
 from cl.engine.strategy import NEEDS, Strategy, overrides
 from cl.errors import InputError
 from cl.random import Random
+from cl.strategies.acil import ACIL
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.aper import APER
@@ -42,6 +43,7 @@ from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.er_las import ERLAS
 from cl.strategies.ewc import EWC
+from cl.strategies.fecam import FeCAM
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gem import GEM
@@ -52,6 +54,7 @@ from cl.strategies.hat import HAT
 from cl.strategies.hpcr import HPCR
 from cl.strategies.icarl import ICaRL
 from cl.strategies.joint import Joint
+from cl.strategies.knn import KNN
 from cl.strategies.l2p import L2P
 from cl.strategies.lora import LoRA
 from cl.strategies.lucir import LUCIR
@@ -76,6 +79,7 @@ from cl.strategies.scr import SCR
 from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
 from cl.strategies.slca import SLCA
+from cl.strategies.slda import SLDA
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.tent import Tent
@@ -211,6 +215,15 @@ METHODS = [
     Row("aper", APER, {"adapt": "full"}, finetunes_first=True),
     Row("slca", SLCA, {"align_epochs": 2, "per_class": 8}),
     Row("slca", SLCA, {"ratio": 0.0, "per_class": 8, "covariance": "diagonal", "tau": None}, backbone="vit"),
+    Row("slda", SLDA),
+    Row("slda", SLDA, {"shrinkage": 0.5}, backbone="vit"),
+    Row("fecam", FeCAM),
+    Row("fecam", FeCAM, {"tukey": 1.0, "alpha2": 0.0, "normalize": False}, backbone="vit"),
+    Row("fecam", FeCAM, {"common": True}),
+    Row("knn", KNN),
+    Row("knn", KNN, {"k": 1, "float16": True}, backbone="vit"),
+    Row("acil", ACIL, {"num_expanded": 20}),
+    Row("acil", ACIL, {"num_expanded": 5, "gamma": 10.0}, backbone="vit"),
     Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
     Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
@@ -241,6 +254,10 @@ TEAMS = [
     Row("two of one kind", lambda: {"small": ER(4), "large": ER(30)}),
     Row("er,l2p", lambda: {"er": ER(20), "l2p": L2P(4, 2, 2)}, backbone="vit"),
     Row("er,ranpac", lambda: {"er": ER(20), "ranpac": RanPAC(20, adapt=True)}),
+    Row("er,slda", lambda: {"er": ER(20), "slda": SLDA()}),
+    Row("er,fecam", lambda: {"er": ER(20), "fecam": FeCAM()}),
+    Row("er,knn", lambda: {"er": ER(20), "knn": KNN()}),
+    Row("er,acil", lambda: {"er": ER(20), "acil": ACIL(20)}),
     Row(
         "er,dualprompt",
         lambda: {"er": ER(20), "dualprompt": DualPrompt(2, 2, general_blocks=(0,), expert_blocks=(0,))},

@@ -136,6 +136,10 @@ CASES: dict[str, list[str]] = {
     "aper": ["strategy=aper", "strategy.aper.width=2", "optimizer.momentum=0.9", *_STEPS],
     "slca": ["strategy=slca", "strategy.slca.per_class=8", "optimizer=adam", *_STEPS],
     "ranpac": ["strategy=ranpac", "strategy.ranpac.num_projections=20", "strategy.ranpac.adapt=true", *_STEPS],
+    "slda": ["strategy=slda", *_STEPS],
+    "fecam": ["strategy=fecam", *_STEPS],
+    "knn": ["strategy=knn", "strategy.knn.float16=true", *_STEPS],
+    "acil": ["strategy=acil", "strategy.acil.num_expanded=20", *_STEPS],
 }
 _OTHERS = ("python", "own")
 _WANDB = ["logger=[csv,wandb]", "+logger.wandb.mode=offline", "log_every=1"]

@@ -24,6 +24,7 @@ from cl.engine.strategy import Strategy
 from cl.errors import DivergenceError, InputError
 from cl.measure.learning_curves import LearningCurves
 from cl.measure.probes import Probes
+from cl.strategies.acil import ACIL
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
 from cl.strategies.aser import ASER
@@ -38,12 +39,14 @@ from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.er_las import ERLAS
 from cl.strategies.ewc import EWC
+from cl.strategies.fecam import FeCAM
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gpm import GPM
 from cl.strategies.gss import GSS
 from cl.strategies.hat import HAT
 from cl.strategies.joint import Joint
+from cl.strategies.knn import KNN
 from cl.strategies.l2p import L2P
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
@@ -58,6 +61,7 @@ from cl.strategies.rwalk import RWalk
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
+from cl.strategies.slda import SLDA
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
@@ -92,6 +96,10 @@ EXACT: dict[str, Callable[[], Strategy]] = {  # what draws nothing of its own fr
     "hat": HAT,
     "supsup": SupSup,
     "ranpac": partial(RanPAC, 30, ridge=1.0),
+    "slda": SLDA,
+    "fecam": FeCAM,
+    "knn": KNN,
+    "acil": partial(ACIL, 30),
     "dualprompt": partial(DualPrompt, general_blocks=(0,), expert_blocks=(0,)),
     "coda_prompt": partial(CODAPrompt, num_components=6, blocks=(0,)),
     "s_prompts": SPrompts,

@@ -124,6 +124,7 @@ SMALL = {
     "strategy=lora": {"strategy.lora.rank": "2"},
     "strategy=aper": {"strategy.aper.width": "2"},
     "strategy=slca": {"strategy.slca.per_class": "8"},
+    "strategy=acil": {"strategy.acil.num_expanded": "20"},
     "strategy=l2p": {"strategy.l2p.pool_size": "5"},
 }
 GROUPS = {

@@ -29,7 +29,8 @@ NAMES = (
     *("finetune", "joint", "cumulative", "er", "er_ace", "uer", "der", "derpp", "mir", "scr", "pcr", "hpcr"),
     *("dvc", "ocm", "onpro", "icarl", "wa", "bic", "lucir", "podnet", "gdumb"),
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
-    *("packnet", "hat", "supsup", "ncm", "ranpac", "slda", "fecam", "knn", "acil", "lora", "aper", "slca"),
+    *("packnet", "hat", "supsup", "ncm", "ranpac", "slda", "fecam", "knn", "acil"),
+    *("lora", "o_lora", "inflora", "sd_lora", "aper", "ease", "slca", "lst"),
     *("gss", "aser", "er_las", "xder", "rwalk", "mer", "generative_replay", "cbp"),
 )
 FEW = 1000, 2000  # rows a task; no strategy's default samples more for what it computes between tasks

@@ -36,12 +36,12 @@ from torch import Tensor
 from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError, unknown
-from cl.toolkit.inject import Adapter, ScaleShift, add, awaken, freeze, places
+from cl.toolkit.inject import ADAPTED, Adapter, ScaleShift, add, awaken, freeze, places
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
 
-USUAL = {"adapter": (["mlp"], ["block"], ["linear"]), "ssf": (["linear", "conv", "norm"],)}
+USUAL = {"adapter": ADAPTED, "ssf": (["linear", "conv", "norm"],)}
 
 
 class APER(Strategy):

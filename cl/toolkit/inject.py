@@ -146,7 +146,7 @@ class LowRank(nn.Module):
 
     Example:
         >>> layer = nn.Linear(3, 2)
-        >>> pair = add_low_rank(nn.Sequential(layer), ["0"], rank=1)[0]
+        >>> pair = add_low_rank(nn.Sequential(layer), ["0"], lambda weight: LowRank(weight, rank=1))[0]
         >>> pair.A.shape, pair.B.shape, [name for name, _ in layer.named_parameters()][:2]
         (torch.Size([1, 3]), torch.Size([2, 1]), ['bias', 'parametrizations.weight.original'])
     """
@@ -158,6 +158,13 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(weight.new_empty(rank, d).uniform_(-(d**-0.5), d**-0.5))
         self.B = nn.Parameter(weight.new_zeros(out, rank))
 
+    @torch.no_grad()
+    def renew(self, random: Random) -> None:
+        """Draw A anew, and set B to 0."""
+        bound = self.A.shape[1] ** -0.5
+        self.A.copy_(torch.from_numpy(random.generator.uniform(-bound, bound, tuple(self.A.shape))))
+        self.B.zero_()
+
     @property
     def product(self) -> Tensor:
         """The change of the weight, s B A, (out, d)."""
@@ -168,14 +175,13 @@ class LowRank(nn.Module):
         return weight + self.product.view_as(weight)
 
 
-def add_low_rank(backbone: nn.Module, names: Sequence[str], rank: int, scale: float = 1.0) -> list[LowRank]:
+def add_low_rank(backbone: nn.Module, names: Sequence[str], make: Callable[[Tensor], LowRank]) -> list[LowRank]:
     """Add a `LowRank` to layers of a backbone, in place, and return them.
 
     Args:
         backbone: The backbone.
         names: Names of linear layers or convolutions, from `places`.
-        rank: r.
-        scale: s.
+        make: Builds one from a layer's weight.
 
     Raises:
         InputError: If a module is neither, or another strategy has added some.
@@ -189,7 +195,7 @@ def add_low_rank(backbone: nn.Module, names: Sequence[str], rank: int, scale: fl
                 f"LoRA changes the weights of linear layers and convolutions, and {name} is a {type(layer).__name__}: "
                 "choose other layers."
             )
-        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight.detach(), rank, scale))
+        parametrize.register_parametrization(layer, "weight", make(layer.weight.detach()))
     return low_ranks(backbone)
 
 
@@ -203,7 +209,7 @@ def low_rank_layers(backbone: nn.Module) -> list[Layer]:
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> _ = add_low_rank(net, ["1"], rank=1)
+        >>> _ = add_low_rank(net, ["1"], lambda weight: LowRank(weight, rank=1))
         >>> low_rank_layers(net)[0] is net[1]
         True
     """
@@ -222,7 +228,7 @@ def merge(layer: nn.Module, pair: LowRank) -> None:
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> (pair,) = add_low_rank(nn.Sequential(layer), ["0"], rank=1)
+        >>> (pair,) = add_low_rank(nn.Sequential(layer), ["0"], lambda weight: LowRank(weight, rank=1))
         >>> _ = nn.init.ones_(pair.B)
         >>> before = layer.weight.clone()
         >>> merge(layer, pair)
@@ -245,7 +251,7 @@ class LowRankTuning(Strategy):
         blocks: The blocks whose layers they are, see `find`; None means all.
     """
 
-    targets = ("label", "multilabel", "regression")
+    targets: tuple[str, ...] = ("label", "multilabel", "regression")
     needs = ("boundaries",)
     needs_inputs = True
 
@@ -262,7 +268,11 @@ class LowRankTuning(Strategy):
         freeze(learner.backbone)
         usual = ["qkv"], ["linear", "conv"]
         names = places(type(self).__name__, learner.backbone, usual, self.layers, self.blocks)
-        add_low_rank(learner.backbone, names, self.rank, self.scale)
+        add_low_rank(learner.backbone, names, partial(self.pair, stream))
+
+    def pair(self, stream: Stream, weight: Tensor) -> LowRank:
+        """Return what is added to a layer with a weight."""
+        return LowRank(weight, self.rank, self.scale)
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Set what is trained to training mode."""
@@ -331,6 +341,9 @@ class ScaleShift(nn.Module):
         """Map outputs of a layer to their change."""
         dim = channelwise(h)
         return (h.movedim(dim, -1) * self.g + self.b).movedim(-1, dim)
+
+
+ADAPTED = ["mlp"], ["block"], ["linear"]  # the usual places of adapters, see `places`
 
 
 class Added(nn.Module):

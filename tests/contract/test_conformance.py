@@ -39,6 +39,7 @@ from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
 from cl.strategies.dualprompt import DualPrompt
 from cl.strategies.dvc import DVC
+from cl.strategies.ease import EASE
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.er_las import ERLAS
@@ -53,16 +54,19 @@ from cl.strategies.gss import GSS
 from cl.strategies.hat import HAT
 from cl.strategies.hpcr import HPCR
 from cl.strategies.icarl import ICaRL
+from cl.strategies.inflora import InfLoRA
 from cl.strategies.joint import Joint
 from cl.strategies.knn import KNN
 from cl.strategies.l2p import L2P
 from cl.strategies.lora import LoRA
+from cl.strategies.lst import LST
 from cl.strategies.lucir import LUCIR
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
 from cl.strategies.mer import MER
 from cl.strategies.mir import MIR
 from cl.strategies.ncm import NCM
+from cl.strategies.o_lora import OLoRA
 from cl.strategies.ocm import OCM
 from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
@@ -76,6 +80,7 @@ from cl.strategies.rwalk import RWalk
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.sam import SAM
 from cl.strategies.scr import SCR
+from cl.strategies.sd_lora import SDLoRA
 from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
 from cl.strategies.slca import SLCA
@@ -210,6 +215,16 @@ METHODS = [
     Row("ranpac", RanPAC, {"num_projections": 20, "adapt": True}, finetunes_first=True),
     Row("lora", LoRA, {"rank": 2}),
     Row("lora", LoRA, {"rank": 2, "init": "null_space", "num_samples": 20}, backbone="vit"),
+    Row("o_lora", OLoRA, {"rank": 2}),
+    Row("o_lora", OLoRA, {"rank": 2, "penalty": "squared"}, backbone="vit"),
+    Row("inflora", InfLoRA, {"rank": 2}),
+    Row("inflora", InfLoRA, {"rank": 2, "num_samples": 20, "released_rule": True}, backbone="vit"),
+    Row("sd_lora", SDLoRA, {"rank": 2}),
+    Row("sd_lora", SDLoRA, {"rank": 2}, backbone="vit"),
+    Row("ease", EASE, {"width": 2}),
+    Row("ease", EASE, {"width": 2, "alpha": 0.5}, backbone="vit"),
+    Row("lst", LST, {"width": 4}),
+    Row("lst", LST, {"width": 4}, backbone="vit"),
     Row("aper", APER, {"width": 2}),
     Row("aper", APER, {"adapt": "ssf"}, backbone="vit"),
     Row("aper", APER, {"adapt": "full"}, finetunes_first=True),
@@ -270,6 +285,11 @@ TEAMS = [
     ),
     Row("er,s_prompts", lambda: {"er": ER(20), "s_prompts": SPrompts(2)}, backbone="vit", scenarios=("domain",)),
     Row("er,lora", lambda: {"er": ER(20), "lora": LoRA(2)}),
+    Row("er,o_lora", lambda: {"er": ER(20), "o_lora": OLoRA(2)}),
+    Row("er,inflora", lambda: {"er": ER(20), "inflora": InfLoRA(2)}),
+    Row("er,sd_lora", lambda: {"er": ER(20), "sd_lora": SDLoRA(2)}),
+    Row("er,ease", lambda: {"er": ER(20), "ease": EASE(width=2)}),
+    Row("er,lst", lambda: {"er": ER(20), "lst": LST(4)}),
     Row("er,aper", lambda: {"er": ER(20), "aper": APER(width=2)}),
     Row("er,slca", lambda: {"er": ER(20), "slca": SLCA(per_class=8)}),
     Row("lora,ewc,ncm", lambda: {"lora": LoRA(2), "ewc": EWC(num_samples=20), "ncm": NCM(freeze=False)}),

@@ -20,6 +20,7 @@ from cl.backbones.vit import Timm, ViT
 from cl.errors import InputError
 from cl.toolkit.inject import (
     Adapter,
+    LowRank,
     ScaleShift,
     add,
     add_low_rank,
@@ -77,7 +78,7 @@ def outputs(net: nn.Module) -> torch.Tensor:
 def test_low_rank_starts_at_nothing_and_its_merge_is_the_adapted_network(backbone):
     before = outputs(backbone)
     freeze(backbone)
-    pairs = add_low_rank(backbone, find(backbone, ["linear", "conv"]), rank=2, scale=0.5)
+    pairs = add_low_rank(backbone, find(backbone, ["linear", "conv"]), partial(LowRank, rank=2, scale=0.5))
     assert torch.equal(outputs(backbone), before)
     stir(pairs)
     adapted = outputs(backbone)
@@ -97,7 +98,7 @@ def test_a_convolution_gets_two_convolutions_in_turn(seed, rank, size, stride, b
     conv = nn.Conv2d(2, 5, size, stride, padding=1, bias=bias)
     x = torch.randn(2, 2, 7, 7)
     plain = conv(x)
-    (pair,) = add_low_rank(nn.Sequential(conv), ["0"], rank, scale=0.7)
+    (pair,) = add_low_rank(nn.Sequential(conv), ["0"], partial(LowRank, rank=rank, scale=0.7))
     stir([pair])
     down = F.conv2d(x, pair.A.view(-1, 2, size, size), stride=stride, padding=1)
     torch.testing.assert_close(conv(x), plain + 0.7 * F.conv2d(down, pair.B[:, :, None, None]), rtol=1e-4, atol=1e-4)
@@ -106,7 +107,7 @@ def test_a_convolution_gets_two_convolutions_in_turn(seed, rank, size, stride, b
 def test_only_the_pair_has_gradients():
     net = MLP((4,), hidden=[3])
     freeze(net)
-    (pair,) = add_low_rank(net, ["1"], rank=9)
+    (pair,) = add_low_rank(net, ["1"], partial(LowRank, rank=9))
     assert pair.A.shape == (3, 4), "the rank is at most that of the weight"
     net(torch.randn(5, 4)).sum().backward()
     assert frozen_weight(net[1]).grad is None and net[1].bias.grad is None
@@ -115,7 +116,7 @@ def test_only_the_pair_has_gradients():
 
 def test_functional_call_replaces_a_pair():
     net = MLP((4,), hidden=[3])
-    (pair,) = add_low_rank(net, ["1"], rank=2)
+    (pair,) = add_low_rank(net, ["1"], partial(LowRank, rank=2))
     x, B = torch.randn(5, 4), torch.randn(3, 2)
     name = next(name for name, p in net.named_parameters() if p is pair.B)
     expected = (x @ (frozen_weight(net[1]) + B @ pair.A).T + net[1].bias).relu()
@@ -126,7 +127,7 @@ def test_functional_call_replaces_a_pair():
 @pytest.mark.slow
 def test_compiled_it_computes_the_same():
     net = ViT(IMAGES, patch_size=8, dim=16, depth=2, heads=2)
-    pairs = add_low_rank(net, find(net, ["qkv"]), rank=2)
+    pairs = add_low_rank(net, find(net, ["qkv"]), partial(LowRank, rank=2))
     add(net, find(net, ["mlp"]), [PARTS["adapter"]], torch.zeros(1, *IMAGES), parallel=True)
     stir([*pairs, *added(net)])
     x = torch.rand(2, *IMAGES)
@@ -196,16 +197,16 @@ def test_what_cannot_be_found_is_told():
     with pytest.raises(InputError, match=r"blocks=\[0, 3\], but MLP has the blocks 0 to 2"):
         places("lora", net, [["linear"]], None, [0, 3])
     with pytest.raises(InputError, match="2 is a ReLU: choose other layers"):
-        add_low_rank(net, ["2"], 1)
-    add_low_rank(net, ["1"], 1)
+        add_low_rank(net, ["2"], partial(LowRank, rank=1))
+    add_low_rank(net, ["1"], partial(LowRank, rank=1))
     with pytest.raises(InputError, match="Two strategies add LoRA"):
-        add_low_rank(net, ["1"], 1)
+        add_low_rank(net, ["1"], partial(LowRank, rank=1))
 
 
 def test_frozen_layers_stay_in_evaluation_mode():
     net = MLP((4,), hidden=[3], norm=True)
     freeze(net)
-    (pair,) = add_low_rank(net, ["1"], 1)
+    (pair,) = add_low_rank(net, ["1"], partial(LowRank, rank=1))
     net.train()
     awaken(net)
     assert net.training and pair.training and not net[2].training

@@ -109,6 +109,25 @@ def test_the_frozen_part_runs_once_for_all_runs(tmp_path: Path, monkeypatch: pyt
     assert sum(seen) <= 6 * 5  # rows of which it learns the shape, or that it checks
 
 
+def test_er_on_a_partly_frozen_backbone_is_latent_replay(tmp_path: Path) -> None:
+    """It stores and replays what the frozen blocks return, and trains what follows on that alone."""
+    frozen = 3
+    stream = toy_stream(3)
+    run = learn(tmp_path, frozen, ER(20), stream)
+    memory, body = run.learner.strategies["er"].memory, run.learner.backbone
+    stored = memory.rows_x[: len(memory)]
+    assert stored.shape == (20, 4, 4, 4) and stored.dtype == torch.float32
+    start = nn.Sequential(*list(Net(frozen))[:frozen])
+    inputs = torch.cat([task.train.tensors()[0] for task in stream])
+    labels = torch.cat([task.train.tensors()[1] for task in stream])
+    with torch.no_grad():
+        latent = start(run.learner.prepare(inputs))
+    distance, source = (stored[:, None] - latent[None]).abs().flatten(2).amax(2).min(1)
+    assert float(distance.max()) < 1e-4 and torch.equal(memory.rows_y[: len(memory)], labels[source])
+    moved = [not torch.equal(a, b) for a, b in zip(body.parameters(), Net(frozen).parameters(), strict=True)]
+    assert moved == [False] * 4 + [True] * 4
+
+
 KEY = """
 import sys
 from pathlib import Path

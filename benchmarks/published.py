@@ -136,16 +136,8 @@ _ONLINE = ("er", "er_views", "uer", "pcr", "hpcr", "dvc", "ocm", "onpro")
 ONLINE = [Row(f"split_mnist_online_{name}", {"class": None}) for name in _ONLINE]
 # Nobody's figures: a small ViT of our own.
 _PROMPTS = (
-    "l2p",
-    "dualprompt",
-    "coda_prompt",
-    "s_prompts",
-    "ncm",
-    "simplecil",
-    "ranpac",
-    "linear",
-    "finetune",
-    "joint",
+    *("l2p", "dualprompt", "coda_prompt", "s_prompts", "ncm", "simplecil", "ranpac", "linear", "finetune", "joint"),
+    *("lora", "o_lora", "inflora", "sd_lora", "aper", "ease", "lst", "slca"),
 )
 VIT = [Row(f"cifar100_vit_{name}", {"class": None}) for name in _PROMPTS]
 ROWS = [*DER_PAPER, *GDUMB_PAPER, *THREE_SCENARIOS, *GPM_PAPER, *ALEXNET, *TAG, *ONLINE, *VIT]

@@ -109,7 +109,7 @@ class EWC(Strategy):
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Refuse to train if no weight is trainable, so that there would be nothing to protect."""
-        check_held("EWC", learner)
+        check_held("EWC", learner, len(self.anchor))
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty, a scalar, or None in the first task."""

@@ -110,7 +110,7 @@ class MAS(Strategy):
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Refuse to train if no weight is trainable, so that there would be nothing to protect."""
-        check_held("MAS", learner)
+        check_held("MAS", learner, len(self.anchor))
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty (equation 4), a scalar, or None in the first task."""

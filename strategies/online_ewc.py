@@ -97,7 +97,7 @@ class OnlineEWC(Strategy):
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Refuse to train if no weight is trainable, so that there would be nothing to protect."""
-        check_held("OnlineEWC", learner)
+        check_held("OnlineEWC", learner, len(self.mean))
 
     def loss(self, learner: LearnerLike, batch: Batch, logits: Tensor) -> Tensor | None:
         """Return the penalty (equation 2), a scalar, or None in the first task."""

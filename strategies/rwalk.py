@@ -119,7 +119,7 @@ class RWalk(Strategy):
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Set the anchor to the present weights, and begin an interval and the scores of the task."""
-        check_held("RWalk", learner)
+        check_held("RWalk", learner, len(self.anchor))
         self.anchor.copy_(self._theta(learner))
         self._begin(self.anchor)
         self.new_score.zero_()

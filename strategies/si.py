@@ -84,7 +84,7 @@ class SI(Strategy):
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
         """Set the anchor to the present weights, and omega to 0."""
-        check_held("SI", learner)
+        check_held("SI", learner, len(self.anchor))
         self.anchor.copy_(self._theta(learner))
         self.before.copy_(self.anchor)
         self.path.zero_()

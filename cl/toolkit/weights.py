@@ -35,14 +35,24 @@ def held(learner: LearnerLike) -> list[nn.Parameter]:
     return [p for p in learner.trunk().parameters() if p.requires_grad]
 
 
-def check_held(name: str, learner: LearnerLike) -> None:
-    """Refuse a learner without trainable weights; to call in `before_task`, since a `setup` may freeze them.
+def check_held(name: str, learner: LearnerLike, size: int) -> None:
+    """Refuse a learner whose trainable weights are not those of `setup`; to call in `before_task`.
+
+    Args:
+        name: The method.
+        learner: The learner.
+        size: The number of trainable weights in the method's `setup`.
 
     Raises:
-        InputError: If all weights are frozen; names the method.
+        InputError: If all weights are frozen, or their number has changed; names the method.
     """
     if not held(learner):
         raise InputError(f"{name} holds trainable weights, and all are frozen: drop it, or what freezes them.")
+    if sum(p.numel() for p in held(learner)) != size:
+        raise InputError(
+            f"{name} holds the weights that are trained, and another strategy has changed which ones: put {name} last "
+            "in strategy=[...], or drop one of the two."
+        )
 
 
 def check_encode(name: str, learner: LearnerLike) -> None:

@@ -11,7 +11,12 @@ from torch import nn
 
 from by_hand import ordered
 from cl.errors import InputError
+from cl.strategies.ewc import EWC
 from cl.strategies.lora import LoRA, null_space_pair
+from cl.strategies.mas import MAS
+from cl.strategies.online_ewc import OnlineEWC
+from cl.strategies.rwalk import RWalk
+from cl.strategies.si import SI
 from cl.testing import ToyBackbone, toy_learner
 from cl.toolkit.inject import frozen_weight, low_rank_layers, low_ranks
 from draws import quick, seeds
@@ -137,6 +142,10 @@ def test_nothing_but_pairs_and_head_changes():
 def test_what_is_refused():
     with pytest.raises(InputError, match=r"no initialisation of LoRA called 'nul'.*Known: null_space, zero"):
         LoRA(init="nul")
+    for holder in (EWC, OnlineEWC, MAS, SI, RWalk):
+        with pytest.raises(InputError, match=f"another strategy has changed which ones: put {holder.__name__} last"):
+            toy({"a": holder(), "b": LoRA(2)}, range(1))
+        toy({"b": LoRA(2), "a": holder()}, range(2))
     with pytest.raises(InputError, match="Two strategies add LoRA to the backbone"):
         toy({"a": LoRA(), "b": LoRA()})
     with pytest.raises(InputError, match=r"LoRA finds no modules for layers=\('qvk',\)"):

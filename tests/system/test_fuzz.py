@@ -506,6 +506,7 @@ def test_what_makes_sense_runs(overrides: str, tmp_path: Path) -> None:
         ("scheduler=plateau", "set stream.val_fraction"),
         ("scheduler=cosine scheduler.T_max=0", "Optimizer and scheduler cannot step"),
         ("strategy=[ncm,ewc]", "all are frozen"),
+        ("strategy=[ewc,lora]", "put EWC last"),
         ("strategy=ewc strategy.ewc.weight=-1", "ewc.weight=-1 must be 0 or more."),
         ("reference_dir=/dev/null/x references=[experts]", "reference_dir=/dev/null/x cannot be made"),
         ("callbacks=early_stopping", "EarlyStopping watches val/loss, but a task has no validation set"),

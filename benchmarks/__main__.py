@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import folder, forecasts, many_tasks, memory, processes, published, strategies
+from benchmarks import folder, forecasts, frozen, many_tasks, memory, processes, published, strategies
 from benchmarks.contestant import CONTESTANTS
 from benchmarks.process import take_turns
 from benchmarks.workloads import WORKLOADS
 
-OTHERS = {"memory": memory, "strategies": strategies, "many_tasks": many_tasks, "folder": folder}
+OTHERS = {"memory": memory, "strategies": strategies, "many_tasks": many_tasks, "folder": folder, "frozen": frozen}
 STUDIES = {"forecasts": forecasts, "processes": processes, "published": published}  # no timings, so no part of `all`
 
 

@@ -319,4 +319,4 @@ def test_rows_on_a_pretrained_network_name_what_is_not_there_until_weights_are_g
     for path in (CONF / "experiment").glob("cifar100_vit*.yaml"):
         with initialize_config_module("cl.conf", version_base="1.3"):
             cfg = compose("config", overrides=[f"experiment={path.stem}"])
-        assert (cfg.weights is None) == (path.stem == "cifar100_vit_pretrain"), path.stem
+        assert (cfg.weights is None) == ("pretrain" in path.stem), path.stem

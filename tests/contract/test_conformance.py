@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from checkout import ROOT
+from cl.backbones.networks import MLP
 from cl.compose import concat, copies, label_noise, label_scarcity, long_tail, relabel, repeat, subsample
 from cl.data.augment import ContrastiveView, Normalize, RandomCropFlip
 from cl.data.sources import digits, synthetic
@@ -44,6 +45,7 @@ from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.er_las import ERLAS
 from cl.strategies.ewc import EWC
+from cl.strategies.feature_distillation import FeatureDistillation
 from cl.strategies.fecam import FeCAM
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
@@ -172,6 +174,8 @@ METHODS = [
     Row("tag", TAG, {"form": "adagrad"}),
     Row("cuber", CUBER, finetunes_first=True),
     Row("cuber", CUBER, {"sufficient": 0.0}, backbone="vit", finetunes_first=True),
+    Row("feature_distillation", FeatureDistillation, {"teacher": MLP, "folder": None}),
+    Row("feature_distillation", FeatureDistillation, {"teacher": MLP, "folder": None, "labels": False}),
     Row("tent", Tent, backbone="normed"),
     Row("tent", Tent, {"lr": 0.01, "statistics": "running"}, backbone="normed"),
     Row("er_ace", ERACE, {"memory_size": 20}),

@@ -89,6 +89,13 @@ CASES: dict[str, list[str]] = {
     "er and gpm": ["strategy=[er,gpm]", "report.points=2", *_STEPS],
     "ewc, lwf and derpp": ["strategy=[ewc,lwf,derpp]", "optimizer.momentum=0.5", *_STEPS],
     "drawn": ["strategy=finetune", "report=quiet", "checkpoint.every=null"],
+    "feature_distillation": [
+        "strategy=feature_distillation",
+        "+strategy.feature_distillation.teacher._target_=cl.backbones.networks.MLP",
+        "+strategy.feature_distillation.teacher._partial_=true",
+        *_STEPS,
+    ],
+    "frozen": ["strategy=er", "backbone=mlp", "backbone.hidden=[16,8]", "freeze=3", "dataset.augment=null", *_STEPS],
     "tent": ["strategy=tent", *_HIDDEN, "backbone=mlp", "backbone.hidden=[16]", "backbone.norm=true", *_STEPS],
     "er_ace": ["strategy=er_ace", "strategy.er_ace.memory_size=20", *_STEPS],
     "uer": ["strategy=uer", "strategy.uer.memory_size=20", *_STEPS],

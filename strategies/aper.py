@@ -15,8 +15,9 @@ AdaptFormer (Chen et al. 2022). Other networks get one behind each block, and sc
 convolution and norm.
 Differences from the paper: visual prompts are not among the kinds of adaptation. Without a first task of its own, as in
 `scenario=domain`, the adaptation sees the first domain.
-Differences from the released code: there the first task is learned by a classifier of cosines, here by the head of the
-run. In the code the mean of a class that comes again replaces the old one; here the mean is over all its examples.
+Differences from the released code, as others describe it, since it was not read: there the first task is learned by a
+classifier of cosines, here by the head of the run. In the code the mean of a class that comes again replaces the old
+one; here the mean is over all its examples.
 
 State: the pre-trained backbone, and the sum of features and number of examples of each class, (C, 2D) and (C, 1).
 Scenarios: all.

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from cl.backbones.blocks import blocks as blocks_of
+from cl.backbones.blocks import freeze as freeze
 from cl.engine.strategy import LearnerLike, Strategy
 from cl.errors import InputError
 from cl.random import Random
@@ -108,11 +109,6 @@ def places(
         f"{method} finds no modules for layers={layers} and blocks={blocks} in {type(backbone).__name__}: choose among "
         f"{', '.join(KINDS)}, and the names of its modules: {names}."
     )
-
-
-def freeze(backbone: nn.Module) -> None:
-    """Freeze a backbone, and set it to evaluation mode, so that its statistics of batch norm do not move either."""
-    backbone.requires_grad_(False).eval()
 
 
 def awaken(backbone: nn.Module) -> None:

@@ -140,7 +140,12 @@ _PROMPTS = (
     *("lora", "o_lora", "inflora", "sd_lora", "aper", "ease", "lst", "slca"),
 )
 VIT = [Row(f"cifar100_vit_{name}", {"class": None}) for name in _PROMPTS]
-ROWS = [*DER_PAPER, *GDUMB_PAPER, *THREE_SCENARIOS, *GPM_PAPER, *ALEXNET, *TAG, *ONLINE, *VIT]
+_ON_FEATURES = (
+    *("joint", "fecam", "slda", "acil", "ranpac", "knn", "linear", "ncm", "er", "derpp", "finetune"),
+    *("slca", "aper", "latent_replay"),
+)
+EFFICIENTNET = [Row(f"cifar100_efficientnet_{name}", {"class": None, "task": None}) for name in _ON_FEATURES]
+ROWS = [*DER_PAPER, *GDUMB_PAPER, *THREE_SCENARIOS, *GPM_PAPER, *ALEXNET, *TAG, *ONLINE, *VIT, *EFFICIENTNET]
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -1,28 +1,34 @@
-"""Vectors of classes from a file, by name: word vectors, text features of a CLIP model, attributes."""
+"""Vectors of classes by name, from a file: word vectors, text features of a CLIP model; or from groups of classes."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from cl.errors import InputError
 from cl.files import expand_path
+from cl.ranges import checked
 
 _HINTS = 10_000  # the most names of a file that are searched for one similar to a missing one
 
 
-def class_vectors(path: str | Path, names: Sequence[str]) -> Tensor:
-    """Return the vector of each class, float32 (C, D), as a file of names and vectors gives it.
+Source = str | Path | Mapping[str, Sequence[float]]
+Entries = Iterator[tuple[str, Callable[[], list[float]]]]  # names, each with a function that returns its vector
+
+
+def class_vectors(path: Source, names: Sequence[str]) -> Tensor:
+    """Return the vector of each class, float32 (C, D), as a file or a mapping of names to vectors gives it.
 
     Formats: `.json`, an object of lists of numbers by name; `.npz`, an array (D,) by name; any other ending, text with
     a name and D numbers a line, a tab after the name, or blanks as GloVe and word2vec write them (a first line with
@@ -30,7 +36,7 @@ def class_vectors(path: str | Path, names: Sequence[str]) -> Tensor:
     regard to case, with "_" and "-" as blanks.
 
     Args:
-        path: The file.
+        path: The file; or a mapping, such as `hierarchy` returns.
         names: The names of the classes, such as `stream.class_names`.
 
     Raises:
@@ -45,12 +51,13 @@ def class_vectors(path: str | Path, names: Sequence[str]) -> Tensor:
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    file = expand_path(path)
-    if not file.is_file():
+    file = "The mapping" if isinstance(path, Mapping) else expand_path(path)
+    if isinstance(file, Path) and not file.is_file():
         raise InputError(f"There is no file {file}: give a file with a vector for each class.")
     if not names:
         raise InputError(f"class_vectors({str(file)!r}, ...) was given no names of classes: the data set names none.")
-    found = _found(file, names)
+    given = ((name, partial(_floats, vector)) for name, vector in path.items()) if isinstance(path, Mapping) else None
+    found = _found(_entries(Path(file)) if given is None else given, str(file), names)
     vectors = [found[name] for name in names]
     for name, vector in zip(names, vectors, strict=True):
         if len(vector) != len(vectors[0]) or not len(vector):
@@ -59,18 +66,55 @@ def class_vectors(path: str | Path, names: Sequence[str]) -> Tensor:
                 "give all classes vectors of one length."
             )
         if not all(math.isfinite(value) for value in vector):
-            raise InputError(f"{file}: the vector of {name!r} holds NaN or an infinite number: correct the file.")
+            raise InputError(f"{file}: the vector of {name!r} holds NaN or an infinite number: correct it.")
     return torch.tensor(np.array(vectors), dtype=torch.float32)
+
+
+@checked
+def hierarchy(
+    groups: Mapping[str, Sequence[str]], weight: Annotated[float, Interval(ge=0, lt=1)] = 0.5
+) -> dict[str, list[float]]:
+    r"""Return a unit vector for each class by its place in a hierarchy of groups, which needs no text encoder.
+
+    With an indicator for each class and one for each group, class c of group g has the vector
+
+    .. math:: e_c = \sqrt{1 - w} \, i_c + \sqrt{w} \, i_g
+
+    so that the cosine of two classes of one group is w, and that of two classes of different groups 0. With w = 0 the
+    vectors are orthogonal, a control with the same number of dimensions.
+
+    Args:
+        groups: The names of the classes of each group.
+        weight: w.
+
+    Raises:
+        InputError: If there are no classes, or one is in two groups.
+
+    Example:
+        >>> vectors = hierarchy({"pets": ["cat", "dog"], "cars": ["van"]}, weight=0.36)
+        >>> [round(x, 1) for x in vectors["dog"]], [round(x, 1) for x in vectors["van"]]
+        ([0.0, 0.8, 0.0, 0.6, 0.0], [0.0, 0.0, 0.8, 0.0, 0.6])
+    """
+    names = [name for group in groups.values() for name in group]
+    twice = [name for name in names if names.count(name) > 1]
+    if not names or twice:
+        raise InputError(f"{twice[0]!r} is in two groups: remove one of them." if twice else "groups has no classes.")
+    found = {}
+    for g, group in enumerate(groups.values()):
+        for name in group:
+            found[name] = [0.0] * (len(names) + len(groups))
+            found[name][len(found) - 1], found[name][len(names) + g] = math.sqrt(1 - weight), math.sqrt(weight)
+    return found
 
 
 def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
 
 
-def _found(file: Path, names: Sequence[str]) -> dict[str, list[float]]:
+def _found(entries: Entries, file: str, names: Sequence[str]) -> dict[str, list[float]]:
     """Return the vector of each class by its name as `names` writes it."""
     wanted, kept, others = {_plain(name) for name in names}, dict[str, list[float]](), list[str]()
-    for name, vector in _entries(file):
+    for name, vector in entries:
         if _plain(name) in wanted:
             if name in kept:
                 raise InputError(f"{file} has {name!r} twice: remove one of the two.")
@@ -100,7 +144,7 @@ def _found(file: Path, names: Sequence[str]) -> dict[str, list[float]]:
     return found
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Callable[[], list[float]]]]:
+def _entries(file: Path) -> Entries:
     """Yield the names in a file, each with a function that returns its vector."""
     try:
         if file.suffix.lower() == ".json":
@@ -117,7 +161,7 @@ def _entries(file: Path) -> Iterator[tuple[str, Callable[[], list[float]]]]:
         raise InputError(f"{file} cannot be read as names and vectors ({error}): see cl.data.class_vectors.") from error
 
 
-def _lines(lines: Iterable[str]) -> Iterator[tuple[str, Callable[[], list[float]]]]:
+def _lines(lines: Iterable[str]) -> Entries:
     """Yield the entries of a text file, whose lines all have as many numbers as the first one."""
     width = 0
     for number, line in enumerate(lines, 1):

@@ -205,6 +205,10 @@ class Learner(pl.LightningModule):
         trunk: nn.ModuleDict = self.__dict__["_trunk"]
         return trunk
 
+    def replace_head(self, head: nn.Module) -> None:
+        """Put another head, (B, D) -> (B, C), in the place of the present one; for the `setup` of a strategy."""
+        self.head = self.trunk()["head"] = head
+
     @property
     def keeps_optimizer(self) -> bool:
         """Whether an optimizer starts with the state of the one of the previous task."""

@@ -83,7 +83,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class LearnerLike(Protocol):
-    """The members of the learner that a strategy may use; of these it may change the weights alone.
+    """The members of the learner that a strategy may use; of these it may change the weights and replace the head.
 
     In the shapes, B is the number of examples in a batch, C of the classes in the whole stream, K of the classes that
     compete, D of the features, and T of the tasks.
@@ -162,6 +162,9 @@ class LearnerLike(Protocol):
 
     def trunk(self) -> nn.ModuleDict:
         """Return backbone and head, without the strategies' own parameters."""
+
+    def replace_head(self, head: nn.Module) -> None:
+        """In `setup`, put another head, (B, D) -> (B, C), in the place of the configured one."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield all parameters, those of the strategies included."""

@@ -309,7 +309,9 @@ def test_every_experiment_makes_a_learner_of_a_stream_of_its_shape(path):
         y = torch.arange(num_classes if shared else each) + (0 if shared else each * t)
         data = TaskData(torch.zeros(len(y), *((3, 32, 32) if cifar else (1, 28, 28)), dtype=torch.uint8), y, t)
         tasks.append(Task(t, data, data, data))
-    stream = Stream(tasks, scenario=cfg.scenario or "class", num_classes=num_classes, repeats=shared)
+    groups = OmegaConf.select(cfg, "strategy.lingocl.vectors.groups") or {}
+    options = {"repeats": shared, "class_names": [name for group in groups.values() for name in group]}
+    stream = Stream(tasks, scenario=cfg.scenario or "class", num_classes=num_classes, **options)
     strategies = {name: instantiate_as(node, Strategy) for name, node in _mappings(cfg, "strategy")}
     learner, _ = _learner(cfg, stream, lambda: strategies)
     assert set(learner.strategies) == set(strategies)

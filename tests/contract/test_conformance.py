@@ -60,6 +60,7 @@ from cl.strategies.inflora import InfLoRA
 from cl.strategies.joint import Joint
 from cl.strategies.knn import KNN
 from cl.strategies.l2p import L2P
+from cl.strategies.lingocl import LingoCL
 from cl.strategies.lora import LoRA
 from cl.strategies.lst import LST
 from cl.strategies.lucir import LUCIR
@@ -243,6 +244,8 @@ METHODS = [
     Row("knn", KNN, {"k": 1, "float16": True}, backbone="vit"),
     Row("acil", ACIL, {"num_expanded": 20}),
     Row("acil", ACIL, {"num_expanded": 5, "gamma": 10.0}, backbone="vit"),
+    Row("lingocl", LingoCL),
+    Row("lingocl", LingoCL, {"eta": 5.0, "learn_eta": "always"}, backbone="vit"),
     Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
     Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
@@ -294,6 +297,7 @@ TEAMS = [
     Row("er,sd_lora", lambda: {"er": ER(20), "sd_lora": SDLoRA(2)}),
     Row("er,ease", lambda: {"er": ER(20), "ease": EASE(width=2)}),
     Row("er,lst", lambda: {"er": ER(20), "lst": LST(4)}),
+    Row("lingocl,er,lwf", lambda: {"lingocl": LingoCL(), "er": ER(20), "lwf": LwF()}),
     Row("er,aper", lambda: {"er": ER(20), "aper": APER(width=2)}),
     Row("er,slca", lambda: {"er": ER(20), "slca": SLCA(per_class=8)}),
     Row("lora,ewc,ncm", lambda: {"lora": LoRA(2), "ewc": EWC(num_samples=20), "ncm": NCM(freeze=False)}),

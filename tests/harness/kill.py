@@ -147,6 +147,7 @@ CASES: dict[str, list[str]] = {
     "lst": ["strategy=lst", "strategy.lst.width=4", *_IMAGES, *_VIT, *_STEPS],
     "aper": ["strategy=aper", "strategy.aper.width=2", "optimizer.momentum=0.9", *_STEPS],
     "slca": ["strategy=slca", "strategy.slca.per_class=8", "optimizer=adam", *_STEPS],
+    "lingocl": ["strategy=[lingocl,er]", "strategy.er.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
     "ranpac": ["strategy=ranpac", "strategy.ranpac.num_projections=20", "strategy.ranpac.adapt=true", *_STEPS],
     "slda": ["strategy=slda", *_STEPS],
     "fecam": ["strategy=fecam", *_STEPS],

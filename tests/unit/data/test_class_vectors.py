@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cl.data.class_vectors import class_vectors
+from cl.data.class_vectors import class_vectors, hierarchy
 from cl.errors import InputError
+from draws import quick
 
 VECTORS = {"cat": [1.0, 0.5], "polar bear": [0.25, -1.0], "dog": [1e-3, 2.0], "7": [3.0, 4.0]}
 NAMES = ["Polar_Bear", "cat", "7"]
@@ -84,3 +87,43 @@ def test_a_label_of_digits_is_no_part_of_the_vector(tmp_path: Path):
     file = tmp_path / "v.txt"
     file.write_text("cat 1 2\nclass 7 3 4\n")
     assert class_vectors(file, ["class 7", "cat"]).tolist() == [[3, 4], [1, 2]]
+
+
+def test_a_mapping_is_looked_up_as_a_file_is():
+    assert torch.equal(class_vectors(VECTORS, NAMES), EXPECTED)
+    with pytest.raises(InputError, match=r"The mapping has no vector for 1 .* 'cats' \(did you mean 'cat'\?\)"):
+        class_vectors(VECTORS, ["cats"])
+    with pytest.raises(InputError, match="The mapping: the vector of 'b' has 1 numbers and that of 'a' 2"):
+        class_vectors({"a": [1, 2], "b": [1]}, ["a", "b"])
+
+
+@quick
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.floats(0, 0.99))
+def test_siblings_have_the_cosine_of_the_weight_and_strangers_none(sizes, weight):
+    groups = {f"g{g}": [f"c{g}.{i}" for i in range(size)] for g, size in enumerate(sizes)}
+    names = [name for group in groups.values() for name in group]
+    rows = class_vectors(hierarchy(groups, weight), names).double()
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    expected = torch.where(group[:, None] == group, weight, 0.0).double().fill_diagonal_(1)
+    torch.testing.assert_close(rows @ rows.T, expected, atol=1e-6, rtol=0)
+
+
+def test_siblings_and_strangers_by_hand():
+    vectors = hierarchy({"fish": ["ray", "shark"], "trees": ["oak"]}, weight=0.25)
+    root, half = 0.75**0.5, 0.5
+    assert vectors["ray"] == pytest.approx([root, 0, 0, half, 0])
+    assert vectors["shark"] == pytest.approx([0, root, 0, half, 0])
+    assert vectors["oak"] == pytest.approx([0, 0, root, 0, half])
+
+
+@pytest.mark.parametrize(
+    ("groups", "weight", "sentence"),
+    [
+        ({"a": ["x"], "b": ["x"]}, 0.5, "'x' is in two groups"),
+        ({}, 0.5, "groups has no classes"),
+        ({"a": ["x"]}, 1.0, r"hierarchy\.weight=1\.0 must be"),
+    ],
+)
+def test_groups_that_cannot_be_right_are_one_sentence(groups, weight, sentence):
+    with pytest.raises(InputError, match=sentence):
+        hierarchy(groups, weight)

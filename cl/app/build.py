@@ -46,7 +46,7 @@ def build(cfg: Any, directory: Path) -> Any:
         logger=loggers,
         callbacks=callbacks,
         config=config,
-        notes=_ignored(cfg) + _notes(cfg, learner.backbone, raw.normalize) + ([protocol.remark] if protocol else []),
+        notes=_ignored(cfg) + _notes(cfg, learner.backbone) + ([protocol.remark] if protocol else []),
         tuning={"protocol": protocol.name, **protocol.found(), **protocol.budget()} if protocol else {},
         columns=(cfg.get("report") or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
@@ -209,25 +209,12 @@ def _references(cfg: Any, config: dict[str, Any], reports: list[Any], raw: Any) 
     return lambda _: measure(raw)
 
 
-def _notes(cfg: Any, backbone: Any, normalize: Any) -> list[str]:
-    from cl.data.augment import Normalize
-
+def _notes(cfg: Any, backbone: Any) -> list[str]:
     notes = []
     weights = list(backbone.parameters())
     frozen = not any(p.requires_grad for p in weights)
     if weights and frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
         notes.append("The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones.")
-    wanted = None if cfg.weights else getattr(backbone, "input_statistics", None)
-    if wanted is not None and isinstance(normalize, Normalize):
-        scale, shift = normalize.scale.flatten(), normalize.shift.flatten()
-        given = (-shift / scale).tolist(), (1 / scale).tolist()
-        pairs = [(w, g[i % len(g)]) for own, g in zip(wanted, given, strict=True) for i, w in enumerate(own)]
-        if any(abs(w - g) > 0.02 for w, g in pairs):
-            mean, std = (f"[{','.join(f'{v:g}' for v in values)}]" for values in wanted)
-            notes.append(
-                "The backbone's weights were trained on inputs with other statistics than this stream gives: "
-                f"dataset.mean={mean} dataset.std={std} are their own."
-            )
     return notes
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_module
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -267,7 +268,8 @@ def test_configured_backbones(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((CONF / "dataset").glob("*.yaml")), ids=lambda file: file.stem)
 def test_configured_datasets(file: Path, tmp_path: Path) -> None:
-    config = OmegaConf.load(file)
+    with initialize_config_module("cl.conf", version_base="1.3"):
+        config = compose("config", overrides=[f"dataset={file.stem}"]).dataset
     if file.stem in ("digits", "synthetic", "synthetic_images"):
         assert instantiate(config).num_classes == 10
         return
@@ -278,14 +280,3 @@ def test_configured_datasets(file: Path, tmp_path: Path) -> None:
     changes = place | ({"download": False} if "download" in config else {})
     with pytest.raises(InstantiationException, match=r"could not be loaded|is not a folder|cannot be read|huggingface"):
         instantiate(config, **changes)
-
-
-@pytest.mark.parametrize(("mean", "std", "told"), [(0.5, 0.5, True), (0.25, 0.75, False), (0.26, 0.75, False)])
-def test_weights_that_expect_inputs_of_other_statistics_are_told(mean, std, told):
-    from cl.app.build import _notes
-    from cl.data.augment import Normalize
-
-    net = MLP((3, 4, 4), hidden=[2])
-    net.input_statistics = (mean,) * 3, (std,) * 3
-    notes = _notes(OmegaConf.create({"weights": None, "backbone": {}}), net, Normalize([0.25], [0.75]))
-    assert any("dataset.mean=[0.5,0.5,0.5] dataset.std=[0.5,0.5,0.5]" in note for note in notes) == told

@@ -15,7 +15,7 @@ interference: those where the length of the gradient with respect to the head's 
 SGD step to :math:`\theta^v` on the incoming loss alone. With features h it has a closed form:
 
 .. math:: s(x, y) = g_{\theta^v}(x, y) - g_\theta(x, y) \qquad
-          g(x, y) = \Big\lVert \frac{\partial\, \mathrm{CE}}{\partial W} \Big\rVert_1
+          g(x, y) = \left\lVert \frac{\partial\, \mathrm{CE}}{\partial W} \right\rVert_1
                   = \lVert p - e_y \rVert_1 \lVert h \rVert_1 = 2 (1 - p_y) \lVert h \rVert_1
 
 Crops and changes of colour are part of the method: an `er` without them is no control; one with the same `second_view`

@@ -20,7 +20,7 @@ def herding(features: Tensor, size: int) -> Tensor:
 
     With the mean :math:`\mu` of all features, the k-th example is, among those not chosen yet,
 
-    .. math:: p_k = \arg\min_x \Big\lVert \mu - \frac1k \Big(\phi(x) + \sum_{i<k} \phi(p_i)\Big) \Big\rVert
+    .. math:: p_k = \arg\min_x \left\lVert \mu - \frac1k \Big(\phi(x) + \sum_{i<k} \phi(p_i)\Big) \right\rVert
 
     Args:
         features: The features phi, (n, D).

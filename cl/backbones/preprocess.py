@@ -27,6 +27,7 @@ class Resize(nn.Module):
         InputError: If the interpolation is unknown; in `forward`, if the inputs are not images (B, C, H, W).
 
     Example:
+        >>> import torch
         >>> Resize(4)(torch.ones(2, 1, 2, 2)).shape
         torch.Size([2, 1, 4, 4])
     """
@@ -65,6 +66,7 @@ class Preprocess(nn.Module):
         InputError: If the interpolation is unknown, or from `Normalize`.
 
     Example:
+        >>> import torch
         >>> Preprocess([0.5], [0.5], size=4)(torch.zeros(2, 1, 2, 2, dtype=torch.uint8)).unique().tolist()
         [-1.0]
     """

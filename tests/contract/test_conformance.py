@@ -314,6 +314,10 @@ TEAMS = [
     Row("er,tag", lambda: {"er": ER(20), "tag": TAG()}),
     Row("er,cuber", lambda: {"er": ER(20), "cuber": CUBER(sufficient=0.1)}, scenarios=("task",)),
     Row("er,derpp,trgp", lambda: {"er": ER(20), "derpp": DERpp(20), "trgp": TRGP(trust=0.1)}, scenarios=("task",)),
+    Row(
+        "er,feature_distillation",
+        lambda: {"er": ER(20), "feature_distillation": FeatureDistillation(MLP, folder=None)},
+    ),
     Row("er,tent", lambda: {"er": ER(20), "tent": Tent()}, backbone="normed"),
     Row("er,er_ace", lambda: {"er": ER(20), "er_ace": ERACE(20)}),
     Row("er_las,er", lambda: {"er_las": ERLAS(20, window=2), "er": ER(20)}),

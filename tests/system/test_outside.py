@@ -115,7 +115,8 @@ def test_by_target_from_where_the_command_is_given(package: Path, tmp_path: Path
 
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", PAGES, flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("cl-run ")]
+    whole = [block.replace("\\\n", " ") for block in blocks]  # a command may go on in the next line
+    lines = [line for block in whole for line in block.splitlines() if line.startswith("cl-run ")]
     own = (
         "--config-dir",
         "blobs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,22 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
         [0.0, 0.0, 1.0]
     """
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@torch.no_grad()
+def write(weights: Iterable[nn.Parameter], vector: Tensor) -> None:
+    """Copy a vector, as `flat` returns it, into weights.
+
+    Example:
+        >>> weights = [nn.Parameter(torch.zeros(1, 2)), nn.Parameter(torch.zeros(1))]
+        >>> write(weights, torch.tensor([1.0, 2.0, 3.0]))
+        >>> [weight.tolist() for weight in weights]
+        [[[1.0, 2.0]], [3.0]]
+    """
+    start = 0
+    for weight in weights:
+        weight.copy_(vector[start : start + weight.numel()].view_as(weight))
+        start += weight.numel()
 
 
 def held(learner: LearnerLike) -> list[nn.Parameter]:

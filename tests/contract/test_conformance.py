@@ -95,6 +95,7 @@ from cl.strategies.trgp import TRGP
 from cl.strategies.uer import UER
 from cl.strategies.wa import WA
 from cl.strategies.xder import XDER
+from cl.strategies.zscl import ZSCL
 from cl.streams.boundary_free import boundary_free
 from cl.streams.corrupted import corrupted
 from cl.streams.data_incremental import data_incremental
@@ -246,6 +247,8 @@ METHODS = [
     Row("acil", ACIL, {"num_expanded": 5, "gamma": 10.0}, backbone="vit"),
     Row("lingocl", LingoCL),
     Row("lingocl", LingoCL, {"eta": 5.0, "learn_eta": "always"}, backbone="vit"),
+    Row("zscl", ZSCL, {"eta": 5.0, "every": 3}),
+    Row("zscl", ZSCL, {"eta": 5.0, "image": 0.0, "text": 0.0, "smoothing": 0.0}, backbone="vit"),
     Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
     Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
@@ -298,6 +301,7 @@ TEAMS = [
     Row("er,ease", lambda: {"er": ER(20), "ease": EASE(width=2)}),
     Row("er,lst", lambda: {"er": ER(20), "lst": LST(4)}),
     Row("lingocl,er,lwf", lambda: {"lingocl": LingoCL(), "er": ER(20), "lwf": LwF()}),
+    Row("er,zscl", lambda: {"er": ER(20), "zscl": ZSCL(eta=5.0, every=3)}),
     Row("er,aper", lambda: {"er": ER(20), "aper": APER(width=2)}),
     Row("er,slca", lambda: {"er": ER(20), "slca": SLCA(per_class=8)}),
     Row("lora,ewc,ncm", lambda: {"lora": LoRA(2), "ewc": EWC(num_samples=20), "ncm": NCM(freeze=False)}),

@@ -148,6 +148,7 @@ CASES: dict[str, list[str]] = {
     "aper": ["strategy=aper", "strategy.aper.width=2", "optimizer.momentum=0.9", *_STEPS],
     "slca": ["strategy=slca", "strategy.slca.per_class=8", "optimizer=adam", *_STEPS],
     "lingocl": ["strategy=[lingocl,er]", "strategy.er.memory_size=20", "optimizer.momentum=0.9", *_STEPS],
+    "zscl": ["strategy=zscl", "strategy.zscl.eta=5", "strategy.zscl.every=3", "optimizer.momentum=0.9", *_STEPS],
     "ranpac": ["strategy=ranpac", "strategy.ranpac.num_projections=20", "strategy.ranpac.adapt=true", *_STEPS],
     "slda": ["strategy=slda", *_STEPS],
     "fecam": ["strategy=fecam", *_STEPS],

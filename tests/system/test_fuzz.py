@@ -129,6 +129,7 @@ SMALL = {
     "strategy=lst": {"strategy.lst.width": "4"},
     "strategy=aper": {"strategy.aper.width": "2"},
     "strategy=slca": {"strategy.slca.per_class": "8"},
+    "strategy=zscl": {"strategy.zscl.eta": "5", "strategy.zscl.every": "3"},
     "strategy=acil": {"strategy.acil.num_expanded": "20"},
     "strategy=l2p": {"strategy.l2p.pool_size": "5"},
 }

@@ -30,11 +30,11 @@ NAMES = (
     *("dvc", "ocm", "onpro", "icarl", "wa", "bic", "lucir", "podnet", "gdumb"),
     *("agem", "gem", "ogd", "gpm", "sgp", "trgp", "cuber", "adam_nscl", "tag", "ewc", "online_ewc", "si", "mas", "lwf"),
     *("packnet", "hat", "supsup", "ncm", "ranpac", "slda", "fecam", "knn", "acil"),
-    *("lora", "o_lora", "inflora", "sd_lora", "aper", "ease", "slca", "lst", "lingocl", "zscl"),
+    *("lora", "o_lora", "inflora", "sd_lora", "aper", "ease", "scalearn", "slca", "lst", "lingocl", "zscl"),
     *("gss", "aser", "er_las", "xder", "rwalk", "mer", "generative_replay", "cbp"),
 )
 FEW = 1000, 2000  # rows a task; no strategy's default samples more for what it computes between tasks
-TOLD = ("trgp", "cuber", "packnet", "hat")  # the task, at test
+TOLD = ("trgp", "cuber", "packnet", "hat", "scalearn")  # the task, at test
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -82,6 +82,7 @@ from cl.strategies.ranpac import RanPAC
 from cl.strategies.rwalk import RWalk
 from cl.strategies.s_prompts import SPrompts
 from cl.strategies.sam import SAM
+from cl.strategies.scalearn import ScaLearn
 from cl.strategies.scr import SCR
 from cl.strategies.sd_lora import SDLoRA
 from cl.strategies.sgp import SGP
@@ -229,6 +230,8 @@ METHODS = [
     Row("sd_lora", SDLoRA, {"rank": 2}, backbone="vit"),
     Row("ease", EASE, {"width": 2}),
     Row("ease", EASE, {"width": 2, "alpha": 0.5}, backbone="vit"),
+    Row("scalearn", ScaLearn, {"width": 2}),
+    Row("scalearn", ScaLearn, {"width": 2, "uniform": True, "shared": True, "scale_epochs": 1}, backbone="vit"),
     Row("lst", LST, {"width": 4}),
     Row("lst", LST, {"width": 4}, backbone="vit"),
     Row("aper", APER, {"width": 2}),
@@ -299,6 +302,7 @@ TEAMS = [
     Row("er,inflora", lambda: {"er": ER(20), "inflora": InfLoRA(2)}),
     Row("er,sd_lora", lambda: {"er": ER(20), "sd_lora": SDLoRA(2)}),
     Row("er,ease", lambda: {"er": ER(20), "ease": EASE(width=2)}),
+    Row("er,scalearn", lambda: {"er": ER(20), "scalearn": ScaLearn(width=2)}, scenarios=("task",)),
     Row("er,lst", lambda: {"er": ER(20), "lst": LST(4)}),
     Row("lingocl,er,lwf", lambda: {"lingocl": LingoCL(), "er": ER(20), "lwf": LwF()}),
     Row("er,zscl", lambda: {"er": ER(20), "zscl": ZSCL(eta=5.0, every=3)}),

@@ -144,6 +144,7 @@ CASES: dict[str, list[str]] = {
     "inflora": ["strategy=inflora", "strategy.inflora.rank=2", *_STEPS],
     "sd_lora": ["strategy=sd_lora", "strategy.sd_lora.rank=2", "optimizer=adam", *_STEPS],
     "ease": ["strategy=ease", "strategy.ease.width=2", *_IMAGES, *_VIT, *_STEPS],
+    "scalearn": ["strategy=scalearn", "strategy.scalearn.width=2", "scenario=task", "optimizer=adam", *_STEPS],
     "lst": ["strategy=lst", "strategy.lst.width=4", *_IMAGES, *_VIT, *_STEPS],
     "aper": ["strategy=aper", "strategy.aper.width=2", "optimizer.momentum=0.9", *_STEPS],
     "slca": ["strategy=slca", "strategy.slca.per_class=8", "optimizer=adam", *_STEPS],

@@ -126,6 +126,7 @@ SMALL = {
     "strategy=inflora": {"strategy.inflora.rank": "2"},
     "strategy=sd_lora": {"strategy.sd_lora.rank": "2"},
     "strategy=ease": {"strategy.ease.width": "2"},
+    "strategy=scalearn": {"strategy.scalearn.width": "2"},
     "strategy=lst": {"strategy.lst.width": "4"},
     "strategy=aper": {"strategy.aper.width": "2"},
     "strategy=slca": {"strategy.slca.per_class": "8"},

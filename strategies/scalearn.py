@@ -44,7 +44,7 @@ def scaled(outputs: Tensor, w: Tensor) -> Tensor:
     Example:
         >>> O = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])  # two sources of one example
         >>> scaled(O, torch.tensor([[0.5, 1.0], [2.0, 0.25]])), scaled(O, torch.tensor([[0.5], [2.0]]))
-        (tensor([[6.5000, 1.7500]]), tensor([[6.5000, -1.0000]]))
+        (tensor([[6.5000, 1.7500]]), tensor([[ 6.5000, -1.0000]]))
     """
     dim = channelwise(outputs[0])
     products = [(output.movedim(dim, -1) * row).movedim(-1, dim) for output, row in zip(outputs, w, strict=True)]

@@ -41,7 +41,7 @@ class LanguageHead(nn.Module):
 
     Example:
         >>> head = LanguageHead(2, torch.tensor([[0.0, 2.0], [1.0, 0.0]]), eta=10.0)
-        >>> [round(float(value), 4) for value in head(torch.tensor([[3.0, 4.0]]))[0]]
+        >>> [round(value, 4) for value in head(torch.tensor([[3.0, 4.0]]))[0].tolist()]
         [8.0, 6.0]
     """
 

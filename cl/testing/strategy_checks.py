@@ -243,7 +243,7 @@ def _check_frozen(build: Build, backbone: str, scenario: Scenario) -> None:
     """Compare a run on a frozen backbone with one on the outputs of the backbone in place of inputs."""
     found: list[Tensor] = []
     for once in (False, True):
-        learner, inputs = toy_learner(scenario=scenario, backbone=backbone)
+        learner, inputs = toy_learner(num_tasks=2, scenario=scenario, backbone=backbone)
         body = learner.backbone.requires_grad_(False).eval()
         stream = past_blocks(inputs, body, len(blocks(body)), folder=None) if once else inputs
         try:

@@ -146,6 +146,7 @@ past_blocks(stream, net, 2, Path(sys.argv[1]))[0].train.tensors()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "normalized"])
 def test_a_file_has_the_same_name_in_every_process(tmp_path: Path, how: str) -> None:
     for _ in range(2):

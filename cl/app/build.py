@@ -34,7 +34,10 @@ def build(cfg: Any, directory: Path) -> Any:
     config = validate(cfg, directory)
     protocol = protocol_of(cfg) if cfg.get("protocol") else None
     raw = build_stream(cfg, protocol)
-    learner, stream = _learner(cfg, raw, partial(_strategies, cfg), _instruments(cfg, raw))
+    instruments = _instruments(cfg, raw)
+    learner, stream = _learner(cfg, raw, partial(_strategies, cfg), instruments)
+    if stream is not raw:
+        instruments = _instruments(cfg, stream)  # which measure on features, too
     reports, loggers, callbacks = _reports(cfg)
     experiment = Experiment(
         learner,
@@ -51,7 +54,7 @@ def build(cfg: Any, directory: Path) -> Any:
         columns=(cfg.get("report") or {}).get("columns", "all"),
         keep=cfg.checkpoint.keep,
         every=cfg.checkpoint.every,
-        instruments=_instruments(cfg, stream),
+        instruments=instruments,
         scalars=[_scalar(node) for _, node in _mappings(cfg, "scalar")],
         references=_references(cfg, config, reports, raw),
         branch=Branch.parse(cfg["from"]) if cfg["from"] else None,

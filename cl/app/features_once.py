@@ -39,12 +39,9 @@ def features_once(make: Make, instruments: Mapping[str, Instrument] | None = Non
         return learner, stream
     if frozen_depth(short, rows, instruments) < depth:
         return learner, stream
-    whole = depth == len(blocks(short.backbone))
-    _log.info(
-        "%s is frozen%s and run once for each input.",
-        type(short.backbone).__name__,
-        "" if whole else f" up to block {depth} of {len(blocks(short.backbone))},",
-    )
+    number = len(blocks(short.backbone))
+    part = "" if depth == number else f" up to block {depth} of {number},"
+    _log.info("%s is frozen%s and run once for each input.", type(short.backbone).__name__, part)
     return short, rows
 
 
@@ -53,17 +50,19 @@ def frozen_depth(learner: Learner, stream: Stream, instruments: Mapping[str, Ins
     users = [*learner.strategies.values(), *(instruments or {}).values()]
     if learner.strategies.owned("encode") or any(user.needs_inputs for user in users):
         return 0
-    sets = [part for task in stream for part in (task.train, task.val, task.test, task.unlabelled) if part is not None]
-    if any(isinstance(part.x, Items) for part in sets):
-        return 0
     depth = weights = 0
     for block in blocks(learner.backbone):
         if not is_fixed(block):
             break
         depth, weights = depth + 1, weights + sum(1 for _ in block.parameters())
-    if weights and learner.augment is not None and any(p.requires_grad for p in learner.parameters()):
+    if not weights:
+        return 0
+    sets = [part for task in stream for part in (task.train, task.val, task.test, task.unlabelled) if part is not None]
+    if any(isinstance(part.x, Items) for part in sets):  # drawn anew at each reading
+        return 0
+    if learner.augment is not None and any(p.requires_grad for p in learner.parameters()):
         _log.info(
             "The frozen backbone runs on each augmented input anew; dataset.augment=null lets it run once for each."
         )
         return 0
-    return depth if weights else 0
+    return depth

@@ -30,13 +30,13 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
 from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError, unknown
+from cl.errors import unknown
+from cl.toolkit.frozen_features import add_to_sums, cosine_to_means, feature_width
 from cl.toolkit.inject import ADAPTED, Adapter, ScaleShift, add, awaken, freeze, places
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ class APER(Strategy):
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Copy the backbone, add what adapts it, and allocate the sums of features."""
-        if learner.strategies.owned("encode"):
-            raise InputError(
-                "APER averages the backbone's features, but another strategy owns encode: drop one of them."
-            )
+        D = feature_width(learner, self)
         body = learner.backbone
         self.pretrained = deepcopy(body)
         freeze(self.pretrained)
@@ -101,7 +98,7 @@ class APER(Strategy):
             example = learner.prepare(torch.zeros(1, *stream.input_shape, dtype=stream.input_dtype))
             make = ScaleShift if self.adapt == "ssf" else self._adapter
             add(body, names, [make], example, parallel=self.adapt == "adapter")
-        self.register_buffer("total", torch.zeros(stream.num_classes, 2 * int(body.num_features)))  # type: ignore[arg-type]
+        self.register_buffer("total", torch.zeros(stream.num_classes, 2 * D))
         self.register_buffer("count", torch.zeros(stream.num_classes, 1))
 
     def _adapter(self, channels: int) -> Adapter:
@@ -124,12 +121,8 @@ class APER(Strategy):
         """Add the features of the task's training examples to their classes' sums."""
         with learner.evaluating():
             for batch in EvalLoader([task.train], learner.device, learner.eval_batch_size):
-                features = self.both(learner, learner.prepare(batch.x))
-                self.total.index_add_(0, batch.y, features.to(self.total.dtype))
-                self.count[:, 0] += torch.bincount(batch.y, minlength=len(self.count))
+                add_to_sums(self.total, self.count, self.both(learner, learner.prepare(batch.x)), batch.y)
 
     def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the cosine to every class mean, (B, C); that to a class without a mean is -1."""
-        means = F.normalize(self.total, dim=1)  # scaled to length 1, the sum equals the mean
-        cosine = F.normalize(self.both(learner, view).to(means.dtype), dim=1) @ means.T
-        return torch.where(self.count.T > 0, cosine, -1.0)
+        return cosine_to_means(self.both(learner, view), self.total, self.count)

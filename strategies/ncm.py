@@ -22,12 +22,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, Strategy
-from cl.errors import InputError
+from cl.toolkit.frozen_features import add_to_sums, cosine_to_means, feature_width, freeze_trunk, training_features
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
@@ -57,26 +55,15 @@ class NCM(Strategy):
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate the sum of features and the number of examples of each class; freeze if asked to."""
-        if learner.strategies.owned("encode"):
-            raise InputError(
-                "NCM averages the backbone's features, but another strategy owns encode: drop one of them."
-            )
-        self.register_buffer("total", torch.zeros(stream.num_classes, int(learner.backbone.num_features)))  # type: ignore[arg-type]
+        D = freeze_trunk(learner, self) if self.freeze else feature_width(learner, self)
+        self.register_buffer("total", torch.zeros(stream.num_classes, D))
         self.register_buffer("count", torch.zeros(stream.num_classes, 1))
-        if self.freeze:
-            learner.trunk().requires_grad_(False).eval()
 
-    @torch.no_grad()
     def after_task(self, learner: LearnerLike, task: Task) -> None:
         """Add the features of the task's training examples to their classes' sums."""
-        with learner.evaluating():
-            for batch in EvalLoader([task.train], learner.device, learner.eval_batch_size):
-                features = learner.backbone(learner.prepare(batch.x))
-                self.total.index_add_(0, batch.y, features.to(self.total.dtype))
-                self.count[:, 0] += torch.bincount(batch.y, minlength=len(self.count))
+        for features, y in training_features(learner, task):
+            add_to_sums(self.total, self.count, features, y)
 
     def predict(self, learner: LearnerLike, view: Tensor) -> Tensor:
         """Return the cosine to every class mean, (B, C)."""
-        means = F.normalize(self.total, dim=1)  # scaled to length 1, the sum equals the mean
-        cosine = F.normalize(learner.backbone(view).to(means.dtype), dim=1) @ means.T
-        return torch.where(self.count.T > 0, cosine, -1.0)
+        return cosine_to_means(learner.backbone(view), self.total, self.count)

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
 import cl
+from cl.app.build import build
 from cl.app.features_once import features_once
 from cl.backbones.blocks import blocks
 from cl.backbones.frozen import FrozenBlocks, is_fixed, past_blocks
 from cl.data.augment import RandomCropFlip
 from cl.data.feature_rows import FeatureRows, Transformed, raw
 from cl.data.sources import digits
-from cl.data.task import TaskData
+from cl.data.task import Stream, Task, TaskData
 from cl.engine.learner import Learner
 from cl.engine.strategy import Strategy
 from cl.errors import InputError
@@ -177,6 +179,23 @@ def test_what_a_run_needs_decides(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert holds_features(learn(tmp_path, 7, [], stream))
 
 
+def test_inputs_that_are_drawn_anew_at_each_reading_are_not_kept(tmp_path: Path) -> None:
+    items = [(torch.rand(1, 4, 4), label % 2) for label in range(12)]
+    for lazy in (True, False):
+        data = TaskData.from_dataset(items, lazy=lazy)
+        run = learn(tmp_path, 7, [], Stream([Task(0, data, data)], num_classes=2), epochs=1)
+        assert holds_features(run) is not lazy
+
+
+def test_instruments_measure_on_features(tmp_path: Path) -> None:
+    options = ["freeze=true", "report.points=2", "stream.num_tasks=2", f"feature_dir={tmp_path}/f", "logger=none"]
+    with initialize_config_module("cl.conf", version_base="1.3"):
+        experiment = build(compose("config", overrides=[*options, "trainer.accelerator=cpu"]), tmp_path / "run")
+    curves = experiment.instruments["curves"]
+    curves.before_task(experiment.learner, experiment.stream[0])
+    assert next(iter(curves._loader)).x.shape[1:] == experiment.stream.input_shape == (100,)
+
+
 def test_blocks_are_fixed_where_nothing_changes_them() -> None:
     net = Net(7)
     assert all(is_fixed(block) for block in net)
@@ -310,6 +329,15 @@ def test_processes_fill_one_file_together(tmp_path: Path) -> None:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert len(list(tmp_path.glob("*.done.npy"))) == 1
+
+
+def test_rows_that_another_process_has_computed_meanwhile_are_taken_from_it(tmp_path: Path) -> None:
+    x, index, network = torch.arange(20.0).view(10, 2), torch.arange(10), Calls()
+    rows = FeatureRows(x, network, str, tmp_path)
+    rows[torch.tensor([0])]  # looks for the file, which is not there yet
+    FeatureRows(x, Calls(), str, tmp_path)[index]
+    assert torch.equal(rows[index], 2 * x)
+    assert network.rows == 1
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ class FrozenBlocks:
         return x.float().contiguous()
 
     def digest(self) -> str:
-        """Return a digest of weights, code names and preparation as they are now.
+        """Return a digest of the blocks' modules and weights, and of how inputs are prepared, as they are now.
 
         Raises:
             InputError: If a block is not frozen any more, or its weights changed after rows have been trained on.

@@ -22,6 +22,8 @@ def herding(features: Tensor, size: int) -> Tensor:
 
     .. math:: p_k = \arg\min_x \left\lVert \mu - \frac1k \Big(\phi(x) + \sum_{i<k} \phi(p_i)\Big) \right\rVert
 
+    Of examples that are as near up to rounding, as two alone always are, the first is chosen.
+
     Args:
         features: The features phi, (n, D).
         size: Number of examples to choose; at most n are chosen.
@@ -33,12 +35,14 @@ def herding(features: Tensor, size: int) -> Tensor:
         >>> herding(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.96, 0.28]]), 3).tolist()
         [2, 3, 1]
     """
-    features = features.double()
+    rounding, features = 16 * torch.finfo(features.dtype).eps, features.double()
     mean, squares = features.mean(0), features.square().sum(1)
+    positions, ties = torch.arange(len(features), device=features.device), rounding * squares.mean()
     rest, chosen = torch.zeros_like(mean), []
     for _ in range(min(size, len(features))):
         rest = rest + mean  # k mu minus the features chosen so far; k times the norm above is |rest - phi(x)|
-        best = (squares - 2 * (features @ rest)).argmin().view(1)
+        gaps = squares - 2 * (features @ rest)
+        best = positions.where(gaps <= gaps.min() + ties, len(features)).min().view(1)
         squares = squares.index_fill(0, best, torch.inf)
         rest = rest - features.index_select(0, best)[0]
         chosen.append(best)

@@ -41,6 +41,18 @@ def test_herding_is_the_printed_algorithm_and_a_prefix_of_itself(seed, size, dim
     assert all(herding(features, m).tolist() == order[:m] for m in range(size + 1))
 
 
+@quick
+@given(seeds, st.integers(1, 4), st.integers(2, 300))
+def test_of_equally_near_examples_the_first_is_chosen_whatever_the_rounding(seed, pairs, dim):
+    """Two examples are as far from their mean as each other; so are those of mirrored pairs."""
+    half = torch.randn(pairs, dim, generator=torch.Generator().manual_seed(seed))
+    for size in (1, 2):
+        assert herding(half[:2], size).tolist() == [0, 1][: min(size, pairs)]
+    half = F.normalize(half, dim=1)
+    order = herding(torch.cat([half, -half]), 2 * pairs).tolist()
+    assert order == [i for k in range(pairs) for i in (k, pairs + k)]
+
+
 def test_herded_means_are_nearer_than_means_of_a_random_draw():
     features = F.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) + 1, dim=1)
     rng = np.random.default_rng(0)

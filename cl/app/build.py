@@ -216,7 +216,8 @@ def _notes(cfg: Any, backbone: Any) -> list[str]:
     notes = []
     weights = list(backbone.parameters())
     frozen = not any(p.requires_grad for p in weights)
-    if weights and frozen and not cfg.weights and not cfg.backbone.get("pretrained"):
+    trained = cfg.weights or cfg.backbone.get("pretrained") or getattr(backbone, "pretrained", False)
+    if weights and frozen and not trained:
         notes.append("The backbone is frozen at random weights: weights=CHECKPOINT gives it trained ones.")
     return notes
 

@@ -19,6 +19,7 @@ from cl.errors import InputError
 from cl.toolkit.isolation import chained_layers
 
 CUSTOM = CONF / "backbone" / "custom.yaml"  # of what the user names
+DOWNLOADED = {CONF / "backbone" / f"{name}.yaml" for name in ("huggingface_vit", "open_clip")}  # tested from files
 BACKBONES: dict[str, tuple[Any, tuple[int, ...], int, dict[str, Any]]] = {
     "mlp": (MLP, (1, 28, 28), 100, {}),
     "mlp-vector": (MLP, (7,), 5, {"hidden": [9, 5], "bias": False}),
@@ -259,7 +260,9 @@ def test_load_backbone(tmp_path: Path) -> None:
             load_backbone(net, tmp_path / f"{name}.ckpt")
 
 
-@pytest.mark.parametrize("file", sorted({*(CONF / "backbone").glob("*.yaml")} - {CUSTOM}), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted({*(CONF / "backbone").glob("*.yaml")} - {CUSTOM, *DOWNLOADED}), ids=lambda file: file.stem
+)
 def test_configured_backbones(file: Path) -> None:
     shape = (3, 224, 224) if file.stem == "timm" else (3, 32, 32)
     net = instantiate(OmegaConf.load(file), input_shape=shape)

@@ -13,8 +13,9 @@ The head is put in the place of the configured one, so that methods that hold we
 on :math:`W_p` and on these logits: `strategy=[lingocl,lwf]`, with lingocl first.
 
 `vectors` is a file of names and vectors (`cl.data.class_vectors.class_vectors`), a mapping such as that of
-`cl.data.class_vectors.hierarchy`, or "orthogonal": random directions, the control that has the fixed head without the
-language, to be run beside every result. A remark names the two classes whose vectors are nearest.
+`cl.data.class_vectors.hierarchy`; "text", from the text tower of `backbone=open_clip`; or "orthogonal": random
+directions, the control that has the fixed head without the language, to be run beside every result. A remark names the
+two classes whose vectors are nearest.
 
 Defaults: eta is learned in the first task from 1/0.07, the usual scale of CLIP, and fixed after it. With eta = 1 the
 cross-entropy of an example that points at its orthogonal class is still 3.62 with 100 classes, and 1.46 with 10.
@@ -48,8 +49,9 @@ class LingoCL(Strategy):
     """Learns features that point at fixed vectors of the classes, such as text features of their names.
 
     Args:
-        vectors: A file or a mapping with a vector for each class by its name, or "orthogonal", the control.
-        eta: The scale of the cosines at the start.
+        vectors: A file or a mapping with a vector for each class by its name; "text", which asks the backbone, a CLIP;
+            or "orthogonal", the control.
+        eta: The scale of the cosines at the start; None means that of the backbone, a CLIP.
         learn_eta: Whether it is learned in the "first" task, "always" or "never".
 
     Raises:
@@ -64,7 +66,7 @@ class LingoCL(Strategy):
     needs = ("boundaries",)
 
     def __init__(
-        self, vectors: Vectors = ORTHOGONAL, eta: Annotated[float, Gt(0)] = 1 / 0.07, learn_eta: str = "first"
+        self, vectors: Vectors = ORTHOGONAL, eta: Annotated[float, Gt(0)] | None = 1 / 0.07, learn_eta: str = "first"
     ) -> None:
         super().__init__()
         if learn_eta not in LEARN_ETA:

@@ -15,10 +15,11 @@ from there, the weights are averaged, and a task ends with the average, in which
 .. math:: \bar\theta \leftarrow \frac{k \bar\theta + \theta}{k + 1}, \qquad k \leftarrow k + 1, \qquad k_0 = 1
 
 The image tower is the backbone, with a projection if the widths differ. The text tower is fixed, and stands in
-`vectors`, as in `lingocl`: a vector for each class by its name, from a file or a mapping, or "orthogonal", a control.
-The start is a trained network, from `weights=FILE`; that gives the backbone alone, so its features should have the
-length of the vectors, since a projection would start at random. Reference images are the inputs of `reference`, a data
-set; else a task's unlabelled examples; else the incoming inputs.
+`vectors`, as in `lingocl`: a vector for each class by its name, from a file or a mapping; "text", from the text tower
+of `backbone=open_clip`; or "orthogonal", a control. The start is a trained network, such as that backbone, or from
+`weights=FILE`; that gives the backbone alone, so its features should have the length of the vectors, since a projection
+would start at random. Reference images are the inputs of `reference`, a data set; else a task's unlabelled examples;
+else the incoming inputs.
 
 Defaults: those of the released code for tasks of different data sets (multi-domain): alpha = beta = lambda = 1, T = 2,
 N = 100, labels smoothed by 0.2, and CLIP's scale eta = 100, which is not learned. Its code for class-incremental
@@ -82,8 +83,9 @@ class ZSCL(Strategy):
     """Fine-tunes a network of images and class names, and keeps its zero-shot predictions on reference data.
 
     Args:
-        vectors: The text tower: a file or mapping with a vector for each class by its name; or "orthogonal", a control.
-        eta: The scale of the cosines.
+        vectors: The text tower: a file or mapping with a vector for each class by its name; "text", that of the
+            backbone, a CLIP; or "orthogonal", a control.
+        eta: The scale of the cosines; None means that of the backbone, a CLIP.
         image: alpha, the weight of the distillation over the texts of an image.
         text: beta, the weight of the distillation over the images of a text.
         temperature: T.
@@ -110,7 +112,7 @@ class ZSCL(Strategy):
     def __init__(
         self,
         vectors: Vectors = ORTHOGONAL,
-        eta: Annotated[float, Gt(0)] = 100.0,
+        eta: Annotated[float, Gt(0)] | None = 100.0,
         image: Annotated[float, Ge(0)] = 1.0,
         text: Annotated[float, Ge(0)] = 1.0,
         temperature: Annotated[float, Gt(0)] = 2.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Vectors = str | Mapping[str, Sequence[float]]
 ORTHOGONAL = "orthogonal"
+TEXT = "text"
 SYNONYMS = 0.95  # the cosine from which on two classes can hardly be told apart
 
 
@@ -80,23 +81,25 @@ def orthogonal(num_classes: int, width: int) -> Tensor:
 
 
 def use_language_head(
-    learner: LearnerLike, stream: Stream, method: Strategy, vectors: Vectors, eta: float, learns: bool
+    learner: LearnerLike, stream: Stream, method: Strategy, vectors: Vectors, eta: float | None, learns: bool
 ) -> LanguageHead:
     """Put a `LanguageHead` in the place of the learner's head, and return it; for `setup`.
 
-    On a frozen backbone it has a W_p in any case, since nothing else could point at the vectors.
+    On a frozen backbone it has a W_p in any case, since nothing else could point at the vectors. It starts as the
+    identity if they are those of the backbone's own text tower, so that the first predictions are zero-shot ones.
 
     Args:
         learner: The learner.
         stream: Gives the names of the classes.
         method: The strategy that asks for it.
-        vectors: A file or a mapping of names, see `cl.data.class_vectors.class_vectors`; or "orthogonal".
-        eta: The scale at the start.
+        vectors: A file or a mapping of names, see `cl.data.class_vectors.class_vectors`; "orthogonal"; or "text", which
+            asks the backbone, a CLIP, for text features of the names.
+        eta: The scale at the start; None means that of the backbone, a CLIP.
         learns: Whether it is learned.
 
     Raises:
-        InputError: If vectors are missing or 0, the head is already one, or another strategy that was set up before has
-            state for the weights of the former head.
+        InputError: If vectors are missing or 0, the backbone has no text tower to ask, the head is already one, or
+            another strategy that was set up before has state for the weights of the former head.
 
     Example:
         >>> from cl.engine.strategy import Strategy
@@ -111,14 +114,30 @@ def use_language_head(
         raise InputError(f"{name} puts class vectors in the place of the head, as another strategy does: drop one.")
     _check_order(learner, method)
     width = int(learner.backbone.num_features)  # type: ignore[arg-type]
-    found = orthogonal(stream.num_classes, width) if vectors == ORTHOGONAL else class_vectors(vectors, _names(stream))
+    if vectors == ORTHOGONAL:
+        found = orthogonal(stream.num_classes, width)
+    elif vectors == TEXT:
+        found = _of_backbone(learner, "class_vectors", "vectors=text")(_names(stream))
+    else:
+        found = class_vectors(vectors, _names(stream))
     zero = (found.norm(dim=1) == 0).nonzero().flatten().tolist()
     if zero:
         raise InputError(f"{name}: the vector of {stream.class_names[zero[0]]!r} is 0, which has no direction.")
     frozen = not any(p.requires_grad for p in learner.backbone.parameters())
-    head = LanguageHead(width, found, eta, learns, projects=frozen)
+    scale = _of_backbone(learner, "eta", "eta=null") if eta is None else eta
+    head = LanguageHead(width, found, scale, learns, projects=frozen)
+    if vectors == TEXT and frozen:
+        nn.init.eye_(head.projection.weight)  # type: ignore[arg-type]
     learner.replace_head(head)
     return head
+
+
+def _of_backbone(learner: LearnerLike, name: str, setting: str) -> Any:
+    found = getattr(learner.backbone, name, None)
+    if found is None:
+        kind = type(learner.backbone).__name__
+        raise InputError(f"{setting} asks the backbone's text tower, but {kind} has none: use backbone=open_clip.")
+    return found
 
 
 def _names(stream: Stream) -> Sequence[str]:

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from checkout import CONF
 from cl.app.build import build
 
-NEED_FILES = {"custom", "from_arrays", "image_folders", "manifest", "avalanche"}
+NEED_FILES = {"custom", "five_datasets", "from_arrays", "image_folders", "manifest", "avalanche"}
 HIDDEN = {"hidden_labels"}  # needs a strategy that learns without labels
 KINDS = sorted({p.stem for p in (CONF / "stream").glob("*.yaml")} - NEED_FILES - HIDDEN)
 FIXED = {

@@ -16,7 +16,8 @@ from benchmarks.process import matches
 from benchmarks.strategies import NAMES, TOLD
 
 ONE_PROCESS = ("scr", "pcr", "hpcr", "dvc", "ocm", "onpro")  # refuse several
-STRATEGIES = *(name for name in NAMES if name not in ONE_PROCESS), "l2p", "dualprompt", "coda_prompt", "s_prompts"
+PROMPTS = "l2p", "dualprompt", "coda_prompt", "s_prompts", "multilane"
+STRATEGIES = *(name for name in NAMES if name not in ONE_PROCESS), *PROMPTS
 SEEDS = (0, 1, 2)
 Jobs = list[tuple[str, int]]
 

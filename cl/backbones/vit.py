@@ -53,12 +53,24 @@ def _encode(model: Any, tokens: Tensor, prefixes: Prefixes | None = None) -> Ten
 
 def _prefixed(block: Any, x: Tensor, prefix: Tensor) -> Tensor:
     """Run a block of timm whose tokens also attend to a prefix."""
-    x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), prefix)))
+    return finish(block, x, attend(block.attn, block.norm1(x), prefix))
+
+
+def finish(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """Return the output (..., N, D) of a block of timm for tokens x, given the output of its attention."""
+    x = x + block.drop_path1(block.ls1(attended))
     out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return out
 
 
-def _attend(attention: Any, x: Tensor, prefix: Tensor) -> Tensor:
+def attend(attention: Any, x: Tensor, prefix: Tensor) -> Tensor:
+    """Return the output (B, N, D) of an attention of timm on tokens x (B, N, D) that also attend to a prefix.
+
+    Args:
+        attention: `attn` of one of a transformer's `blocks`.
+        x: Tokens after the block's first norm.
+        prefix: L keys and values (B, 2, L, D); L may be 0.
+    """
     heads = attention.num_heads, attention.head_dim
     q, k, v = attention.qkv(x).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
     q, k = attention.q_norm(q), attention.k_norm(k)

@@ -68,6 +68,7 @@ from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
 from cl.strategies.mer import MER
 from cl.strategies.mir import MIR
+from cl.strategies.multilane import MultiLane
 from cl.strategies.ncm import NCM
 from cl.strategies.o_lora import OLoRA
 from cl.strategies.ocm import OCM
@@ -257,6 +258,8 @@ METHODS = [
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),
+    Row("multilane", MultiLane, {"num_selectors": 2, "length": 2, "blocks": (0,)}, backbone="vit"),
+    Row("multilane", MultiLane, {"blocks": (), "selectors": "fixed", "normalize": False}, backbone="vit"),
     Row("dualprompt", DualPrompt, {"general_blocks": (), "expert_blocks": (0,), "batch_vote": True}, backbone="vit"),
     Row("cbp", CBP, {"rate": 0.1, "maturity": 3}),
     Row("cbp", CBP, {"rate": 0.0}, finetunes_first=True),
@@ -297,6 +300,7 @@ TEAMS = [
         backbone="vit",
     ),
     Row("er,s_prompts", lambda: {"er": ER(20), "s_prompts": SPrompts(2)}, backbone="vit", scenarios=("domain",)),
+    Row("er,multilane", lambda: {"er": ER(20), "multilane": MultiLane(2, 2, blocks=(0,))}, backbone="vit"),
     Row("er,lora", lambda: {"er": ER(20), "lora": LoRA(2)}),
     Row("er,o_lora", lambda: {"er": ER(20), "o_lora": OLoRA(2)}),
     Row("er,inflora", lambda: {"er": ER(20), "inflora": InfLoRA(2)}),

@@ -52,6 +52,7 @@ from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
 from cl.strategies.mer import MER
 from cl.strategies.mir import MIR
+from cl.strategies.multilane import MultiLane
 from cl.strategies.ncm import NCM
 from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
@@ -103,8 +104,9 @@ EXACT: dict[str, Callable[[], Strategy]] = {  # what draws nothing of its own fr
     "dualprompt": partial(DualPrompt, general_blocks=(0,), expert_blocks=(0,)),
     "coda_prompt": partial(CODAPrompt, num_components=6, blocks=(0,)),
     "s_prompts": SPrompts,
+    "multilane": partial(MultiLane, blocks=(0,)),
 }
-PROMPTED = (L2P, DualPrompt, CODAPrompt, SPrompts)
+PROMPTED = (L2P, DualPrompt, CODAPrompt, SPrompts, MultiLane)
 TOLD = (TRGP, CUBER, PackNet, HAT)  # the task, at test
 REPLAYED: dict[str, Callable[[], Strategy]] = {
     **{policy: partial(ER, memory_size=CAPACITY, policy=policy) for policy in POLICIES},

@@ -13,6 +13,13 @@ an example is assigned to the domain with the nearest centre:
 
 The prediction is among the classes of that domain; all other classes get logits below the smallest of them.
 
+A domain's prompts start at random, or from trained ones, as in prompt transfer (Shen et al. 2022, "Multitask
+Vision-Language Prompt Tuning"): those of the domain before (`init=previous`) or of the nearest (`init=nearest`). Prompt
+transfer compares trained prompts, also for the target; here the source is known before training, as the domain s whose
+centres are nearest to those of the new one:
+
+.. math:: s = \arg\min_{s < t} \frac1K \sum_k \min_j \; \lVert c_{tk} - c_{sj} \rVert
+
 Defaults: 10 tokens per prompt and K = 5, as in the released code, and its distance, the sum of absolute differences.
 Differences from the paper: the paper's other variant, S-liPrompts, which has prompts for CLIP's text encoder in place
 of a head, is not implemented. The centres are computed before a domain is trained instead of afterwards, which makes no
@@ -40,12 +47,16 @@ from cl.backbones.vit import freeze_transformer
 from cl.engine.batch import Batch
 from cl.engine.loader import EvalLoader
 from cl.engine.strategy import LearnerLike, Strategy
+from cl.errors import unknown
 from cl.random import Random
 from cl.toolkit.by_task import check_apart
 from cl.toolkit.clustering import centres
 
 if TYPE_CHECKING:
     from cl.data.task import Stream, Task
+
+
+INIT = "random", "previous", "nearest"
 
 
 def distances(features: Tensor, centres: Tensor, norm: float) -> Tensor:
@@ -71,9 +82,10 @@ class SPrompts(Strategy):
         length: Tokens per prompt, l.
         num_centres: Centres per domain, K.
         norm: Order of the norm that measures distances: 1 for the sum of absolute differences, 2 for Euclidean.
+        init: What a domain's prompts start from: "random", "previous" or "nearest".
 
     Raises:
-        InputError: If the backbone has no `embed` and `encode`.
+        InputError: If `init` is unknown, or the backbone has no `embed` and `encode`.
 
     Example:
         >>> SPrompts(length=5)
@@ -90,9 +102,12 @@ class SPrompts(Strategy):
         length: Annotated[int, Ge(1)] = 10,
         num_centres: Annotated[int, Ge(1)] = 5,
         norm: Annotated[float, Ge(1)] = 1.0,
+        init: str = "random",
     ) -> None:
         super().__init__()
-        self.length, self.num_centres, self.norm = length, num_centres, norm
+        if init not in INIT:
+            raise unknown("init of prompts", init, INIT)
+        self.length, self.num_centres, self.norm, self.init = length, num_centres, norm, init
 
     def setup(self, learner: LearnerLike, stream: Stream) -> None:
         """Allocate prompts, heads and centres; freeze the transformer."""
@@ -107,15 +122,22 @@ class SPrompts(Strategy):
         self.random = Random()
 
     def before_task(self, learner: LearnerLike, task: Task) -> None:
-        """Compute the domain's centres; make only its prompts and head trainable."""
+        """Compute the domain's centres; make only its prompts, from where they start, and its head trainable."""
         with torch.no_grad(), learner.evaluating():
             loader = EvalLoader([task.train], learner.device, learner.eval_batch_size)
             features = torch.cat([self._query(learner, learner.prepare(batch.x)) for batch in loader])
         self.centres[task.index] = self._cluster(features)
         self.known[task.index] = True
+        if self.init != "random" and task.index > 0:
+            self.prompts[task.index].data.copy_(self.prompts[self._source(task.index)])
         for t, (prompt, head) in enumerate(zip(self.prompts, self.heads, strict=True)):
             prompt.requires_grad_(t == task.index)
             head.requires_grad_(t == task.index)
+
+    def _source(self, task: int) -> int:
+        if self.init == "previous":
+            return task - 1
+        return int(distances(self.centres[task], self.centres[:task], self.norm).mean(0).argmin())
 
     def _cluster(self, features: Tensor) -> Tensor:
         seed = int(self.random.generator.integers(2**31))

@@ -255,6 +255,7 @@ METHODS = [
     Row("zscl", ZSCL, {"eta": 5.0, "image": 0.0, "text": 0.0, "smoothing": 0.0}, backbone="vit"),
     Row("s_prompts", SPrompts, {"length": 2}, backbone="vit"),
     Row("s_prompts", SPrompts, {"num_centres": 50, "norm": 2.0}, backbone="vit", scenarios=("domain",)),
+    Row("s_prompts", SPrompts, {"length": 2, "init": "nearest"}, backbone="vit", scenarios=("domain", "class")),
     Row("dualprompt", DualPrompt, {"general_blocks": (0,), "expert_blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 6, "blocks": (0,)}, backbone="vit"),
     Row("coda_prompt", CODAPrompt, {"num_components": 16, "blocks": (0,), "penalty": 0.1}, backbone="vit"),

@@ -192,6 +192,33 @@ def test_classes_of_other_tasks_stand_below_those_of_the_one_told():
         torch.testing.assert_close(row[others], (own.min() - 1).expand(4))
 
 
+@pytest.mark.parametrize(("init", "source"), [("random", None), ("previous", 1), ("nearest", 0)])
+def test_a_domain_starts_from_the_prompts_of_its_source(init, source):
+    """The third domain lies where the first does, so that the first is nearest, and not the one before."""
+    one, two, _ = domains()
+    near = [TaskData(part.x + 0.05, part.y, 2) for part in (one.train, one.test)]
+    stream = Stream([one, two, Task(2, *near)], scenario="domain", num_classes=2)
+    learner = s_prompts_learner(stream, SPrompts(length=3, init=init))
+    prompts = learner.strategies["method"].prompts
+    first, drawn = prompts[0].clone(), prompts[2].clone()
+    learner.before_task(stream[0])
+    assert torch.equal(prompts[0], first), "there is no other to start from"
+    learn(learner, stream, [0, 1])
+    assert not torch.equal(prompts[0], prompts[1])
+    learner.before_task(stream[2])
+    assert torch.equal(prompts[2], drawn if source is None else prompts[source])
+    assert prompts[2].data_ptr() != prompts[source or 0].data_ptr() and prompts[2].requires_grad
+
+
+def test_worked_source_of_prompts():
+    """Means over own centres of the distance to the nearest: to the first (0 + 6) / 2 = 3, to the second 2."""
+    strategy = SPrompts(init="nearest")
+    strategy.centres = torch.tensor([[[0.0], [2.0]], [[2.0], [6.0]], [[0.0], [8.0]]])
+    assert strategy._source(2) == 1
+    strategy.centres[0, 1] = 7.0  # (0 + 1) / 2
+    assert strategy._source(2) == 0
+
+
 def test_where_task_labels_are_given_no_domain_is_told_from_centres():
     learner, stream = prompted(SPrompts(length=2), "task")
     learn(learner, stream)
@@ -209,3 +236,5 @@ def test_s_prompts_leaves_the_transformer_and_refuses_other_backbones():
         prompted(SPrompts(), backbone=ToyBackbone())
     with pytest.raises(InputError, match=r"s_prompts\.norm=0\.5 must be 1 or more"):
         SPrompts(norm=0.5)
+    with pytest.raises(InputError, match=r"no init of prompts called 'nearst': did you mean 'nearest'"):
+        SPrompts(init="nearst")

@@ -139,6 +139,7 @@ CASES: dict[str, list[str]] = {
     "dualprompt": ["strategy=dualprompt", *_IMAGES, *_VIT, *_DUAL, *_STEPS],
     "coda_prompt": ["strategy=coda_prompt", "strategy.coda_prompt.num_components=6", _CODA, *_IMAGES, *_VIT, *_STEPS],
     "s_prompts": ["strategy=s_prompts", "scenario=domain", *_IMAGES, *_VIT, *_STEPS],
+    "pgp": ["strategy=[l2p,pgp]", *_IMAGES, *_VIT, "strategy.l2p.length=2", *_STEPS],
     "multilane": ["strategy=multilane", "strategy.multilane.blocks=[0]", *_IMAGES, *_VIT, *_STEPS],
     "lora": ["strategy=lora", "strategy.lora.rank=2", "strategy.lora.init=null_space", *_STEPS],
     "o_lora": ["strategy=o_lora", "strategy.o_lora.rank=2", "optimizer.momentum=0.9", *_STEPS],

@@ -132,6 +132,7 @@ SMALL = {
     "strategy=slca": {"strategy.slca.per_class": "8"},
     "strategy=zscl": {"strategy.zscl.eta": "5", "strategy.zscl.every": "3"},
     "strategy=acil": {"strategy.acil.num_expanded": "20"},
+    "strategy=pgp": {"strategy.pgp.num_samples": "20"},
     "strategy=l2p": {"strategy.l2p.pool_size": "5"},
 }
 GROUPS = {

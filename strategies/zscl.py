@@ -26,7 +26,8 @@ N = 100, labels smoothed by 0.2, and CLIP's scale eta = 100, which is not learne
 learning has alpha = beta = 5 and N = 10.
 Differences from the paper, as far as the released code shows it: the text tower is not trained, and its vectors of all
 classes of the stream are the reference texts, in place of captions. Reference images are drawn with replacement.
-Statistics of batch norm are not averaged: the method is for networks without it.
+Statistics of batch norm are not averaged: the method is for networks without it. In several processes the
+distributions over reference images are over those of one process.
 
 State: copies of the network as it was at the very start and at the start of the task, and the average, each as large as
 the network. The reference data are extra data, which a comparison should mention. Scenarios: all. Refused: another

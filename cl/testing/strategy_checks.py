@@ -41,12 +41,13 @@ def check_strategy(
 ) -> None:
     """Check that a strategy keeps the contract; raise an AssertionError that says where it does not.
 
-    In each scenario the strategy must train, alone and together with a replay, and resume at a task boundary in a newly
-    built learner with the same bits and predictions, from a file that loads strictly with `weights_only=True`. It must
-    resume inside a task with the same bits, give the same weights for every chunk size, keep the shapes of its state,
-    and only append examples to a batch. It must not draw from torch's global generator, leave modules in evaluation
-    mode, or store the learner. On a frozen backbone, it must learn the same from the backbone's outputs as from inputs,
-    unless it says that it `needs_inputs`. A run in a scenario that its class does not list must be refused.
+    In each scenario the strategy must train, a single one also together with a replay, and resume at a task boundary in
+    a newly built learner with the same bits and predictions, from a file that loads strictly with `weights_only=True`.
+    It must resume inside a task with the same bits, give the same weights for every chunk size, keep the shapes of its
+    state, and only append examples to a batch. It must not draw from torch's global generator, leave modules in
+    evaluation mode, or store the learner. On a frozen backbone, it must learn the same from the backbone's outputs as
+    from inputs, unless it says that it `needs_inputs`. A run in a scenario that its class does not list must be
+    refused.
 
     Args:
         make: Builds the strategy, or several by name: a class or a function.
@@ -76,8 +77,9 @@ def check_strategy(
     for scenario in scenarios:
         toy = partial(toy_learner, scenario=scenario, backbone=backbone)
         states = _check_run(build, toy, scenario)
-        beside = partial(toy, num_tasks=2), f"{scenario}, beside a replay"
-        _check_run(lambda: {"replay": Replay(), **build()}, *beside)
+        if len(build()) == 1:
+            beside = partial(toy, num_tasks=2), f"{scenario}, beside a replay"
+            _check_run(lambda: {"replay": Replay(), **build()}, *beside)
         if all(not strategy.needs_labels for strategy in build().values()):
             _check_hidden(build, backbone, scenario)
         if scenario == scenarios[0]:
@@ -263,7 +265,7 @@ def _check_frozen(build: Build, backbone: str, scenario: Scenario) -> None:
 
 
 def _check_chunks(build: Build, toy: Toy, state: dict[str, Any]) -> None:
-    for chunk_size in (1, 7, 64):
+    for chunk_size in (7, 64):  # a run in chunks of 1 is compared by _check_inside
         learner, stream = toy(build(), chunk_size=chunk_size)
         _learn(learner, stream, range(2))
         for name, value in learner.state_dict().items():

@@ -225,6 +225,7 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "__py
 
 
 @cache
+@cache
 def composed(*overrides: str):
     with initialize_config_module("cl.conf", version_base="1.3"):
         return compose("config", overrides=list(overrides))
@@ -237,6 +238,10 @@ def targets(tree):
             yield from targets(value)
 
 
+TOGETHER = pytest.mark.xdist_group("composed")  # in one process, which composes each YAML once
+
+
+@TOGETHER
 @pytest.mark.parametrize(
     "group", [pytest.param(group, marks=pytest.mark.slow if group == "experiment" else ()) for group in GROUPS]
 )
@@ -255,6 +260,7 @@ def test_every_yaml_composes_and_its_targets_exist(group):
                 get_method(name)
 
 
+@TOGETHER
 def test_yaml_key_file_and_class_of_a_strategy_agree():
     for path in STRATEGIES:
         cfg = composed(f"strategy={path.stem}")
@@ -263,6 +269,7 @@ def test_yaml_key_file_and_class_of_a_strategy_agree():
         assert module == f"cl.strategies.{path.stem}" and name.lower() == path.stem.replace("_", ""), path
 
 
+@TOGETHER
 def test_a_yaml_gives_every_argument_its_default():
     import inspect
 

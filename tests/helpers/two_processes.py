@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cl import distributed
+from cl.backbones.networks import MLP
 from cl.backbones.vit import ViT
 from cl.data.task import Stream, Task, TaskData
 from cl.engine.batch import Batch
@@ -27,46 +28,63 @@ from cl.measure.probes import Probes
 from cl.strategies.acil import ACIL
 from cl.strategies.adam_nscl import AdamNSCL
 from cl.strategies.agem import AGEM
+from cl.strategies.aper import APER
 from cl.strategies.aser import ASER
 from cl.strategies.avalanche import Avalanche
+from cl.strategies.bic import BiC
 from cl.strategies.coda_prompt import CODAPrompt
 from cl.strategies.cuber import CUBER
 from cl.strategies.cumulative import Cumulative
 from cl.strategies.der import DER
 from cl.strategies.derpp import DERpp
 from cl.strategies.dualprompt import DualPrompt
+from cl.strategies.ease import EASE
 from cl.strategies.er import ER
 from cl.strategies.er_ace import ERACE
 from cl.strategies.er_las import ERLAS
 from cl.strategies.ewc import EWC
+from cl.strategies.feature_distillation import FeatureDistillation
 from cl.strategies.fecam import FeCAM
 from cl.strategies.finetune import Finetune
 from cl.strategies.gdumb import GDumb
 from cl.strategies.gpm import GPM
 from cl.strategies.gss import GSS
 from cl.strategies.hat import HAT
+from cl.strategies.icarl import ICaRL
+from cl.strategies.inflora import InfLoRA
 from cl.strategies.joint import Joint
 from cl.strategies.knn import KNN
 from cl.strategies.l2p import L2P
+from cl.strategies.lingocl import LingoCL
+from cl.strategies.lora import LoRA
+from cl.strategies.lst import LST
+from cl.strategies.lucir import LUCIR
 from cl.strategies.lwf import LwF
 from cl.strategies.mas import MAS
 from cl.strategies.mer import MER
 from cl.strategies.mir import MIR
 from cl.strategies.multilane import MultiLane
 from cl.strategies.ncm import NCM
+from cl.strategies.o_lora import OLoRA
 from cl.strategies.ogd import OGD
 from cl.strategies.online_ewc import OnlineEWC
 from cl.strategies.packnet import PackNet
+from cl.strategies.podnet import PODNet
 from cl.strategies.ranpac import RanPAC
 from cl.strategies.rwalk import RWalk
 from cl.strategies.s_prompts import SPrompts
+from cl.strategies.scalearn import ScaLearn
+from cl.strategies.sd_lora import SDLoRA
 from cl.strategies.sgp import SGP
 from cl.strategies.si import SI
+from cl.strategies.slca import SLCA
 from cl.strategies.slda import SLDA
 from cl.strategies.supsup import SupSup
 from cl.strategies.tag import TAG
 from cl.strategies.trgp import TRGP
 from cl.strategies.uer import UER
+from cl.strategies.wa import WA
+from cl.strategies.zscl import ZSCL
 from cl.testing import ToyBackbone
 from cl.toolkit.memory import POLICIES, Memory
 
@@ -105,9 +123,20 @@ EXACT: dict[str, Callable[[], Strategy]] = {  # what draws nothing of its own fr
     "coda_prompt": partial(CODAPrompt, num_components=6, blocks=(0,)),
     "s_prompts": SPrompts,
     "multilane": partial(MultiLane, blocks=(0,)),
+    "lora": partial(LoRA, rank=2),
+    "o_lora": partial(OLoRA, rank=2),
+    "inflora": partial(InfLoRA, rank=2, num_samples=20),
+    "sd_lora": partial(SDLoRA, rank=2),
+    "ease": partial(EASE, width=2),
+    "aper": partial(APER, width=2),
+    "slca": partial(SLCA, align_epochs=2, per_class=8),
+    "lst": partial(LST, width=4),
+    "scalearn": partial(ScaLearn, width=2),
+    "lingocl": LingoCL,
+    "feature_distillation": partial(FeatureDistillation, teacher=partial(MLP, hidden=[8]), folder=None),
 }
 PROMPTED = (L2P, DualPrompt, CODAPrompt, SPrompts, MultiLane)
-TOLD = (TRGP, CUBER, PackNet, HAT)  # the task, at test
+TOLD = (TRGP, CUBER, PackNet, HAT, ScaLearn)  # the task, at test
 REPLAYED: dict[str, Callable[[], Strategy]] = {
     **{policy: partial(ER, memory_size=CAPACITY, policy=policy) for policy in POLICIES},
     "few": partial(ER, memory_size=CAPACITY, batch_size=3),
@@ -122,6 +151,14 @@ REPLAYED: dict[str, Callable[[], Strategy]] = {
     "aser": partial(ASER, memory_size=CAPACITY),
     "mir": partial(MIR, memory_size=CAPACITY),
     "gdumb": partial(GDumb, memory_size=CAPACITY),
+}
+AKIN: dict[str, Callable[[], Strategy]] = {  # whose losses compare the rows of one process, or which herd among them
+    "zscl": partial(ZSCL, eta=5.0, every=3),
+    "icarl": partial(ICaRL, memory_size=CAPACITY),
+    "wa": partial(WA, memory_size=CAPACITY),
+    "bic": partial(BiC, memory_size=CAPACITY),
+    "lucir": partial(LUCIR, memory_size=CAPACITY),
+    "podnet": partial(PODNet, memory_size=CAPACITY, num_proxies=2),
 }
 TARGETS = ("multilabel", "regression")
 RESUMED = ("class_balanced", "few", "derpp", "agem", "er_ace", "uer", "der", "mir", "gdumb")
@@ -270,7 +307,7 @@ def interrupted(folder: Path, make: Callable[[], Strategy]) -> tuple[dict[str, A
 
 def everything(folder: Path) -> dict[str, Any]:
     """All that two processes do for this file, so that they are started once."""
-    found: dict[str, Any] = {name: learn(learner(make())) for name, make in {**EXACT, **REPLAYED}.items()}
+    found: dict[str, Any] = {name: learn(learner(make())) for name, make in {**EXACT, **REPLAYED, **AKIN}.items()}
     found |= {target: learn(learner(LwF(), target=target)) for target in TARGETS}
     found["normed"] = learn(learner(ER(CAPACITY), Normed))
     found["spied"] = {name: spied(**options) for name, options in SPIED.items()}

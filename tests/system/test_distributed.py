@@ -25,6 +25,7 @@ from cl.strategies.lwf import LwF
 from cl.testing import ToyBackbone
 from cl.trainer import processes
 from two_processes import (
+    AKIN,
     BATCH,
     CAPACITY,
     EXACT,
@@ -94,12 +95,11 @@ def test_gradients_are_those_of_the_whole_minibatch(two: dict[str, Any], name: s
         np.testing.assert_allclose(mine, whole, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*EXACT, *REPLAYED, "normed"])
+@pytest.mark.parametrize("name", [*EXACT, *REPLAYED, *AKIN, "normed"])
 def test_weights_and_R_are_the_same_bits_in_both(two: dict[str, Any], name: str) -> None:
     first, second = two[name]["ranks"]
-    assert len(first["trained"]) == {"ncm": 0, "ranpac": 0, "slda": 0, "fecam": 0, "knn": 0, "acil": 0, "joint": 1}.get(
-        name, 3
-    )
+    tasks = {"ncm": 0, "ranpac": 0, "slda": 0, "fecam": 0, "knn": 0, "acil": 0, "joint": 1, "aper": 1}
+    assert len(first["trained"]) == tasks.get(name, 3)
     for key in ("trained", "weights", "R", "ece"):
         assert same(first[key], second[key]), key
 

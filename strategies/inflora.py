@@ -1,4 +1,4 @@
-r"""InfLoRA, interference-free low-rank adaptation (Liang and Li 2024, section 3).
+r"""InfLoRA, interference-free low-rank adaptation (Liang and Li 2024, CVPR).
 
 Each task t trains a low-rank change :math:`A_t B_t` of the weight of a layer, in which :math:`B_t` (r, d) is computed
 before the task and frozen, so that training moves the weight in the span of its rows alone. The rows are chosen for two
@@ -17,9 +17,11 @@ Defaults: r = 10, :math:`\epsilon` = 0.95 and :math:`\epsilon_T` = 1, as in the 
 :math:`1/\sqrt 3` is of the code, too. There keys and values are adapted, here queries as well.
 Differences from the paper: DualGPM stores a basis of the complement of M where that is smaller; the projector on M is
 the same, and is stored here. The product is added to W after each task, which is the same function.
-Differences from the released code: it takes all training examples, here `num_samples` of them. It computes the singular
-values of :math:`H H^\top / n`, whose energies are the squares of those of H, and takes one direction less in the first
-task, and so protects less: `released_rule`. There each task has a head of its own.
+Differences from the released code: it takes all training examples, augmented, here `num_samples` of them. It has
+:math:`H H^\top / n` in the place of H, also where it chooses :math:`B_t`. The energies of that are the squares of
+those of H, and it takes one direction less in the first task, though at least one, and so protects less:
+`released_rule` counts as it does. There each task has a head of its own, and the network is in evaluation mode while it
+trains.
 
 State: the pairs in the backbone, and the projector M M^T (d, d) of each layer. Scenarios: all.
 """
@@ -130,7 +132,9 @@ class InfLoRA(LowRankTuning):
         threshold = self.threshold + (self.last_threshold - self.threshold) * share
         for i, H in enumerate(low_rank_inputs(learner, task, self.num_samples, self.random)):
             projector, R = self.get_buffer(f"projector_{i}"), H @ H.T if self.released_rule else H
-            M = new_directions(R, projector, threshold, int(self.released_rule and task.index == 0))
+            M = new_directions(R, projector, threshold)
+            if self.released_rule and task.index == 0:
+                M = M[:, : max(M.shape[1] - 1, 1)]
             projector += (M @ M.T).to(projector.dtype)
         for layer, pair in zip(low_rank_layers(learner.backbone), low_ranks(learner.backbone), strict=True):
             merge(layer, pair)

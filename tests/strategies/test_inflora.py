@@ -79,10 +79,13 @@ def test_a_task_starts_from_the_same_network_and_trains_one_factor():
         assert not pair.A.requires_grad and pair.B.requires_grad and not pair.B.any()
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_bases_and_directions_are_those_written_by_hand(released):
-    """All inputs are used, and bases are kept as in GPM, by singular value decompositions."""
-    method = InfLoRA(rank=3, threshold=0.9, last_threshold=1.0, num_samples=48, released_rule=released)
+@pytest.mark.parametrize(("released", "threshold"), [(False, 0.9), (True, 0.9), (True, 0.999)])
+def test_bases_and_directions_are_those_written_by_hand(released, threshold):
+    """All inputs are used, and bases are kept as in GPM, by singular value decompositions.
+
+    With a threshold of 0.9 one direction is enough for the first task, and the released rule keeps it.
+    """
+    method = InfLoRA(rank=3, threshold=threshold, last_threshold=1.0, num_samples=48, released_rule=released)
     learner, stream = toy_learner({"method": method})
     bases = [torch.zeros(16, 0, dtype=torch.float64) for _ in range(2)]
     for t, task in enumerate(stream):
@@ -93,15 +96,16 @@ def test_bases_and_directions_are_those_written_by_hand(released):
             # directions of little energy are not determined by float32
             torch.testing.assert_close(3 * pair.A.double().T @ pair.A.double(), U @ U.T, rtol=0, atol=1e-3)
         learn(learner, stream, [t], epochs=2)
-        share = 0.9 + 0.1 * t / 3
+        share = threshold + (1 - threshold) * t / 3
         for i, H in enumerate(low_rank_inputs(learner, task, 48, method.random)):
             R = H.double() @ H.double().T if released else H.double()
             rest = R - bases[i] @ bases[i].T @ R
             U, S, _ = torch.linalg.svd(rest)
             total = R.square().sum()
             covered = [(total - rest.square().sum() + S[:k].square().sum()) / total for k in range(len(S) + 1)]
-            k = next(k for k, c in enumerate(covered) if c >= share - 1e-9) - int(released and t == 0)
-            bases[i] = torch.cat([bases[i], U[:, : max(k, 0)]], dim=1)
+            k = next(k for k, c in enumerate(covered) if c >= share - 1e-9)
+            k = max(k - 1, 1) if released and t == 0 else k
+            bases[i] = torch.cat([bases[i], U[:, :k]], dim=1)
             P = method.get_buffer(f"projector_{i}").double()
             torch.testing.assert_close(P, bases[i] @ bases[i].T, rtol=0, atol=1e-3)
     assert bases[0].shape[1] > 0

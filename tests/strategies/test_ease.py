@@ -36,9 +36,10 @@ def test_a_synthesised_prototype_is_a_mean_of_the_new_ones(seed, num_old, num_ne
 
 
 @pytest.mark.parametrize("backbone", ["mlp", "vit", "restless"])
-@pytest.mark.parametrize("alpha", [0.1, 0.7])
-def test_predictions_are_the_sums_of_cosines_written_by_hand(backbone, alpha):
-    learner, stream = toy(EASE(width=3, scale=1.0, alpha=alpha), range(3), epochs=2, backbone=backbone)
+@pytest.mark.parametrize(("alpha", "released"), [(0.1, False), (0.7, False), (0.7, True)])
+def test_predictions_are_the_sums_of_cosines_written_by_hand(backbone, alpha, released):
+    method = EASE(width=3, scale=1.0, alpha=alpha, released_rule=released)
+    learner, stream = toy(method, range(3), epochs=2, backbone=backbone)
     learner.eval()
 
     def phi(x, task):
@@ -51,10 +52,11 @@ def test_predictions_are_the_sums_of_cosines_written_by_hand(backbone, alpha):
         for space in range(t + 1):
             for c in (2 * t, 2 * t + 1):
                 p[space, c] = phi(x[y == c], space).mean(0)
-        for c in range(2 * t):
-            own, new = c // 2, [2 * t, 2 * t + 1]
-            similar = torch.stack([F.cosine_similarity(p[own, c], p[own, j], dim=0) for j in new]).softmax(0)
-            p[t, c] = sum(s * p[t, j] for s, j in zip(similar, new, strict=True))
+        for space in range(t + 1) if released else [t]:
+            new = range(2 * space, 2 * t + 2)
+            for c in range(2 * space):
+                similar = torch.stack([F.cosine_similarity(p[c // 2, c], p[c // 2, j], dim=0) for j in new]).softmax(0)
+                p[space, c] = sum(s * p[space, j] for s, j in zip(similar, new, strict=True))
     x_test = torch.cat([task.test.tensors()[0] for task in stream])
     features = [phi(x_test, space) for space in range(3)]
     assert not torch.allclose(features[0], features[2], atol=1e-3), "the spaces differ"
@@ -63,7 +65,8 @@ def test_predictions_are_the_sums_of_cosines_written_by_hand(backbone, alpha):
         for space in range(3):
             cosine = F.cosine_similarity(features[space], p[space, c][None], dim=1)
             expected[:, c] += cosine if space == c // 2 else alpha / 2 * cosine
-    found = learner.strategies["method"].predict(learner, learner.prepare(x_test))
+    torch.testing.assert_close(method.prototypes, p, rtol=1e-4, atol=1e-4)
+    found = method.predict(learner, learner.prepare(x_test))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

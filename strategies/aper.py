@@ -10,14 +10,16 @@ are concatenated, and an example is assigned to the class whose mean has the lar
 So the features keep what pre-training knows of all classes, and gain what the first task teaches of this domain. The
 method was called ADAM before.
 
-Defaults: `adapt=adapter`, beside the MLP of each block of a transformer, with bottleneck 64 and factor 0.1 as in
-AdaptFormer (Chen et al. 2022). Other networks get one behind each block, and scale and shift behind each linear layer,
-convolution and norm.
-Differences from the paper: visual prompts are not among the kinds of adaptation. Without a first task of its own, as in
-`scenario=domain`, the adaptation sees the first domain.
-Differences from the released code, as others describe it, since it was not read: there the first task is learned by a
-classifier of cosines, here by the head of the run. In the code the mean of a class that comes again replaces the old
-one; here the mean is over all its examples.
+Defaults: `adapt=adapter`, beside the MLP of each block of a transformer, with bottleneck 64 and factor 0.1 as in the
+released code, which takes them from AdaptFormer (Chen et al. 2022). Other networks get one behind each block, and scale
+and shift behind each linear layer, convolution and norm.
+Differences from the paper, of which the abstract was read: without a first task of its own, as in `scenario=domain`,
+the adaptation sees the first domain.
+Differences from the released code: visual prompts, and the statistics of batch norm alone, are not among the kinds of
+adaptation. There the first task is learned by a classifier of cosines, here by the head of the run. The adapters have
+dropout 0.1 there, and read what the norm before an MLP reads; here they read what the MLP reads. Scale and shift start
+with noise of deviation 0.02 there, and here without effect. In the code the mean of a class that comes again replaces
+the old one; here the mean is over all its examples.
 
 State: the pre-trained backbone, and the sum of features and number of examples of each class, (C, 2D) and (C, 1).
 Scenarios: all.

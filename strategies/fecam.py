@@ -18,13 +18,14 @@ Means and covariances are sums over the examples of a class, whatever their task
 `common`, all classes have one covariance, the mean of theirs, which takes D^2 numbers instead of C D^2.
 
 Defaults are those of the released code for CIFAR-100; for a ViT, whose features are not positive, the code has tukey=1,
-alpha2=0, shrinks once and averages features of length 1. Here the power keeps the sign of a feature.
+alpha2=0, shrinks once and averages features of length 1, without scaling that mean to length 1 again. Here the power
+keeps the sign of a feature.
 Differences from the paper and its code: they train the network on the first task, and classify there by the distance to
 the weights of its classes; here it comes trained, and all tasks are treated alike. V2 is the mean of all entries off
 the diagonal, in the code of those that are not 0. The code takes a pseudo-inverse, which for a matrix with an inverse
 is the same. Its common covariance is a mean over tasks of the covariance of all features of the task, which is shrunk
-once and not normalised; here it is that around class means, treated as the others are. If a class comes again, its code
-for CORe50 averages the old and the new covariance.
+once, after the first task, and not normalised; here it is that around class means, treated as the others are. If a
+class comes again, its code for CORe50 averages the old and the new covariance.
 
 State: counts (C, 1), means (C, D) of x and of the power, and sums of squares around the means (C, D, D), or (1, D, D).
 Scenarios: all.

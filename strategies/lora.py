@@ -4,8 +4,8 @@ The backbone is frozen. Beside the weight W of each chosen layer, two small matr
 
 .. math:: W' = W + s B A, \qquad A \in R^{r \times d}, \quad B \in R^{out \times r}
 
-(Hu et al. 2022, equation 3). A starts at random and B at 0, so that the network starts as it was. By default one pair
-is trained through all tasks, as fine-tuning trains all weights: nothing protects what the pair has learned.
+A starts at random and B at 0, so that the network starts as it was. By default one pair is trained through all tasks,
+as fine-tuning trains all weights: nothing protects what the pair has learned.
 
 `init=null_space` protects it, as KORE does. Let C be the sum of :math:`x x^\top` over the layer's inputs x in earlier
 tasks. From the second task on, :math:`U_r` holds the r eigenvectors of C with the smallest eigenvalues, and
@@ -16,8 +16,8 @@ A is frozen and B is trained. The rows of A are in the span of :math:`U_r`, so t
 and the layer's outputs for them stay as they are, whatever B becomes. After each task the product is added to W.
 
 Defaults: r = 8; Hu et al. write s as :math:`\alpha / r`. The layers are those of queries, keys and values in a
-transformer; the paper adapts those of queries and values. In other networks they are all linear layers and convolutions
-without groups.
+transformer; the paper adapts those of queries and values (quoted from memory). In other networks they are all linear
+layers and convolutions without groups.
 Differences from the papers: LoRA has no tasks, and the head is trained, too. In KORE the earlier inputs are those of
 pre-training (256 examples of one data set), here those of the tasks so far, and the first task trains a plain pair.
 KORE also writes training data with a large language model, which is left out.

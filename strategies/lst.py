@@ -1,4 +1,4 @@
-r"""LST, ladder side tuning (Sung, Cho and Bansal 2022, section 3).
+r"""LST, ladder side tuning (Sung, Cho and Bansal 2022).
 
 Beside a frozen backbone, a small side network is trained. It climbs along the backbone's blocks: its step i reads the
 output :math:`z_i` of block i and its own last state, in proportions that it learns, and the gradient stops at
@@ -12,11 +12,12 @@ where :math:`D_i` reduces the block's channels to a few, and U, which starts at 
 
 One side network is trained through all tasks, as fine-tuning trains all weights: it protects nothing by itself.
 
-Defaults: width 64, and tau = 0.1 as in the paper (quoted from memory).
-Differences from the paper: there the steps are small transformer layers, initialised by pruning the backbone, on all
-tokens; here each is a residual layer with layer norm on the mean over tokens or places of a map, which fits any
-backbone. The side network starts without effect.
-Differences from the released code: it was not read.
+Defaults: width 64, where the released code divides the backbone's by 8; tau = 0.1 and a = 0 at the start as there.
+Differences from the paper, of which the abstract was read: those from its released code. There the steps are small
+transformer layers, initialised by pruning the backbone, on all tokens; here each is a residual layer with layer norm on
+the mean over tokens or places of a map, which fits any backbone. There :math:`h_0` is the embedding, reduced, here 0;
+and :math:`U h_L` takes the place of the features, here it is added to them, and starts without effect. There some steps
+can be left out.
 
 State: the side network. Scenarios: all. Refused: another strategy that implements `encode`.
 """

@@ -1,4 +1,4 @@
-r"""O-LoRA, orthogonal low-rank adaptation (Wang et al. 2023, Findings of EMNLP, section 3).
+r"""O-LoRA, orthogonal low-rank adaptation (Wang et al. 2023, Findings of EMNLP).
 
 Each task trains a low-rank change :math:`B_t A_t` of the weights of a frozen backbone, in directions that are
 orthogonal to those of earlier tasks: the rows of :math:`A_i` span the inputs to which task i made the layer react. With
@@ -8,12 +8,14 @@ orthogonal to those of earlier tasks: the rows of :math:`A_i` span the inputs to
 
 The changes of earlier tasks are frozen. At test the weight is :math:`W + s \sum_i B_i A_i`, for examples of all tasks.
 
-Defaults: r = 8 and lambda = 0.5, as in the released code (`lora_dim`, `lamda_1`). The layers are those of queries, keys
-and values in a transformer, where the paper adapts queries and values.
+Defaults: r = 8 and lambda = 0.5, as in the released code (`lora_dim`, `lamda_1`); its scripts raise lambda to 5 for
+some tasks. The layers are those of queries, keys and values in a transformer, where the code adapts queries and values.
 Differences from the paper: it squares the entries of O (quoted from memory; `penalty=squared`), and the released code
-takes their absolute values, which is the default here. The code also has a weight of the norm of A and B, by default 0,
-which is left out. The changes of earlier tasks are added to W, which is the same function.
+takes their absolute values, which is the default here. The changes of earlier tasks are added to W, which is the same
+function.
 Differences from the released code: it learns language models by instructions; here the head is trained with the pairs.
+It has s = 32 / r = 4 and dropout 0.1 before A, here s = 1 and none, and a weight of the norms of A and B, by default 0,
+which is left out.
 
 State: A and B in the backbone, and A of each earlier task, (T, r, d) for each layer. Scenarios: all.
 """

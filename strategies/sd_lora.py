@@ -1,4 +1,4 @@
-r"""SD-LoRA, scalable decoupled low-rank adaptation (Wu et al. 2025, ICLR, section 4).
+r"""SD-LoRA, scalable decoupled low-rank adaptation (Wu et al. 2025, ICLR).
 
 The change of a weight that a task makes has a direction and a magnitude. The directions of earlier tasks are frozen,
 and the magnitudes of all tasks go on learning, together with the present task's pair:
@@ -9,12 +9,13 @@ and the magnitudes of all tasks go on learning, together with the present task's
 So later tasks reuse what earlier directions offer, in the measure that helps, without examples or a choice of a part at
 test. The loss runs over the task's own classes.
 
-Defaults: r = 10, and the layers of queries, keys and values in a transformer, where the authors adapt queries and
-values.
-Differences from the paper: when a task ends, its magnitude becomes :math:`\alpha_t \lVert B_t A_t \rVert_F`, so that
-the network stays the same. The variants with falling ranks (RR) and merged directions (KD) are left out.
-Differences from the released code, as copies of it show: there a direction is divided by the product of the norms of B
-and A; a magnitude is shared by all layers, and restarts from 0.8 in every task.
+Defaults: r = 10 as in the released code, and the layers of queries, keys and values in a transformer, where the code
+adapts queries and values.
+Differences from the paper, of which the abstract was read: when a task ends, its magnitude becomes
+:math:`\alpha_t \lVert B_t A_t \rVert_F`, so that the network stays the same. The variants with falling ranks (RR) and
+merged directions (KD) are left out.
+Differences from the released code: there a direction is divided by the product of the norms of B and A; a magnitude is
+shared by all layers, and all magnitudes restart from 0.8 in every task, so that the network changes between tasks.
 
 State: A, B and their magnitude, and those of each earlier task, in the backbone. Scenarios: all.
 """

@@ -31,6 +31,16 @@ class Preempted(SystemExit):
         self.number, self.saved = number, saved
 
 
+def reason(error: BaseException) -> str:
+    r"""Return the first line of the message of another library's error, without a full stop; else its type's name.
+
+    Example:
+        >>> reason(OSError("No weights here.\nSee the manual.")), reason(KeyError())
+        ('No weights here', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """Return the error for an unknown name, which suggests similar names and lists all.
 

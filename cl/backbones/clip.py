@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl.backbones.preprocess import Preprocess
 from cl.backbones.vit import image_shape
-from cl.errors import InputError
+from cl.errors import InputError, reason
 from cl.files import expand_path
 from cl.ranges import checked
 
@@ -183,8 +183,7 @@ def _load(name: str, pretrained: str | None, size: int | None) -> Any:
                 require_pretrained=trained,
             )
     except Exception as error:  # files and connections raise errors of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"open_clip cannot build {name!r} with pretrained={pretrained!r} ({reason[:200]}): check both, which "
-            "open_clip.list_pretrained() lists, and the network."
+            f"open_clip cannot build {name!r} with pretrained={pretrained!r} ({reason(error)[:200]}): check both, "
+            "which open_clip.list_pretrained() lists, and the network."
         ) from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cl.backbones.preprocess import Preprocess
 from cl.backbones.vit import image_shape
-from cl.errors import InputError
+from cl.errors import InputError, reason
 from cl.files import expand_path
 from cl.ranges import checked
 
@@ -130,10 +130,9 @@ def _load(name: str) -> tuple[Any, Any]:
             model, found = ViTModel.from_pretrained(source, **options)
             processor = ViTImageProcessor.from_pretrained(source)
     except Exception as error:  # files and connections raise errors of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"transformers cannot load {name!r} ({reason}): check the name and the network, or name a folder with a "
-            "model and its image processor."
+            f"transformers cannot load {name!r} ({reason(error)}): check the name and the network, or name a folder "
+            "with a model and its image processor."
         ) from error
     missing = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
     if missing:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cl.backbones.blocks import TRANSFORMER, Plan, in_mode, plan_of, planned, tokens_of
 from cl.backbones.preprocess import Preprocess, Resize
-from cl.errors import InputError
+from cl.errors import InputError, reason
 from cl.ranges import checked
 
 Prefixes = Mapping[int, Tensor]  # by block, keys and values (B, 2, L, D) that are put before its own
@@ -269,12 +269,11 @@ class Timm(nn.Module):
                 self.num_features = int(self.model(example).shape[1])
                 self._plan: Plan | None = plan_of(self.model, example)
         except Exception as error:  # models raise errors of many types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             remedy = (
                 "check the network, or set pretrained=false" if pretrained else "resize the images or change kwargs"
             )
             raise InputError(
-                f"timm cannot build {name!r} for inputs {tuple(input_shape)} ({reason}): {remedy}."
+                f"timm cannot build {name!r} for inputs {tuple(input_shape)} ({reason(error)}): {remedy}."
             ) from error
         self.model.train()
         self.normalizes = False

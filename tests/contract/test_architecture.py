@@ -225,7 +225,6 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "__py
 
 
 @cache
-@cache
 def composed(*overrides: str):
     with initialize_config_module("cl.conf", version_base="1.3"):
         return compose("config", overrides=list(overrides))

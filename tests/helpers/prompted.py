@@ -82,3 +82,13 @@ def assert_backbone_is_frozen(strategy: Strategy, scenario="class", **options) -
     learn(learner, stream, epochs=2)
     assert same(weights(learner.backbone), before) and not same(weights(strategy), others)
     return learner
+
+
+def assert_rows_take_the_part_of_their_task(learner: Learner, stream: Stream) -> None:
+    """Rows of several tasks in one minibatch get what they get among rows of their own, and not that of others."""
+    tasks = torch.tensor([0, 2, 1, 1, 0])
+    _, mixed, _ = one_batch(learner, stream[2], tasks=tasks)
+    for t in range(3):
+        _, single, _ = one_batch(learner, stream[2], tasks=torch.full((5,), t))
+        torch.testing.assert_close(mixed[tasks == t], single[tasks == t], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(mixed[tasks != t], single[tasks != t], atol=1e-3)

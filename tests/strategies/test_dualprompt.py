@@ -20,6 +20,7 @@ from prompted import (
     all_rows,
     assert_backbone_is_frozen,
     assert_rows_are_independent,
+    assert_rows_take_the_part_of_their_task,
     one_batch,
     own_classes,
     prompted,
@@ -72,12 +73,7 @@ def test_replayed_rows_get_the_prompt_of_their_own_task():
     learner, stream = prompted(DUAL())
     for task in stream:
         learner.before_task(task)
-    tasks = torch.tensor([0, 2, 1, 1, 0])
-    _, mixed, _ = one_batch(learner, stream[2], tasks=tasks)
-    for t in range(3):
-        _, single, _ = one_batch(learner, stream[2], tasks=torch.full((5,), t))
-        torch.testing.assert_close(mixed[tasks == t], single[tasks == t], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(mixed[tasks != t], single[tasks != t], atol=1e-3)
+    assert_rows_take_the_part_of_their_task(learner, stream)
 
 
 def test_at_test_the_nearest_key_of_a_task_begun_chooses():
